@@ -1,0 +1,1 @@
+"""Data pipelines: they execute commands on images and hand both on as a batch."""

@@ -1,0 +1,128 @@
+"""DALI graph functions: images and commands in, views out; one function for CPU and GPU.
+
+Stages of a view, in this order:
+
+1. window: cut from the source and resized to the view's size; mirrored by a swapped region of interest. Cutting before
+   resizing keeps the filter from seeing past the window, as in torchvision.
+2. blur, on those that are blurred. The official order is colour, then blur; both are linear, so they commute but for
+   clamping, and blurring here works on 8-bit values.
+3. colour: jitter and grey as one affine map (``stec.geometry.colour_maps``); rounded and clamped to 8 bits.
+4. solarization: ``min(x, limit - x)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia.dali import fn, math, pipeline_def, types  # type: ignore[import-untyped]
+
+from stec.commands import VIEWS, Commands, Policy
+from stec.geometry import colour_maps
+
+DataNode = Any
+"""A node of a DALI graph; DALI ships no types."""
+
+WINDOW_ARGUMENTS = ("anchor", "shape", "roi_start", "roi_end")
+COLOUR_ARGUMENTS = ("colour_matrix", "mean_weights")
+BLUR_ARGUMENTS = ("sigma_px", "blur_window_px")
+SOLARIZE_ARGUMENTS = ("solarize_limit",)
+
+
+def argument_names(policy: Policy) -> tuple[str, ...]:
+    """Names of the per-view arguments that the graph of this policy takes: stages that never happen are left out."""
+    names = WINDOW_ARGUMENTS
+    if policy.p_blur > 0:
+        names += BLUR_ARGUMENTS
+    if policy.p_color_jitter > 0 or policy.p_grayscale > 0:
+        names += COLOUR_ARGUMENTS
+    if policy.p_solarize > 0:
+        names += SOLARIZE_ARGUMENTS
+    return names
+
+
+def view_arguments(commands: Commands, policy: Policy) -> dict[str, NDArray[Any]]:
+    """Operator arguments that execute ``commands``, each [N, V, ...], for the names of ``argument_names``."""
+    names = argument_names(policy)
+    height, width = commands.height, commands.width
+    zero = np.zeros_like(height)
+    arguments: dict[str, NDArray[Any]] = {
+        "anchor": np.stack([commands.top, commands.left], -1),
+        "shape": np.stack([height, width], -1),
+        "roi_start": np.stack([zero, np.where(commands.flip, width, 0)], -1).astype(np.float32),
+        "roi_end": np.stack([height, np.where(commands.flip, 0, width)], -1).astype(np.float32),
+    }
+    if "sigma_px" in names:
+        arguments["sigma_px"] = commands.sigma_px
+        # Three sigmas to each side hold 99.7 % of the kernel; the official kernel is never wider than its own limit.
+        reach = np.minimum(np.ceil(3 * commands.sigma_px), policy.blur_window_px // 2)
+        arguments["blur_window_px"] = (2 * reach + 1).astype(np.int32)
+    if "colour_matrix" in names:
+        matrix, mean_weights = colour_maps(commands)
+        arguments["colour_matrix"], arguments["mean_weights"] = matrix, mean_weights[..., None, :]
+    if "solarize_limit" in names:
+        # min(x, 510 - x) leaves every x of 8 bits as it is.
+        arguments["solarize_limit"] = np.where(commands.solarize, 255, 510).astype(np.int32)
+    return arguments
+
+
+def execute(image: DataNode, size: int, arguments: dict[str, DataNode]) -> DataNode:
+    """One view, [size, size, 3] uint8, of ``image`` [H, W, 3] uint8 on either device; arguments are on the host."""
+    window = fn.slice(image, arguments["anchor"], arguments["shape"], axes=[0, 1])
+    view = fn.resize(
+        window,
+        size=[size, size],
+        roi_start=arguments["roi_start"],
+        roi_end=arguments["roi_end"],
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    if "sigma_px" in arguments:
+        view = _blur(view, arguments["sigma_px"], arguments["blur_window_px"])
+    if "colour_matrix" in arguments:
+        mean = fn.reductions.mean(view, axes=[0, 1], keep_dims=True)
+        offset = fn.coord_transform(mean, M=arguments["mean_weights"])
+        view = fn.cast(fn.coord_transform(view, M=arguments["colour_matrix"]) + offset, dtype=types.UINT8)
+    if "solarize_limit" in arguments:
+        view = fn.cast(math.min(view, arguments["solarize_limit"] - view), dtype=types.UINT8)
+    return view
+
+
+def _blur(view: DataNode, sigma_px: DataNode, window_px: DataNode) -> DataNode:
+    # A per-sample condition: samples that are not blurred go past the operator without a copy.
+    if sigma_px > 0:
+        blurred = fn.gaussian_blur(view, sigma=sigma_px, window_size=window_px)
+    else:
+        blurred = view
+    return blurred
+
+
+def array_pipeline(
+    source: Callable[[], Sequence[NDArray[Any]]], policy: Policy, *, device: str, **pipeline_options: Any
+) -> Any:
+    """A pipeline over images in memory, which ``source`` hands over a batch at a time.
+
+    ``source`` returns: the images [N, H, W, 3] uint8; then for each view the arguments of ``argument_names``; then the
+    packed commands [N, V, 20] and the record [N, 4] (epoch, position, image id, label), both of which pass through
+    untouched. The pipeline returns the views [N, V, size, size, 3] uint8 on ``device``, the commands and the record.
+    """
+    names = argument_names(policy)
+
+    @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)
+    def pipeline() -> tuple[DataNode, ...]:
+        count = 1 + VIEWS * len(names) + 2
+        layouts = ["HWC"] + [""] * (count - 1)
+        image, *arguments, commands, record = fn.external_source(
+            source, num_outputs=count, layout=layouts, batch=True, no_copy=True
+        )
+        if device == "gpu":
+            image = image.gpu()
+        views = [
+            execute(image, policy.size, dict(zip(names, arguments[v * len(names) : (v + 1) * len(names)])))
+            for v in range(VIEWS)
+        ]
+        return fn.stack(*views), commands, record
+
+    return pipeline()

@@ -1,0 +1,72 @@
+"""Which image stands where in an epoch, and what each process takes of a step: a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.index import ImageArray
+from stec.commands import ORDER_STREAM, Commands, Policy, draw, generator
+from stec.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one process does in one step: N images, their positions in the epoch, and the commands for them."""
+
+    epoch: int
+    positions: NDArray[np.int64]
+    image_ids: NDArray[np.int64]
+    commands: Commands
+
+
+class Order:
+    """A permutation of the images per epoch, cut into global batches, each cut into one stretch per process.
+
+    The last, incomplete global batch of an epoch is dropped.
+
+    Raises UserError where the data set does not fill one global batch.
+    """
+
+    def __init__(
+        self,
+        images: ImageArray,
+        policy: Policy,
+        *,
+        seed: int,
+        batch_size: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.images, self.policy, self.seed = images, policy, seed
+        self.batch_size, self.process_index = batch_size, process_index
+        self.global_batch_size = batch_size * num_processes
+        self.steps_per_epoch = len(images) // self.global_batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"--batch_size {batch_size} on {num_processes} process(es) makes a global batch of "
+                f"{self.global_batch_size}, but there are only {len(images)} training images; "
+                f"use --batch_size {max(1, len(images) // num_processes)} or less."
+            )
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    def _permute(self, epoch: int) -> NDArray[np.int64]:
+        return generator(ORDER_STREAM, self.seed, epoch).permutation(len(self.images))
+
+    def share(self, step: int) -> Share:
+        """This process's share of global step ``step``, counted from the start of training."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self.global_batch_size + self.process_index * self.batch_size
+        image_ids = self._permutation(epoch)[first : first + self.batch_size]
+        commands = draw(
+            self.policy,
+            seed=self.seed,
+            epoch=epoch,
+            first_position=first,
+            image_hw=self.images.image_hw(image_ids),
+        )
+        positions = np.arange(first, first + self.batch_size, dtype=np.int64)
+        return Share(epoch=epoch, positions=positions, image_ids=image_ids, commands=commands)

@@ -1,0 +1,92 @@
+"""The same commands executed by torchvision: the oracle of the tests and the fallback where DALI has no wheel."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as F  # type: ignore[import-untyped]
+
+from pipelines.order import Order, Share
+from stec.commands import VIEWS, Commands, Policy
+
+_JITTER_STEPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+_HUE = 3
+
+
+def execute(image: NDArray[np.uint8], commands: Commands, policy: Policy, n: int, v: int) -> Tensor:
+    """View ``v`` of image ``n`` of ``commands``: [3, size, size] float32 in [0, 1].
+
+    As in the official code, window, jitter and grey act on 8-bit Pillow images, blur and solarization on floats.
+    """
+    size = policy.size
+    view = F.resized_crop(
+        Image.fromarray(image),
+        int(commands.top[n, v]),
+        int(commands.left[n, v]),
+        int(commands.height[n, v]),
+        int(commands.width[n, v]),
+        [size, size],
+    )
+    if commands.flip[n, v]:
+        view = F.hflip(view)
+    if commands.jitter[n, v]:
+        factors = [commands.brightness[n, v], commands.contrast[n, v], commands.saturation[n, v]]
+        for step in commands.order[n, v]:
+            if step == _HUE:
+                view = F.adjust_hue(view, float(commands.hue_turns[n, v]))
+            else:
+                view = _JITTER_STEPS[step](view, float(factors[step]))
+    if commands.grey[n, v]:
+        view = F.rgb_to_grayscale(view, num_output_channels=3)
+    tensor: Tensor = F.to_tensor(view)
+    if commands.blur[n, v]:
+        tensor = blur(tensor, float(commands.sigma_px[n, v]), policy)
+    if commands.solarize[n, v]:
+        tensor = solarize(tensor)
+    return tensor
+
+
+def blur(view: Tensor, sigma_px: float, policy: Policy) -> Tensor:
+    """Gaussian blur of a view [3, H, W] with the official kernel size, mirrored at the borders."""
+    blurred: Tensor = F.gaussian_blur(view, [policy.blur_window_px] * 2, [sigma_px] * 2)
+    return blurred
+
+
+def solarize(view: Tensor) -> Tensor:
+    """Invert values of one half and more of a view in [0, 1]."""
+    return torch.where(view < 0.5, view, 1 - view)
+
+
+class _Steps(Dataset[tuple[Tensor, Tensor, Share]]):
+    """Item ``step`` is a whole step: views [N, V, H, W, 3] float32, labels [N], and the share that was executed."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Share]:
+        share = self.order.share(step)
+        images, policy = self.order.images, self.order.policy
+        views = torch.empty(len(share.image_ids), VIEWS, policy.size, policy.size, 3)
+        for n, image_id in enumerate(share.image_ids):
+            for v in range(VIEWS):
+                views[n, v] = execute(images.images[image_id], share.commands, policy, n, v).permute(1, 2, 0)
+        return views, torch.from_numpy(images.labels[share.image_ids]), share
+
+
+def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[tuple[Tensor, Tensor, Share]]:
+    """Endless steps from ``first_step`` on, made by so many worker processes (0: in this one)."""
+    return iter(
+        DataLoader(
+            _Steps(order),
+            batch_size=None,
+            sampler=itertools.count(first_step),  # type: ignore[arg-type]
+            num_workers=workers,
+        )
+    )

@@ -1,0 +1,60 @@
+"""The contract between pipelines and training: what one step receives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stec.commands import Commands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One process's share of a global batch: N images, V = 2 views each."""
+
+    views: Tensor
+    """[N, V, 3, H, W] float32 in [0, 1] on the loader's device; channels-last in memory."""
+    commands: Commands
+    """The very commands that were executed to make the views; NumPy, on the host."""
+    labels: Tensor
+    """[N] int64 on the loader's device."""
+    epoch: int
+    positions: NDArray[np.int64]
+    """[N]: the images' positions in the epoch."""
+    image_ids: NDArray[np.int64]
+    """[N]: the images' numbers in the data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainBatch:
+    """N images as evaluation sees them: no augmentation."""
+
+    images: Tensor
+    """[N, 3, H, W] float32 in [0, 1] on the loader's device; channels-last in memory."""
+    labels: Tensor
+    """[N] int64 on the loader's device."""
+
+
+class TwoViewLoader(Protocol):
+    """Where training gets its batches: a stateless source that can start at any step."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """Endless batches from global step ``first_step`` on, across epochs."""
+
+
+class PlainLoader(Protocol):
+    """Where evaluation gets its images, each once, in the order of the data set."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def batches(self, first: int, last: int) -> Iterator[PlainBatch]:
+        """The images numbered ``first`` to ``last - 1``."""

@@ -1,0 +1,79 @@
+"""ResNet encoders: torchvision's blocks and parameter names, with the three stems of S-TEC and any width."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck  # type: ignore[import-untyped]
+
+Stem = Literal["cifar", "stl10", "imagenet"]
+"""``cifar``: 3x3 convolution, stride 1; ``stl10``: 7x7, stride 2; ``imagenet``: 7x7, stride 2, then max-pool."""
+
+ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+
+
+class Encoder(nn.Module):
+    """Images [N, 3, H, W] in [0, 1] to features [N, D] with D = ``feature_dim``.
+
+    ``width`` is the number of channels of the first stage; the others have 2, 4 and 8 times as many. With width 64 the
+    parameters have the names and shapes of torchvision's ResNet of the same name, but for the absent ``fc`` and, with
+    the ``cifar`` stem, ``conv1``.
+    """
+
+    def __init__(self, arch: str, stem: Stem, width: int = 64) -> None:
+        super().__init__()
+        block, depths = ARCHITECTURES[arch]
+        if stem == "cifar":
+            self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+
+        channels = width
+        stages = []
+        for k, depth in enumerate(depths):
+            planes = width * 2**k
+            blocks = []
+            for n in range(depth):
+                stride = 2 if k > 0 and n == 0 else 1
+                blocks.append(_block(block, channels, planes, stride))
+                channels = planes * block.expansion
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.feature_dim: int = channels
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """As the official code does: half the variance that is usual before a ReLU, in every convolution."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_in = module.weight[0].numel()
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_in) / math.sqrt(2))
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return torch.flatten(self.avgpool(x), 1)
+
+
+def _block(block: type[BasicBlock | Bottleneck], channels: int, planes: int, stride: int) -> nn.Module:
+    """A residual block with a projected shortcut where the shape changes."""
+    shortcut = None
+    if stride != 1 or channels != planes * block.expansion:
+        shortcut = nn.Sequential(
+            nn.Conv2d(channels, planes * block.expansion, kernel_size=1, stride=stride, bias=False),
+            nn.BatchNorm2d(planes * block.expansion),
+        )
+    residual: nn.Module = block(channels, planes, stride, shortcut)
+    return residual
