@@ -33,58 +33,66 @@ def render(*, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArr
 
 
 def _render_chunk(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.uint8]:
-    count = len(labels)
-
-    def uniform(low: float, high: float, *shape: int) -> Floats:
-        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
-
-    axis = (np.arange(SIZE_PX, dtype=np.float32) + 0.5) / SIZE_PX * 2 - 1
-    x, y = axis[None, None, :], axis[None, :, None]
-
-    image = _texture(x, y, count, uniform)
-    for _ in range(4):
-        image = _clutter(image, x, y, uniform)
-
-    radius = uniform(0.42, 0.62)[:, None, None]
-    angle = uniform(-0.5, 0.5)[:, None, None]
-    centre_x, centre_y = (uniform(-0.3, 0.3)[:, None, None] for _ in range(2))
-    u = (np.cos(angle) * (x - centre_x) + np.sin(angle) * (y - centre_y)) / radius
-    v = (-np.sin(angle) * (x - centre_x) + np.cos(angle) * (y - centre_y)) / radius
-    distance = np.empty_like(u)
-    for label, shape in enumerate(_SHAPES):
-        chosen = labels == label
-        distance[chosen] = shape(u[chosen], v[chosen])
-    # One pixel of the image is this long in the shape's own coordinates: the width of its soft edge.
-    edge = 2 / SIZE_PX / radius
-    cover = np.clip(0.5 - distance / edge, 0, 1)[..., None]
-    image = image * (1 - cover) + _texture(x, y, count, uniform) * cover
-
+    painter = _Painter(len(labels), rng)
+    image = painter.texture()
+    for _ in range(6):
+        image = painter.clutter(image)
+    # Every image shows its class three times, so that most windows hold a part of it; the largest comes last.
+    for smallest, largest, reach in ((0.2, 0.35, 0.8), (0.2, 0.35, 0.8), (0.45, 0.65, 0.3)):
+        image = painter.shape(image, labels, painter.uniform(smallest, largest, 1, 1), reach)
     image += rng.normal(0, 0.02, image.shape).astype(np.float32)
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-def _texture(x: Floats, y: Floats, count: int, uniform: Callable[..., Floats]) -> Floats:
-    """[N, H, W, 3]: a wave between two colours, anything from a slow gradient to fine stripes or checks."""
-    first, second = uniform(0, 1, 1, 1, 3), uniform(0, 1, 1, 1, 3)
-    angle, frequency = uniform(0, np.pi, 1, 1), uniform(0.5, 9, 1, 1)
-    phase, other_phase = uniform(0, 2 * np.pi, 1, 1), uniform(0, 2 * np.pi, 1, 1)
-    along = np.cos(angle) * x + np.sin(angle) * y
-    across = -np.sin(angle) * x + np.cos(angle) * y
-    wave = np.sin(frequency * along + phase)
-    checked = uniform(0, 1, 1, 1) < 0.4
-    wave = np.where(checked, wave * np.sin(frequency * across + other_phase), wave)
-    mix = (0.5 + 0.5 * np.clip(1.5 * wave, -1, 1))[..., None] * 0.6
-    return first + (second - first) * mix
+class _Painter:
+    """Paints a chunk of N images [N, H, W, 3]; every image gets its own random draws."""
 
+    def __init__(self, count: int, rng: np.random.Generator) -> None:
+        self.count, self.rng = count, rng
+        axis = (np.arange(SIZE_PX, dtype=np.float32) + 0.5) / SIZE_PX * 2 - 1
+        self.x, self.y = axis[None, None, :], axis[None, :, None]
 
-def _clutter(image: Floats, x: Floats, y: Floats, uniform: Callable[..., Floats]) -> Floats:
-    """A small ellipse or stroke of one colour somewhere in each image."""
-    angle = uniform(0, np.pi, 1, 1)
-    dx, dy = x - uniform(-1, 1, 1, 1), y - uniform(-1, 1, 1, 1)
-    along = (np.cos(angle) * dx + np.sin(angle) * dy) / uniform(0.08, 0.45, 1, 1)
-    across = (-np.sin(angle) * dx + np.cos(angle) * dy) / uniform(0.04, 0.14, 1, 1)
-    cover = np.clip(3 * (1 - np.hypot(along, across)), 0, 1)[..., None]
-    return image * (1 - cover) + uniform(0, 1, 1, 1, 3) * cover
+    def uniform(self, low: float, high: float, *shape: int) -> Floats:
+        return self.rng.uniform(low, high, (self.count, *shape)).astype(np.float32)
+
+    def colour(self) -> Floats:
+        """[N, 1, 1, 3]: a muted colour, so that jitter leaves little of it to recognise an image by."""
+        return np.clip(self.uniform(0.1, 0.9, 1, 1, 1) + self.uniform(-0.12, 0.12, 1, 1, 3), 0, 1)
+
+    def texture(self) -> Floats:
+        """[N, H, W, 3]: a wave between two colours, anything from a slow gradient to stripes or checks."""
+        first, second = self.colour(), self.colour()
+        angle, frequency = self.uniform(0, np.pi, 1, 1), self.uniform(0.5, 9, 1, 1)
+        along = np.cos(angle) * self.x + np.sin(angle) * self.y
+        across = -np.sin(angle) * self.x + np.cos(angle) * self.y
+        wave = np.sin(frequency * along + self.uniform(0, 2 * np.pi, 1, 1))
+        checks = wave * np.sin(frequency * across + self.uniform(0, 2 * np.pi, 1, 1))
+        wave = np.where(self.uniform(0, 1, 1, 1) < 0.4, checks, wave)
+        return first + (second - first) * (0.25 + 0.25 * np.clip(1.5 * wave, -1, 1))[..., None]
+
+    def clutter(self, image: Floats) -> Floats:
+        """Adds a small ellipse or stroke somewhere."""
+        angle = self.uniform(0, np.pi, 1, 1)
+        dx, dy = self.x - self.uniform(-1, 1, 1, 1), self.y - self.uniform(-1, 1, 1, 1)
+        along = (np.cos(angle) * dx + np.sin(angle) * dy) / self.uniform(0.08, 0.45, 1, 1)
+        across = (-np.sin(angle) * dx + np.cos(angle) * dy) / self.uniform(0.04, 0.14, 1, 1)
+        cover = np.clip(3 * (1 - np.hypot(along, across)), 0, 1)[..., None]
+        return image * (1 - cover) + self.colour() * cover
+
+    def shape(self, image: Floats, labels: NDArray[np.int64], radius: Floats, reach: float) -> Floats:
+        """Adds the shape of each image's class, ``radius`` [N, 1, 1] large, centred within ``reach`` of the middle."""
+        angle = self.uniform(-0.4, 0.4, 1, 1)
+        dx, dy = self.x - self.uniform(-reach, reach, 1, 1), self.y - self.uniform(-reach, reach, 1, 1)
+        u = (np.cos(angle) * dx + np.sin(angle) * dy) / radius
+        v = (-np.sin(angle) * dx + np.cos(angle) * dy) / radius
+        distance = np.empty_like(u)
+        for label, signed_distance in enumerate(_SHAPES):
+            chosen = labels == label
+            distance[chosen] = signed_distance(u[chosen], v[chosen])
+        # One pixel is this long in the shape's own coordinates: the width of its soft edge.
+        edge = 2 / SIZE_PX / radius
+        cover = np.clip(0.5 - distance / edge, 0, 1)[..., None]
+        return image * (1 - cover) + self.texture() * cover
 
 
 # Shapes are signed distances (negative inside) in coordinates where the shape fills about [-1, 1]^2, y down.

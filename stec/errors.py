@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""The exceptions whose message is meant for the person at the keyboard."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     ``launch.py`` prints the message without a traceback and exits with code 2.
     """
+
+
+class Interrupted(Exception):
+    """Training was stopped from outside, after a checkpoint; the message says how to go on. Exit code 130."""

@@ -1,0 +1,207 @@
+"""The configuration of a training run: every setting once, with its default, its help text and its limits.
+
+Nothing heavy is imported here, so that ``launch.py --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stec.errors import UserError
+
+Switch = Literal[0, 1]
+
+RUN_LOCAL = frozenset({"data_dir", "num_workers", "results_path", "resume", "log_every", "checkpoint_every"})
+"""Settings that may differ between a run and its continuation: they do not change the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSetTraits:
+    """What the method fixes for a data set."""
+
+    view_size_px: int
+    stem: Literal["cifar", "stl10", "imagenet"]
+    jitter_strength: float
+
+
+DATA_SETS = {
+    "demo": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=0.5),
+    "cifar10": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=0.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train S-TEC. Without --dataset, --recipe or --config this trains on the embedded demo set."""
+
+    # Data
+    dataset: Literal["demo", "cifar10"] = "demo"
+    """Data set to train on; demo is generated and needs no files."""
+    data_dir: Path | None = None
+    """Folder that holds the data set."""
+    limit_train: int | None = None
+    """Use only the first so many training images."""
+    backend: Literal["auto", "dali", "torchvision"] = "auto"
+    """What executes the commands; auto is DALI where it is installed."""
+    num_workers: int | None = None
+    """DALI threads or torchvision worker processes, per training process; default: this process's share of the CPUs."""
+
+    # Views
+    p_color_jitter: float = 0.8
+    """Probability of colour jitter; 0 or less is never."""
+    p_grayscale: float = 0.2
+    """Probability of grey; 0 or less is never."""
+    use_gaussian_blur: Switch = 0
+    """1: blur half of the views."""
+    use_solarization: Switch = 0
+    """1: solarize a fifth of the views."""
+
+    # Model
+    arch: Literal["resnet18", "resnet50"] = "resnet18"
+    """Architecture of the encoder."""
+    width: int = 64
+    """Channels of the encoder's first stage; 16 makes a narrow encoder for CPUs."""
+    hidden_mlp: int = -1
+    """Width of the projection's hidden layer; -1: 512 for resnet18, 2048 for resnet50."""
+    feat_dim: int = 128
+    """Dimension of the projected features that the contrastive loss compares."""
+    manip_hidden_mlp: int = 512
+    """Width of the inverse model's hidden layer."""
+    n_bins: int = 6
+    """Bins that each entry of the command is sorted into."""
+    affine: Literal["official", "exact", "egocentric"] = "official"
+    """Convention of the command from view i to view j."""
+
+    # Objective
+    temperature: float = 0.1
+    """Temperature of the contrastive loss."""
+    discrimination_lambda: float = 2.0
+    """Weight of the contrastive loss."""
+    manip_lambda: float = 0.0
+    """Weight of the inverse model's loss; 0 is SimCLR."""
+    supervised_lambda: float = 1.0
+    """Weight of the online probe's loss; its gradient stops at the features."""
+
+    # Optimisation
+    optimizer: Literal["lars", "sgd", "adam"] = "lars"
+    """Optimiser."""
+    learning_rate: float = 1e-3
+    """Peak learning rate, for the batch size as it is (no scaling rule is applied)."""
+    weight_decay: float = 1e-6
+    """Weight decay."""
+    nesterov: Switch = 0
+    """1: Nesterov momentum."""
+    lr_scheduler: Literal["cosine", "none"] = "cosine"
+    """cosine: linear warm-up, then half a cosine to 0; none: constant."""
+    warmup_epochs: int = 10
+    """Epochs of linear warm-up from 0."""
+    max_epochs: int = 1000
+    """Epochs to train."""
+    batch_size: int = 1024
+    """Images per process and step."""
+
+    # Run
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """auto: bf16 where the device is fast at it, fp16 on older GPUs, else no."""
+    seed: int = 2022
+    """Seed of the weights, the order of the images and the commands."""
+    results_path: Path | None = None
+    """Folder of this run's files; default: the next free runs/DATASET-NUMBER."""
+    resume: Literal["no", "auto"] = "no"
+    """auto: go on from the last checkpoint in --results_path, or start where there is none."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl; metrics leave the device only then."""
+    checkpoint_every: int = 1
+    """Epochs between two checkpoints; one is always written at the end and at an interruption."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting that is out of its range."""
+        minimum_by_name = {
+            "limit_train": 1, "num_workers": 0, "width": 1, "feat_dim": 1, "manip_hidden_mlp": 1, "n_bins": 2,
+            "warmup_epochs": 0, "max_epochs": 1, "batch_size": 2, "log_every": 1, "checkpoint_every": 1, "seed": 0,
+            "manip_lambda": 0, "discrimination_lambda": 0, "supervised_lambda": 0, "weight_decay": 0,
+            "learning_rate": 0,
+        }  # fmt: skip
+        for name, minimum in minimum_by_name.items():
+            value = getattr(self, name)
+            if value is not None and not value >= minimum:
+                raise UserError(f"--{name} {value} is too small; give {minimum} or more.")
+        if not self.temperature > 0:
+            raise UserError(f"--temperature {self.temperature} makes no sense; give a number above 0.")
+        if self.hidden_mlp < 1 and self.hidden_mlp != -1:
+            raise UserError(f"--hidden_mlp {self.hidden_mlp} makes no sense; give a width, or -1 for the default.")
+        if self.warmup_epochs > self.max_epochs:
+            raise UserError(
+                f"--warmup_epochs {self.warmup_epochs} is more than --max_epochs {self.max_epochs}; "
+                f"give --warmup_epochs {self.max_epochs} or less."
+            )
+
+    @property
+    def traits(self) -> DataSetTraits:
+        return DATA_SETS[self.dataset]
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the trained weights depend on: all but where files lie and how the work is watched."""
+        return {name: value for name, value in self.to_json().items() if name not in RUN_LOCAL}
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values; ``from_mapping`` takes them back."""
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(self).items()
+        }
+
+
+def with_settings(base: TrainConfig, settings: Mapping[str, Any], source: str) -> TrainConfig:
+    """``base`` with ``settings`` from a file put on top, each checked against its declared type.
+
+    ``source`` names the file in errors. Raises UserError for an unknown key (with the nearest known one) or a value
+    of the wrong type.
+    """
+    types_by_name = typing.get_type_hints(TrainConfig)
+    values = {}
+    for name, value in settings.items():
+        if name not in types_by_name:
+            near = difflib.get_close_matches(name, types_by_name, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see launch.py --help for the known ones."
+            raise UserError(f"{source} has the unknown key {name}; {hint}")
+        values[name] = _checked(value, types_by_name[name], f"{source}: {name}")
+    return dataclasses.replace(base, **values)
+
+
+def _checked(value: Any, declared: Any, where: str) -> Any:
+    options = typing.get_args(declared)
+    if typing.get_origin(declared) is Literal:
+        if value in options and not isinstance(value, bool):
+            return value
+        raise UserError(f"{where} is {value!r}; give one of {', '.join(map(repr, options))}.")
+    if type(None) in options:
+        if value is None:
+            return None
+        declared = next(option for option in options if option is not type(None))
+    if declared is Path and isinstance(value, str):
+        return Path(value)
+    if declared is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, declared) or isinstance(value, bool):
+        raise UserError(f"{where} is {value!r}; give a value of type {declared.__name__}.")
+    return value
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file such as a run's ``config.json``. Raises UserError where it is none."""
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read ({error.strerror}); give a JSON file of settings.") from error
+    except ValueError as error:
+        raise UserError(f"--config {path} is not valid JSON ({error}); give a run's config.json.") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path} holds no JSON object; give settings as {{\"batch_size\": 256, ...}}.")
+    return settings

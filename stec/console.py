@@ -1,0 +1,75 @@
+"""What the user sees while training: a live display on a terminal, plain lines elsewhere, tables at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+
+class Console:
+    """Prints on the main process only; on the others every method does nothing."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._rich = RichConsole(quiet=not enabled, highlight=False)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def say(self, text: str) -> None:
+        self._rich.print(text, markup=False, soft_wrap=True)
+
+    def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """A table of names and values."""
+        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(name, value)
+        self._rich.print(table)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table whose first column is text and whose other columns are numbers."""
+        table = Table(title=title, title_justify="left")
+        for k, column in enumerate(columns):
+            table.add_column(column, justify="left" if k == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self._rich.print(table)
+
+    @contextmanager
+    def training(self, *, first_step: int, total_steps: int) -> Iterator[None]:
+        """While this is open, ``report`` moves a progress bar (terminal) or prints lines (elsewhere)."""
+        if not self._rich.is_terminal:
+            yield
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[line]}"),
+            console=self._rich,
+            transient=True,
+        )
+        with self._progress:
+            self._task = self._progress.add_task("training", total=total_steps, completed=first_step, line="")
+            yield
+        self._progress = None
+
+    def report(self, values: Mapping[str, float], *, epochs: int, eta_seconds: float, end_of_epoch: bool) -> None:
+        """Show a step's metrics: always on the live display, as a line of its own at the end of an epoch."""
+        eta = str(timedelta(seconds=round(eta_seconds)))
+        line = (
+            f"loss {values['loss']:.3f}  contrast {values['discrimination']:.3f}  "
+            f"inverse {values['manipulation']:.3f} ({values['manipulation_accuracy']:.2f})  "
+            f"probe {values['supervised_accuracy']:.2f}  lr {values['learning_rate']:.3g}  "
+            f"{values['images_per_second']:.0f} images/s  wait {values['wait_share']:.0%}  left {eta}"
+        )
+        epoch = f"epoch {int(values['epoch']) + 1}/{epochs}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=values["step"], description=epoch, line=line)
+        if end_of_epoch:
+            self.say(f"{epoch}  {line}")

@@ -1,0 +1,329 @@
+"""The training loop: fetch, forward, backward, step, log, save."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from stec import checkpoint, geometry
+from stec.batch import Batch, PlainLoader, TwoViewLoader
+from stec.config import TrainConfig
+from stec.console import Console
+from stec.errors import Interrupted, UserError
+from stec.evaluate import (
+    BANK_LIMIT,
+    NEIGHBOURS,
+    extract_features,
+    knn_accuracy,
+    linear_fit_accuracy,
+    probe_accuracy,
+)
+from stec.export import write_safetensors
+from stec.model import Model
+from stec.objective import METRICS, Objective, Weights
+from stec.optim import learning_rate_factor, make_optimizer
+from stec.run_folder import RunFolder, write_json
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Everything the engine is fed with."""
+
+    training: TwoViewLoader
+    plain_train: PlainLoader
+    plain_test: PlainLoader
+    classes: int
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto`` becomes what the device is fast at: bf16, else fp16 on a GPU, else no. Raises UserError where it can't be."""
+    if device.type == "cuda":
+        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # PyTorch offers no public question for these instructions.
+        fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "auto":
+        return "bf16" if fast_bf16 else "fp16" if device.type == "cuda" else "no"
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError("--mixed_precision fp16 needs a CUDA GPU and there is none; use bf16, no or auto.")
+    return precision
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Do something on the main process only; its result, or its UserError, reaches all processes."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    result: T = outcome[0]
+    return result
+
+
+def build_model(config: TrainConfig, classes: int) -> Model:
+    """The model at its seeded initial weights: the same for the same configuration, on every process."""
+    torch.manual_seed(config.seed)
+    return Model(
+        arch=config.arch,
+        stem=config.traits.stem,
+        classes=classes,
+        width=config.width,
+        hidden_mlp=config.hidden_mlp,
+        feat_dim=config.feat_dim,
+        manip_hidden_mlp=config.manip_hidden_mlp,
+        n_bins=config.n_bins,
+        with_inverse_model=config.manip_lambda > 0,
+    )
+
+
+def train(
+    config: TrainConfig,
+    data: Data,
+    *,
+    accelerator: Accelerator,
+    console: Console,
+    folder: RunFolder,
+    resumed: dict[str, Any] | None,
+) -> dict[str, float]:
+    """Train to the end, evaluate, export; returns what ``results.json`` holds.
+
+    ``resumed`` is a checkpoint to go on from. Raises UserError on a non-finite loss and Interrupted on Ctrl-C.
+    """
+    global_batch_size = config.batch_size * accelerator.num_processes
+    steps_per_epoch = data.training.steps_per_epoch
+    total_steps = config.max_epochs * steps_per_epoch
+
+    # --- Model, objective, optimiser ---
+    bare_model = build_model(config, data.classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(
+        bare_model,
+        config.optimizer,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        nesterov=bool(config.nesterov),
+    )
+    step, train_seconds, wait_seconds = 0, 0.0, 0.0
+    if resumed is not None:
+        if resumed["global_batch_size"] != global_batch_size:
+            raise UserError(
+                f"The run in {folder.path} has a global batch of {resumed['global_batch_size']}, but --batch_size "
+                f"{config.batch_size} on {accelerator.num_processes} process(es) makes {global_batch_size}; "
+                f"choose the two so that their product stays the same."
+            )
+        bare_model.load_state_dict(resumed["model"])
+        step, train_seconds, wait_seconds = resumed["step"], resumed["train_seconds"], resumed["wait_seconds"]
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        bare_model = nn.SyncBatchNorm.convert_sync_batchnorm(bare_model)
+    model, optimizer = accelerator.prepare(bare_model, optimizer)
+    if resumed is not None:
+        optimizer.load_state_dict(resumed["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(resumed["scaler"])
+    objective = Objective(
+        Weights(
+            discrimination=config.discrimination_lambda,
+            manipulation=config.manip_lambda,
+            supervised=config.supervised_lambda,
+        ),
+        temperature=config.temperature,
+    )
+
+    def learning_rate(at_step: int) -> float:
+        if config.lr_scheduler == "none":
+            return config.learning_rate
+        warmup_steps = config.warmup_epochs * steps_per_epoch
+        return config.learning_rate * learning_rate_factor(
+            at_step, warmup_steps=warmup_steps, total_steps=total_steps
+        )
+
+    # --- Logging and saving ---
+    unlogged: list[Tensor] = []
+    logged_in_epoch: list[list[float]] = []
+    since_log = time.perf_counter()
+    since_log_wait = 0.0
+
+    def log() -> None:
+        """Bring the metrics of the steps since the last call to the host: the only host sync of the loop."""
+        nonlocal since_log, since_log_wait, train_seconds, wait_seconds
+        if not unlogged:
+            return
+        rows = accelerator.reduce(torch.stack(unlogged), "mean").tolist()  # host sync
+        first_step = step - len(rows)
+        unlogged.clear()
+        _check_finite(rows, first_step, steps_per_epoch, global_batch_size, folder)
+        now = time.perf_counter()
+        seconds, waited = now - since_log, since_log_wait
+        since_log, since_log_wait = now, 0.0
+        train_seconds += seconds
+        wait_seconds += waited
+        values: dict[str, float] = {
+            "step": step,
+            "epoch": (step - 1) // steps_per_epoch,
+            "steps": len(rows),
+            **_means(rows),
+            "learning_rate": learning_rate(step - 1),
+            "images_per_second": len(rows) * global_batch_size / seconds,
+            "wait_share": waited / seconds,
+        }
+        if accelerator.is_main_process:
+            folder.append_metrics(values)
+        logged_in_epoch.extend(rows)
+        end_of_epoch = step % steps_per_epoch == 0
+        console.report(
+            {**values, **_means(logged_in_epoch)} if end_of_epoch else values,
+            epochs=config.max_epochs,
+            eta_seconds=(total_steps - step) * train_seconds / step,
+            end_of_epoch=end_of_epoch,
+        )
+        if end_of_epoch:
+            logged_in_epoch.clear()
+
+    def save() -> None:
+        """Write a checkpoint of the steps so far; never one with a non-finite loss behind it."""
+        log()
+        if accelerator.is_main_process:
+            state = {
+                "model": accelerator.unwrap_model(model).state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                "identity": config.identity(),
+                "global_batch_size": global_batch_size,
+                "train_seconds": train_seconds,
+                "wait_seconds": wait_seconds,
+            }
+        on_main_process(accelerator, lambda: checkpoint.save(folder.path, step, state) and None)
+
+    # --- The loop ---
+    model.train()
+    with console.training(first_step=step, total_steps=total_steps), _stop_requests() as stop_requested:
+        batches = data.training.batches(step)
+        since_log = time.perf_counter()
+        while step < total_steps:
+            started_waiting = time.perf_counter()
+            batch = next(batches)
+            since_log_wait += time.perf_counter() - started_waiting
+
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step)
+            command, valid = _targets(batch, config)
+            outputs = model(batch.views)
+            loss, metrics = objective(outputs, command, valid, batch.labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            unlogged.append(metrics)
+            step += 1
+
+            if step % config.log_every == 0 or step % steps_per_epoch == 0:
+                log()
+            stop = _agreed(stop_requested(), accelerator, step % config.log_every == 0)
+            if stop or step == total_steps or step % (config.checkpoint_every * steps_per_epoch) == 0:
+                save()
+            if stop and step < total_steps:
+                raise Interrupted(
+                    f"Stopped after step {step} of {total_steps}; go on by adding "
+                    f"--results_path {folder.path} --resume auto."
+                )
+        del batches
+
+    # --- Results ---
+    trained = accelerator.unwrap_model(model)
+    results = _evaluate(config, data, trained, accelerator)
+    results["images_per_second"] = total_steps * global_batch_size / train_seconds
+    results["wait_share"] = wait_seconds / train_seconds
+    if accelerator.is_main_process:
+        if trained.inverse_model is not None:
+            results["inverse_model_accuracy"] = folder.last_epoch_mean("manipulation_accuracy")
+        metadata = {"config": config.identity(), "step": step, "classes": data.classes}
+        write_safetensors(trained.state_dict(), folder.model, metadata)
+        write_safetensors(trained.encoder.state_dict(), folder.encoder, metadata)
+        write_json(folder.results, results)
+    return results
+
+
+def _means(rows: list[list[float]]) -> dict[str, float]:
+    """The mean of each metric over steps."""
+    return dict(zip(METRICS, np.mean(rows, axis=0).tolist(), strict=True))
+
+
+def _targets(batch: Batch, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """The commands from view i to view j [N, 2, 3], and which pairs the inverse model is asked about [N] bool."""
+    command = torch.from_numpy(geometry.relative_windows(batch.commands, convention=config.affine))
+    valid = torch.from_numpy(~batch.commands.solarize.any(axis=1))
+    device = batch.views.device
+    return command.to(device, non_blocking=True), valid.to(device, non_blocking=True)
+
+
+def _check_finite(
+    rows: list[list[float]], first_step: int, steps_per_epoch: int, global_batch_size: int, folder: RunFolder
+) -> None:
+    losses = [row[METRICS.index("loss")] for row in rows]
+    if np.isfinite(losses).all():
+        return
+    bad = int(np.argmin(np.isfinite(losses)))
+    epoch, step_in_epoch = divmod(first_step + bad, steps_per_epoch)
+    first = step_in_epoch * global_batch_size
+    raise UserError(
+        f"The loss became {losses[bad]} at step {first_step + bad + 1} (epoch {epoch + 1}, positions {first} to "
+        f"{first + global_batch_size - 1}); nothing of it was saved. Lower --learning_rate or use --mixed_precision no, "
+        f"and go on from the checkpoint before by --results_path {folder.path} --resume auto or start anew."
+    )
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """While open, the first Ctrl-C is noted instead of raised; the second acts at once, as ever."""
+    requested = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(_signal: int, _frame: object) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: requested
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _agreed(stop: bool, accelerator: Accelerator, may_sync: bool) -> bool:
+    """Whether any process was asked to stop; several processes ask each other only where ``may_sync``."""
+    if accelerator.num_processes == 1:
+        return stop
+    if not may_sync:
+        return False
+    flag = torch.tensor(float(stop), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum").item() > 0)  # host sync
+
+
+def _evaluate(config: TrainConfig, data: Data, trained: Model, accelerator: Accelerator) -> dict[str, float]:
+    """Nearest neighbours and linear fit for the trained encoder and for the same encoder at its initial weights."""
+    device = accelerator.device
+    untrained = build_model(config, data.classes).encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    results: dict[str, float] = {}
+    for when, encoder in (("before", untrained), ("after", trained.encoder)):
+        bank = extract_features(encoder, data.plain_train, accelerator, BANK_LIMIT)
+        queries = extract_features(encoder, data.plain_test, accelerator)
+        results[f"knn{NEIGHBOURS}_{when}"] = knn_accuracy(bank, queries, data.classes, device)
+        results[f"linear_fit_{when}"] = linear_fit_accuracy(bank, queries, data.classes, device)
+        if when == "after":
+            results["probe_after"] = probe_accuracy(trained.probe, queries)
+    return results

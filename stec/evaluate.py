@@ -1,0 +1,109 @@
+"""How good features are: nearest neighbours, a fresh linear fit, and the trained probe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stec.batch import PlainLoader
+
+NEIGHBOURS = 20
+BANK_LIMIT = 50_000
+"""At most so many training images serve as neighbours and for the linear fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features of N images, on the host."""
+
+    features: Tensor
+    """[N, D] float32."""
+    labels: Tensor
+    """[N] int64."""
+
+
+def extract_features(
+    encoder: nn.Module, loader: PlainLoader, accelerator: Accelerator, limit: int | None = None
+) -> Features:
+    """Features of the loader's first ``limit`` images, in order, on every process; the work is shared.
+
+    Each process takes one stretch of the images; the stretches are padded to equal length for the exchange.
+    """
+    count = len(loader) if limit is None else min(limit, len(loader))
+    index, processes = accelerator.process_index, accelerator.num_processes
+    bounds = [count * k // processes for k in range(processes + 1)]
+    was_training = encoder.training
+    encoder.eval()
+    features, labels = [], []
+    with torch.no_grad():
+        for batch in loader.batches(bounds[index], bounds[index + 1]):
+            with accelerator.autocast():
+                features.append(encoder(batch.images).float())
+            labels.append(batch.labels)
+    encoder.train(was_training)
+    longest = max(last - first for first, last in zip(bounds, bounds[1:], strict=False))
+    own_features, own_labels = torch.cat(features), torch.cat(labels)
+    padding = longest - len(own_labels)
+    own_features = F.pad(own_features, (0, 0, 0, padding))
+    own_labels = F.pad(own_labels, (0, padding))
+    all_features = accelerator.gather(own_features).cpu().split(longest)
+    all_labels = accelerator.gather(own_labels).cpu().split(longest)
+    lengths = [last - first for first, last in zip(bounds, bounds[1:], strict=False)]
+    return Features(
+        features=torch.cat([part[:length] for part, length in zip(all_features, lengths, strict=True)]),
+        labels=torch.cat([part[:length] for part, length in zip(all_labels, lengths, strict=True)]),
+    )
+
+
+def knn_accuracy(bank: Features, queries: Features, classes: int, device: torch.device) -> float:
+    """Share of queries whose class wins among their 20 nearest neighbours in the bank, 0 to 1.
+
+    Cosine similarity s, votes weighted by exp(s / 0.07), as in Wu et al. 2018, "Unsupervised Feature Learning via
+    Non-Parametric Instance Discrimination".
+    """
+    keys = F.normalize(bank.features.to(device), dim=1)
+    key_labels = bank.labels.to(device)
+    neighbours = min(NEIGHBOURS, len(keys))
+    correct = 0
+    for features, labels in zip(queries.features.split(1024), queries.labels.split(1024), strict=True):
+        similarity, nearest = (F.normalize(features.to(device), dim=1) @ keys.T).topk(neighbours, dim=1)
+        votes = torch.zeros(len(features), classes, device=device)
+        votes.scatter_add_(1, key_labels[nearest], torch.exp(similarity / 0.07))
+        correct += int((votes.argmax(1).cpu() == labels).sum())
+    return correct / len(queries.labels)
+
+
+def linear_fit_accuracy(bank: Features, queries: Features, classes: int, device: torch.device) -> float:
+    """Top-1 on the queries, 0 to 1, of a logistic regression fitted to the bank's standardised features.
+
+    Full-batch L-BFGS with an L2 penalty of 1e-4; deterministic.
+    """
+    mean, deviation = bank.features.mean(0), bank.features.std(0) + 1e-6
+    train = ((bank.features - mean) / deviation).to(device)
+    test = ((queries.features - mean) / deviation).to(device)
+    labels = bank.labels.to(device)
+    weight = torch.zeros(train.shape[1], classes, device=device, requires_grad=True)
+    bias = torch.zeros(classes, device=device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(train @ weight + bias, labels) + 1e-4 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    with torch.no_grad():
+        predicted = (test @ weight + bias).argmax(1).cpu()
+    return float((predicted == queries.labels).float().mean())
+
+
+def probe_accuracy(probe: nn.Linear, queries: Features) -> float:
+    """Top-1 on the queries, 0 to 1, of the probe that was trained alongside."""
+    with torch.no_grad():
+        predicted = F.linear(queries.features, probe.weight.float().cpu(), probe.bias.float().cpu()).argmax(1)
+    return float((predicted == queries.labels).float().mean())

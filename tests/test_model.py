@@ -1,0 +1,93 @@
+"""The encoder is torchvision's ResNet, and the heads are what the method says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from stec.encoder import Encoder
+from stec.heads import InverseModel, Projection
+from stec.model import Model
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_imagenet_encoder_is_torchvisions(arch: str) -> None:
+    """The state dict loads into torchvision's model, strictly but for fc, and gives the same features."""
+    torch.manual_seed(0)
+    ours = Encoder(arch, "imagenet")
+    for module in ours.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight, 1, 0.1)
+    theirs = torchvision.models.get_model(arch, weights=None)
+    result = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert set(result.missing_keys) == {"fc.weight", "fc.bias"} and not result.unexpected_keys
+    theirs.fc = torch.nn.Identity()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+
+
+@pytest.mark.parametrize(("stem", "size", "stride"), [("cifar", 32, 1), ("stl10", 96, 2), ("imagenet", 96, 4)])
+def test_stems_reduce_the_image_as_they_should(stem: str, size: int, stride: int) -> None:
+    encoder = Encoder("resnet18", stem, width=4)  # type: ignore[arg-type]
+    shapes = []
+    encoder.layer1.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    assert encoder(torch.rand(2, 3, size, size)).shape == (2, 32)
+    assert shapes == [(2, 4, size // stride, size // stride)]
+
+
+@pytest.mark.parametrize(("arch", "features"), [("resnet18", 8 * 12), ("resnet50", 8 * 12 * 4)])
+def test_narrow_encoders_scale_every_stage(arch: str, features: int) -> None:
+    encoder = Encoder(arch, "cifar", width=12)
+    assert encoder.feature_dim == features
+    assert [stage[-1].conv2.out_channels for stage in (encoder.layer1, encoder.layer4)] == [12, 96]
+    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, features)
+
+
+def test_initial_weights() -> None:
+    """Convolutions with variance 1 / fan-in; a bottleneck's last scale at 0, a basic block's at 1."""
+    torch.manual_seed(0)
+    weight = Encoder("resnet18", "cifar").layer4[1].conv2.weight
+    assert weight.std().item() == pytest.approx(1 / np.sqrt(512 * 9), rel=0.01)
+    assert (Encoder("resnet50", "cifar", width=4).layer2[0].bn3.weight == 0).all()
+    assert (Encoder("resnet18", "cifar", width=4).layer2[0].bn2.weight == 1).all()
+
+
+def test_heads_give_unit_vectors_and_one_logit_per_bin() -> None:
+    projection = Projection(16, 8, 5)
+    z = projection(torch.randn(7, 16))
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(7))
+    assert not projection.bn_output.bias.requires_grad
+    assert InverseModel(16, 8, n_bins=9)(torch.randn(7, 16), torch.randn(7, 16)).shape == (7, 9, 2, 3)
+
+
+def small_model(**settings: bool) -> Model:
+    torch.manual_seed(0)
+    return Model(arch="resnet18", stem="cifar", classes=3, width=4, feat_dim=8, **settings)  # type: ignore[arg-type]
+
+
+def test_the_probe_does_not_influence_the_encoder() -> None:
+    model = small_model()
+    model(torch.rand(4, 2, 3, 32, 32)).class_logits.square().sum().backward()
+    assert model.probe.weight.grad is not None
+    assert all(parameter.grad is None for parameter in model.encoder.parameters())
+
+
+def test_the_inverse_model_sees_i_then_j_and_trains_the_encoder() -> None:
+    model = small_model().eval()
+    views = torch.rand(4, 2, 3, 32, 32)
+    logits = model(views).command_logits
+    assert model.inverse_model is not None
+    h = model.encoder(views.flatten(0, 1)).view(4, 2, -1)
+    torch.testing.assert_close(logits, model.inverse_model(h[:, 0], h[:, 1]))
+    assert not torch.allclose(logits, model(views.flip(1)).command_logits)
+    logits.sum().backward()
+    assert model.encoder.conv1.weight.grad.abs().sum() > 0
+
+
+def test_simclr_has_no_inverse_model() -> None:
+    model = small_model(with_inverse_model=False)
+    assert model(torch.rand(4, 2, 3, 32, 32)).command_logits is None
+    assert not [name for name in model.state_dict() if name.startswith("inverse_model")]

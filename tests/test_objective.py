@@ -1,0 +1,142 @@
+"""The losses: against slow code, known values and symmetries; two processes against one."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn import functional as F
+
+from stec.model import Outputs
+from stec.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent
+
+
+def unit_vectors(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    z = F.normalize(torch.randn(2, count, 8, generator=generator, dtype=torch.float64), dim=-1)
+    return z[0], z[1]
+
+
+def slow_nt_xent(z_i: Tensor, z_j: Tensor, temperature: float) -> float:
+    """Equation 1 of the SimCLR paper, one pair at a time."""
+    z, count, total = torch.cat([z_i, z_j]), len(z_i), 0.0
+    for a in range(2 * count):
+        partner = (a + count) % (2 * count)
+        similarities = [math.exp(float(z[a] @ z[b]) / temperature) for b in range(2 * count) if b != a]
+        total -= math.log(math.exp(float(z[a] @ z[partner]) / temperature) / sum(similarities))
+    return total / (2 * count)
+
+
+def test_nt_xent_is_the_papers() -> None:
+    z_i, z_j = unit_vectors(9)
+    assert nt_xent(z_i, z_j, 0.3)[0].item() == pytest.approx(slow_nt_xent(z_i, z_j, 0.3), rel=1e-6)
+
+
+def test_nt_xent_of_orthogonal_pairs_is_known() -> None:
+    """Partners equal, all others orthogonal: log(1 + 2 (N - 1) exp(-1 / T))."""
+    z = torch.eye(6)
+    loss, accuracy, contrast_accuracy, _ = nt_xent(z, z, 0.5)
+    assert loss.item() == pytest.approx(math.log(1 + 10 * math.exp(-2)), rel=1e-6)
+    assert accuracy.item() == contrast_accuracy.item() == 1
+
+
+def test_nt_xent_is_symmetric_in_its_views() -> None:
+    z_i, z_j = unit_vectors(9)
+    torch.testing.assert_close(nt_xent(z_i, z_j, 0.1)[0], nt_xent(z_j, z_i, 0.1)[0])
+
+
+def test_nt_xent_in_half_precision_is_computed_in_single() -> None:
+    z_i, z_j = (z.to(torch.bfloat16) for z in unit_vectors(9))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = nt_xent(z_i, z_j, 0.1)[0]
+    torch.testing.assert_close(half, nt_xent(z_i.float(), z_j.float(), 0.1)[0])
+
+
+def test_bins_are_equal_parts_of_their_range() -> None:
+    low, high = np.array([-2, -2, -0.5]), np.array([2, 2, 0.5])
+    values = np.random.default_rng(0).uniform(-3, 3, (500, 2, 3))
+    expected = np.clip(np.floor((values - low) / (high - low) * 6), 0, 5)
+    np.testing.assert_array_equal(command_bins(torch.from_numpy(values), 6), expected)
+
+
+def test_masked_pairs_leave_no_trace() -> None:
+    """Neither in the loss nor in the gradient, not even where they are not finite."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 6, 2, 3, generator=generator)
+    command, valid = torch.randn(5, 2, 3, generator=generator), torch.tensor([True, False, True, False, True])
+    expected, _ = inverse_loss(logits[valid], command[valid], torch.ones(3, dtype=torch.bool))
+    logits[1] = math.inf
+    logits.requires_grad_()
+    loss, _ = inverse_loss(logits, command, valid)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_no_valid_pair_is_no_loss() -> None:
+    logits = torch.randn(4, 6, 2, 3, requires_grad=True)
+    loss, _ = inverse_loss(logits, torch.zeros(4, 2, 3), torch.zeros(4, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()  # type: ignore[union-attr]
+
+
+def some_outputs() -> tuple[Outputs, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    z_i, z_j = unit_vectors(8)
+    outputs = Outputs(
+        projections=torch.stack([z_i, z_j], 1),
+        command_logits=torch.randn(8, 6, 2, 3, generator=generator, dtype=torch.float64),
+        class_logits=torch.randn(8, 2, 5, generator=generator, dtype=torch.float64),
+    )
+    command = torch.randn(8, 2, 3, generator=generator, dtype=torch.float64)
+    # Three of the first half's pairs are valid and one of the second's: processes must not weigh alike.
+    valid = torch.tensor([True, True, True, False, False, False, False, True])
+    return outputs, command, valid, torch.arange(8) % 5
+
+
+def test_the_sum_is_weighted() -> None:
+    outputs, command, valid, labels = some_outputs()
+    loss, metrics = Objective(Weights(discrimination=2, manipulation=0.3, supervised=0.5), temperature=0.2)(
+        outputs, command, valid, labels
+    )
+    named = dict(zip(METRICS, metrics.tolist()))
+    expected = 2 * named["discrimination"] + 0.3 * named["manipulation"] + 0.5 * named["supervised"]
+    assert loss.item() == pytest.approx(expected, rel=1e-6) == pytest.approx(named["loss"], rel=1e-6)
+    both = torch.cat([outputs.class_logits[:, 0], outputs.class_logits[:, 1]])
+    assert named["supervised"] == pytest.approx(F.cross_entropy(both, labels.repeat(2)).item(), rel=1e-6)
+
+
+def half_of_the_work(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    outputs, command, valid, labels = some_outputs()
+    own = slice(4 * rank, 4 * rank + 4)
+    leaves = [tensor[own].clone().requires_grad_() for tensor in outputs if tensor is not None]
+    loss, metrics = Objective(Weights(manipulation=1.0), temperature=0.2)(
+        Outputs(*leaves), command[own], valid[own], labels[own]
+    )
+    loss.backward()
+    torch.save([metrics, *[leaf.grad for leaf in leaves]], folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """The mean loss of two gloo processes, and its gradient, are those of one process with the whole batch."""
+    outputs, command, valid, labels = some_outputs()
+    leaves = [tensor.clone().requires_grad_() for tensor in outputs if tensor is not None]
+    loss, metrics = Objective(Weights(manipulation=1.0), temperature=0.2)(Outputs(*leaves), command, valid, labels)
+    loss.backward()
+
+    mp.spawn(half_of_the_work, args=(tmp_path,), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    averaged = dict(zip(METRICS, (ranks[0][0] + ranks[1][0]) / 2))
+    whole = dict(zip(METRICS, metrics))
+    for name in ("loss", "discrimination", "discrimination_accuracy", "manipulation", "supervised"):
+        torch.testing.assert_close(averaged[name], whole[name], rtol=1e-6, atol=1e-7)
+    for k, leaf in enumerate(leaves):
+        # Gradient averaging divides by the number of processes.
+        gradient = torch.cat([ranks[0][1 + k], ranks[1][1 + k]]) / 2
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-8)

@@ -1,0 +1,90 @@
+"""LARS against a slow reference and against PyTorch's SGD; the official parameter groups; the schedule's ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stec.model import Model
+from stec.optim import Lars, learning_rate_factor, make_optimizer
+
+
+def slow_lars(
+    weights: list[Tensor], gradients: list[list[Tensor]], *, lr: float, decay: float, nesterov: bool
+) -> list[Tensor]:
+    """One parameter at a time, as the definition reads."""
+    weights = [w.clone() for w in weights]
+    momenta = [torch.zeros_like(w) for w in weights]
+    for step in gradients:
+        for w, m, g in zip(weights, momenta, step):
+            update = g.clone()
+            if w.norm() > 0 and g.norm() > 0:
+                update = update + decay * w
+                update = update * (0.001 * w.norm() / (g.norm() + decay * w.norm() + 1e-8))
+            m.mul_(0.9).add_(update)
+            w.sub_(lr * (update + 0.9 * m if nesterov else m))
+    return weights
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 1e-2])
+def test_lars_is_its_definition(nesterov: bool, decay: float) -> None:
+    """Also where a weight or a gradient is zero."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4), (5,), (2, 2, 3), (4,), (6,)]
+    start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    start[3].zero_()
+    gradients = [
+        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes] for _ in range(4)
+    ]
+    for step in gradients:
+        step[4].zero_()
+    parameters = [torch.nn.Parameter(w.clone()) for w in start]
+    optimizer = Lars(parameters, lr=0.5, weight_decay=decay, nesterov=nesterov)
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    expected = slow_lars(start, gradients, lr=0.5, decay=decay, nesterov=nesterov)
+    for parameter, weight in zip(parameters, expected):
+        torch.testing.assert_close(parameter.data, weight, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_without_adaptation_it_is_sgd(nesterov: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 12)) for _ in range(2))
+    optimizers = [
+        Lars([{"params": [ours], "adapt": False}], lr=0.1, weight_decay=0.01, nesterov=nesterov),
+        torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov),
+    ]
+    for _ in range(5):
+        gradient = torch.randn(12)
+        for parameter, optimizer in zip((ours, theirs), optimizers):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_official_groups() -> None:
+    model = Model(arch="resnet18", stem="cifar", classes=3, width=4, feat_dim=8)
+    optimizer = make_optimizer(model, "lars", learning_rate=1.0, weight_decay=1e-6, nesterov=False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    adapted, plain, probe = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert probe == {"probe.weight"}
+    assert {"encoder.bn1.weight", "probe.bias", "projection.bn_output.weight", "inverse_model.output.bias"} <= plain
+    assert {"encoder.conv1.weight", "encoder.layer2.0.downsample.1.weight", "projection.output.weight"} <= adapted
+    assert not adapted & plain
+    assert adapted | plain | probe == set(names.values()) - {"projection.bn_output.bias"}
+    settings = [(group["adapt"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert settings == [(True, 1e-6), (False, 0.0), (False, 1e-6)]
+
+
+def test_schedule_ends() -> None:
+    def at(step: int) -> float:
+        return learning_rate_factor(step, warmup_steps=10, total_steps=50)
+
+    assert at(0) == 0 and at(5) == 0.5 and at(10) == 1
+    assert at(30) == pytest.approx(0.5) and at(50) == pytest.approx(0)
+    assert learning_rate_factor(0, warmup_steps=0, total_steps=10) == 1
