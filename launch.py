@@ -83,6 +83,12 @@ def train(arguments: list[str]) -> None:
     device = accelerator.device
     console = Console(enabled=accelerator.is_main_process)
 
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own_cpus = max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if device.type == "cpu":
+        # accelerate launch allows each process one thread unless told otherwise.
+        torch.set_num_threads(own_cpus)
+
     data_set = open_data_set(config.dataset, config.data_dir, config.limit_train)
     policy = Policy(
         size=config.traits.view_size_px,
@@ -100,9 +106,7 @@ def train(arguments: list[str]) -> None:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = config.num_workers if config.num_workers is not None else max(1, cpus // local_processes)
+    workers = config.num_workers if config.num_workers is not None else own_cpus
     loader = Loader(order, backend=config.backend, device=device, workers=workers)
     data = engine.Data(
         training=loader,
@@ -126,7 +130,10 @@ def train(arguments: list[str]) -> None:
         [
             ("data", f"{config.dataset}: {len(data_set.train)} training images, {len(data_set.test)} test images"),
             ("encoder", f"{config.arch}, width {config.width}"),
-            ("training", f"{config.max_epochs} epochs of {order.steps_per_epoch} steps of {order.global_batch_size} images"),
+            (
+                "training",
+                f"{config.max_epochs} epochs of {order.steps_per_epoch} steps of {order.global_batch_size} images",
+            ),
             ("machine", f"{accelerator.num_processes} process(es) on {environment['device']}, precision {precision}"),
             ("pipeline", f"{loader.backend}, {workers} thread(s) or worker(s) per process"),
             ("files", str(folder.path.resolve())),

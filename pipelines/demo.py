@@ -1,12 +1,15 @@
 """The embedded demo set: coloured, textured shapes over cluttered backgrounds, made from a seed.
 
-The class is the shape alone. Position, size, rotation, colours, textures and clutter are drawn at random for every
-image, so that neither colour nor background tells the class, and neither crop, flip nor jitter changes it.
+The class is the shape alone. Positions, sizes, rotations, colours, textures and clutter are drawn at random for every
+image, so that neither colour nor background tells the class, and neither crop, flip nor jitter changes it. Every image
+shows its shape five times, so that most windows hold one, and in muted colours, so that little but the shape survives
+the jitter to recognise an image by: without this, contrastive learning would be content with colours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -15,8 +18,10 @@ from numpy.typing import NDArray
 CLASSES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar", "heart", "hourglass")
 SIZE_PX = 32
 IMAGES = {"train": 8192, "test": 2048}
+CHUNK = 64
+"""Images painted at a time: few enough for the intermediate arrays to stay in the processor's cache."""
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 
 
 def render(*, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -24,22 +29,25 @@ def render(*, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArr
     count = IMAGES[split]
     labels = np.arange(count, dtype=np.int64) % len(CLASSES)
     images = np.empty((count, SIZE_PX, SIZE_PX, 3), np.uint8)
-    # Chunks of this size keep the intermediate arrays within the processor's cache.
-    chunk = 64
-    for start in range(0, count, chunk):
-        rng = np.random.default_rng([2022, split == "test", start])
-        images[start : start + chunk] = _render_chunk(labels[start : start + chunk], rng)
+
+    def render_chunk(start: int) -> None:
+        chunk = slice(start, start + CHUNK)
+        images[chunk] = _paint(labels[chunk], np.random.default_rng([2022, split == "test", start]))
+
+    # NumPy works without the interpreter's lock, so threads share the chunks.
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(render_chunk, range(0, count, CHUNK)))
     return images, labels
 
 
-def _render_chunk(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.uint8]:
+def _paint(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.uint8]:
     painter = _Painter(len(labels), rng)
     image = painter.texture()
-    for _ in range(6):
+    for _ in range(4):
         image = painter.clutter(image)
-    # Every image shows its class three times, so that most windows hold a part of it; the largest comes last.
-    for smallest, largest, reach in ((0.2, 0.35, 0.8), (0.2, 0.35, 0.8), (0.45, 0.65, 0.3)):
-        image = painter.shape(image, labels, painter.uniform(smallest, largest, 1, 1), reach)
+    for _ in range(4):
+        image = painter.shape(image, labels, radius=(0.22, 0.32), reach=0.8)
+    image = painter.shape(image, labels, radius=(0.4, 0.55), reach=0.4)
     image += rng.normal(0, 0.02, image.shape).astype(np.float32)
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
@@ -57,7 +65,7 @@ class _Painter:
 
     def colour(self) -> Floats:
         """[N, 1, 1, 3]: a muted colour, so that jitter leaves little of it to recognise an image by."""
-        return np.clip(self.uniform(0.1, 0.9, 1, 1, 1) + self.uniform(-0.12, 0.12, 1, 1, 3), 0, 1)
+        return np.clip(self.uniform(0.1, 0.9, 1, 1, 1) + self.uniform(-0.1, 0.1, 1, 1, 3), 0, 1)
 
     def texture(self) -> Floats:
         """[N, H, W, 3]: a wave between two colours, anything from a slow gradient to stripes or checks."""
@@ -68,7 +76,7 @@ class _Painter:
         wave = np.sin(frequency * along + self.uniform(0, 2 * np.pi, 1, 1))
         checks = wave * np.sin(frequency * across + self.uniform(0, 2 * np.pi, 1, 1))
         wave = np.where(self.uniform(0, 1, 1, 1) < 0.4, checks, wave)
-        return first + (second - first) * (0.25 + 0.25 * np.clip(1.5 * wave, -1, 1))[..., None]
+        return first + (second - first) * (0.15 + 0.15 * np.clip(1.5 * wave, -1, 1))[..., None]
 
     def clutter(self, image: Floats) -> Floats:
         """Adds a small ellipse or stroke somewhere."""
@@ -79,18 +87,18 @@ class _Painter:
         cover = np.clip(3 * (1 - np.hypot(along, across)), 0, 1)[..., None]
         return image * (1 - cover) + self.colour() * cover
 
-    def shape(self, image: Floats, labels: NDArray[np.int64], radius: Floats, reach: float) -> Floats:
-        """Adds the shape of each image's class, ``radius`` [N, 1, 1] large, centred within ``reach`` of the middle."""
-        angle = self.uniform(-0.4, 0.4, 1, 1)
+    def shape(self, image: Floats, labels: NDArray[np.int64], *, radius: tuple[float, float], reach: float) -> Floats:
+        """Adds the shape of each image's class, of a size within ``radius``, at most ``reach`` from the middle."""
+        angle, size = self.uniform(-0.4, 0.4, 1, 1), self.uniform(*radius, 1, 1)
         dx, dy = self.x - self.uniform(-reach, reach, 1, 1), self.y - self.uniform(-reach, reach, 1, 1)
-        u = (np.cos(angle) * dx + np.sin(angle) * dy) / radius
-        v = (-np.sin(angle) * dx + np.cos(angle) * dy) / radius
+        u = (np.cos(angle) * dx + np.sin(angle) * dy) / size
+        v = (-np.sin(angle) * dx + np.cos(angle) * dy) / size
         distance = np.empty_like(u)
         for label, signed_distance in enumerate(_SHAPES):
             chosen = labels == label
             distance[chosen] = signed_distance(u[chosen], v[chosen])
         # One pixel is this long in the shape's own coordinates: the width of its soft edge.
-        edge = 2 / SIZE_PX / radius
+        edge = 2 / SIZE_PX / size
         cover = np.clip(0.5 - distance / edge, 0, 1)[..., None]
         return image * (1 - cover) + self.texture() * cover
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from nvidia.dali import fn, math, pipeline_def, types  # type: ignore[import-untyped]
+from nvidia.dali import fn, math, pipeline_def, types
 
 from stec.commands import VIEWS, Commands, Policy
 from stec.geometry import colour_maps
@@ -33,7 +33,7 @@ SOLARIZE_ARGUMENTS = ("solarize_limit",)
 
 def argument_names(policy: Policy) -> tuple[str, ...]:
     """Names of the per-view arguments that the graph of this policy takes: stages that never happen are left out."""
-    names = WINDOW_ARGUMENTS
+    names: tuple[str, ...] = WINDOW_ARGUMENTS
     if policy.p_blur > 0:
         names += BLUR_ARGUMENTS
     if policy.p_color_jitter > 0 or policy.p_grayscale > 0:
@@ -110,7 +110,7 @@ def array_pipeline(
     """
     names = argument_names(policy)
 
-    @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)
+    @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
     def pipeline() -> tuple[DataNode, ...]:
         count = 1 + VIEWS * len(names) + 2
         layouts = ["HWC"] + [""] * (count - 1)

@@ -84,7 +84,7 @@ def _cifar10(data_dir: Path) -> DataSet:
         files = [binary / f"data_batch_{k}.bin" for k in range(1, 6)], [binary / "test_batch.bin"]
         splits = [_read_cifar_binary(split, classes=len(CIFAR10_CLASSES)) for split in files]
     elif python.is_dir():
-        from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
+        from torchvision.datasets import CIFAR10
 
         splits = [_read_cifar_python(python, dict(listed)) for listed in (CIFAR10.train_list, CIFAR10.test_list)]
     else:
@@ -113,8 +113,10 @@ def _read_cifar_binary(files: list[Path], *, classes: int) -> ImageArray:
     records = np.concatenate(parts)
     labels = records[:, 0].astype(np.int64)
     if labels.max() >= classes:
-        raise UserError(f"{files[0].parent} holds label {labels.max()}, but CIFAR-10 has {classes} classes; "
-                        f"unpack its archive again.")
+        raise UserError(
+            f"{files[0].parent} holds label {labels.max()}, but CIFAR-10 has {classes} classes; "
+            f"unpack its archive again."
+        )
     return ImageArray(images=_planes_to_pixels(records[:, 1:]), labels=labels)
 
 

@@ -120,9 +120,7 @@ class _DaliSource:
         self.step += 1
         images, policy = self.order.images, self.order.policy
         by_name = view_arguments(share.commands, policy)
-        arguments = [
-            np.ascontiguousarray(by_name[name][:, v]) for v in range(VIEWS) for name in argument_names(policy)
-        ]
+        arguments = [np.ascontiguousarray(by_name[name][:, v]) for v in range(VIEWS) for name in argument_names(policy)]
         feed = [images.images[share.image_ids], *arguments, share.commands.pack(), _record(share, images)]
         self._in_flight.append(feed)
         return feed

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import functional as F  # type: ignore[import-untyped]
+from torchvision.transforms import functional as F
 
 from pipelines.order import Order, Share
 from stec.commands import VIEWS, Commands, Policy
@@ -86,7 +86,7 @@ def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[tup
         DataLoader(
             _Steps(order),
             batch_size=None,
-            sampler=itertools.count(first_step),  # type: ignore[arg-type]
+            sampler=itertools.count(first_step),
             num_workers=workers,
         )
     )

@@ -38,7 +38,7 @@ def save(run_folder: Path, step: int, state: dict[str, Any]) -> Path:
             torch.save({"format_version": FORMAT_VERSION, "step": step, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(

@@ -24,7 +24,18 @@ JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int32)
 
 # One column per random choice of a view. 36 and not 33 columns: a Philox counter yields four numbers at a time, and
 # a position must start on a counter.
-_AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0, 10, 20, 21, 22, 23, 24, 25, 26, 27
+_AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = (
+    0,
+    10,
+    20,
+    21,
+    22,
+    23,
+    24,
+    25,
+    26,
+    27,
+)
 _ORDER, _GREY, _BLUR, _SIGMA, _SOLARIZE = 28, 29, 30, 31, 32
 UNIFORMS_PER_VIEW = 36
 _COUNTERS_PER_POSITION = VIEWS * UNIFORMS_PER_VIEW // 4
@@ -157,9 +168,7 @@ def generator(stream: int, seed: int, epoch: int, counter: int = 0) -> np.random
     return np.random.Generator(philox.advance(counter) if counter else philox)
 
 
-def draw(
-    policy: Policy, *, seed: int, epoch: int, first_position: int, image_hw: NDArray[np.integer]
-) -> Commands:
+def draw(policy: Policy, *, seed: int, epoch: int, first_position: int, image_hw: NDArray[np.integer]) -> Commands:
     """Draw the commands of consecutive positions of an epoch.
 
     ``image_hw`` is [N, 2], the source images' heights and widths in px at the positions ``first_position`` to
@@ -173,9 +182,7 @@ def draw(
     return commands_from_uniforms(policy, uniforms, image_hw)
 
 
-def commands_from_uniforms(
-    policy: Policy, uniforms: NDArray[np.float64], image_hw: NDArray[np.integer]
-) -> Commands:
+def commands_from_uniforms(policy: Policy, uniforms: NDArray[np.float64], image_hw: NDArray[np.integer]) -> Commands:
     """Turn uniforms in [0, 1), [N, V, 36] float64, into commands for images of sizes ``image_hw`` [N, 2]."""
     shape = uniforms.shape[:2]
     source_height = np.broadcast_to(np.asarray(image_hw[:, 0], np.int32)[:, None], shape)

@@ -32,7 +32,7 @@ class DataSetTraits:
 
 
 DATA_SETS = {
-    "demo": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=0.5),
+    "demo": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=1.0),
     "cifar10": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=0.5),
 }
 
@@ -203,5 +203,5 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--config {path} is not valid JSON ({error}); give a run's config.json.") from error
     if not isinstance(settings, dict):
-        raise UserError(f"--config {path} holds no JSON object; give settings as {{\"batch_size\": 256, ...}}.")
+        raise UserError(f'--config {path} holds no JSON object; give settings as {{"batch_size": 256, ...}}.')
     return settings

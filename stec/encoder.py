@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck  # type: ignore[import-untyped]
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 Stem = Literal["cifar", "stl10", "imagenet"]
 """``cifar``: 3x3 convolution, stride 1; ``stl10``: 7x7, stride 2; ``imagenet``: 7x7, stride 2, then max-pool."""

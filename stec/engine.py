@@ -48,7 +48,10 @@ class Data:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` becomes what the device is fast at: bf16, else fp16 on a GPU, else no. Raises UserError where it can't be."""
+    """``auto`` becomes what the device is fast at: bf16, else fp16 on a GPU, else no.
+
+    Raises UserError for what the device cannot do.
+    """
     if device.type == "cuda":
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -110,7 +113,7 @@ def train(
     total_steps = config.max_epochs * steps_per_epoch
 
     # --- Model, objective, optimiser ---
-    bare_model = build_model(config, data.classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    bare_model = build_model(config, data.classes).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(
         bare_model,
         config.optimizer,
@@ -148,9 +151,7 @@ def train(
         if config.lr_scheduler == "none":
             return config.learning_rate
         warmup_steps = config.warmup_epochs * steps_per_epoch
-        return config.learning_rate * learning_rate_factor(
-            at_step, warmup_steps=warmup_steps, total_steps=total_steps
-        )
+        return config.learning_rate * learning_rate_factor(at_step, warmup_steps=warmup_steps, total_steps=total_steps)
 
     # --- Logging and saving ---
     unlogged: list[Tensor] = []
@@ -281,8 +282,8 @@ def _check_finite(
     first = step_in_epoch * global_batch_size
     raise UserError(
         f"The loss became {losses[bad]} at step {first_step + bad + 1} (epoch {epoch + 1}, positions {first} to "
-        f"{first + global_batch_size - 1}); nothing of it was saved. Lower --learning_rate or use --mixed_precision no, "
-        f"and go on from the checkpoint before by --results_path {folder.path} --resume auto or start anew."
+        f"{first + global_batch_size - 1}); nothing of it was saved. Lower --learning_rate or use --mixed_precision "
+        f"no, and go on from the checkpoint before by --results_path {folder.path} --resume auto or start anew."
     )
 
 

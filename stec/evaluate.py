@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from accelerate import Accelerator
@@ -45,14 +46,14 @@ def extract_features(
                 features.append(encoder(batch.images).float())
             labels.append(batch.labels)
     encoder.train(was_training)
-    longest = max(last - first for first, last in zip(bounds, bounds[1:], strict=False))
+    lengths = [last - first for first, last in pairwise(bounds)]
+    longest = max(lengths)
     own_features, own_labels = torch.cat(features), torch.cat(labels)
     padding = longest - len(own_labels)
     own_features = F.pad(own_features, (0, 0, 0, padding))
     own_labels = F.pad(own_labels, (0, padding))
     all_features = accelerator.gather(own_features).cpu().split(longest)
     all_labels = accelerator.gather(own_labels).cpu().split(longest)
-    lengths = [last - first for first, last in zip(bounds, bounds[1:], strict=False)]
     return Features(
         features=torch.cat([part[:length] for part, length in zip(all_features, lengths, strict=True)]),
         labels=torch.cat([part[:length] for part, length in zip(all_labels, lengths, strict=True)]),
@@ -93,10 +94,10 @@ def linear_fit_accuracy(bank: Features, queries: Features, classes: int, device:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(train @ weight + bias, labels) + 1e-4 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     with torch.no_grad():
         predicted = (test @ weight + bias).argmax(1).cpu()
     return float((predicted == queries.labels).float().mean())

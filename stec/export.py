@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,4 +55,4 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, temporary, {"stec": json.dumps(metadata, sort_keys=True)})
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -42,7 +42,7 @@ def official_inverse(theta: NDArray[np.float64]) -> NDArray[np.float64]:
     The official implementation inverts the linear part and merely negates the translation, where the true inverse of
     ``x -> s x + t`` translates by ``-t/s``. Published models were trained on this, so it is the default convention.
     """
-    inverse = np.linalg.inv(theta)
+    inverse = np.linalg.inv(theta).astype(np.float64)
     inverse[..., :2, 2] = -theta[..., :2, 2]
     return inverse
 

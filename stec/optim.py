@@ -32,15 +32,15 @@ class Lars(torch.optim.Optimizer):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            trust_coefficient=trust_coefficient,
-            eps=eps,
-            adapt=True,
-        )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "adapt": True,
+        }
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ class Lars(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         decay = group["weight_decay"]
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         updates = torch._foreach_add(grads, params, alpha=decay)
         if group["adapt"]:
             weight_norm = torch.stack(torch._foreach_norm(params))
@@ -73,9 +73,9 @@ class Lars(torch.optim.Optimizer):
         torch._foreach_add_(buffers, updates)
         if group["nesterov"]:
             torch._foreach_add_(updates, buffers, alpha=group["momentum"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
         else:
-            updates = buffers
-        torch._foreach_add_(params, updates, alpha=-group["lr"])
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
 def make_optimizer(
@@ -103,7 +103,7 @@ def make_optimizer(
     probe = [p for name, p in named if name == "probe.weight"]
     taken = {id(p) for p in plain + probe}
     adapted = [p for _, p in named if id(p) not in taken]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": adapted},
         {"params": plain, "adapt": False, "weight_decay": 0.0},
         {"params": probe, "adapt": False},

@@ -20,10 +20,12 @@ def demo() -> TrainConfig:
         feat_dim=64,
         temperature=0.2,
         manip_lambda=1.0,
-        learning_rate=1.0,
-        batch_size=256,
+        # Few steps are trained, too few for LARS's small ones.
+        optimizer="adam",
+        learning_rate=3e-3,
+        batch_size=128,
         warmup_epochs=1,
-        max_epochs=20,
+        max_epochs=10,
     )
 
 

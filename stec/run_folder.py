@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,4 +118,4 @@ def write_text(path: Path, text: str) -> None:
     """Write to a temporary name beside ``path``, then rename: the file is whole at any moment."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary.replace(path)

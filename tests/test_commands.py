@@ -79,7 +79,7 @@ def test_a_command_depends_on_its_position_alone() -> None:
     np.testing.assert_array_equal(whole[50:70].pack(), part.pack())
 
 
-@pytest.mark.parametrize("other", [dict(seed=6, epoch=2), dict(seed=5, epoch=3)])
+@pytest.mark.parametrize("other", [{"seed": 6, "epoch": 2}, {"seed": 5, "epoch": 3}])
 def test_seed_and_epoch_change_everything(other: dict[str, int]) -> None:
     one, two = draw_many(Policy(), seed=5, epoch=2), draw_many(Policy(), **other)
     assert np.mean(one.top == two.top) < 0.1

@@ -78,7 +78,7 @@ def test_a_changed_pickle_is_not_unpickled(
             return (Path.touch, (tmp_path / "executed",))  # type: ignore[return-value]
 
     (folder / "data_batch_3").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(UserError, match="data_batch_3 has MD5 .* not unpickled"):
+    with pytest.raises(UserError, match=r"data_batch_3 has MD5 .* not unpickled"):
         open_data_set("cifar10", tmp_path)
     assert not (tmp_path / "executed").exists()
 

@@ -15,7 +15,7 @@ from tests.conftest import smooth_image
 
 def some_commands(count: int = 200, **policy: float) -> Commands:
     image_hw = np.tile([[96, 128]], (count, 1))
-    return draw(Policy(**policy), seed=7, epoch=0, first_position=0, image_hw=image_hw)  # type: ignore[arg-type]
+    return draw(Policy(**policy), seed=7, epoch=0, first_position=0, image_hw=image_hw)
 
 
 def test_window_matrix_describes_the_pixels() -> None:
@@ -43,8 +43,8 @@ def as_square(command: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("convention", ["exact", "egocentric"])
 def test_there_and_back_is_identity(convention: str) -> None:
     commands = some_commands()
-    there = as_square(relative_windows(commands, convention=convention))  # type: ignore[arg-type]
-    back = as_square(relative_windows(commands, from_view=1, to_view=0, convention=convention))  # type: ignore[arg-type]
+    there = as_square(relative_windows(commands, convention=convention))
+    back = as_square(relative_windows(commands, from_view=1, to_view=0, convention=convention))
     np.testing.assert_allclose(back @ there, np.broadcast_to(np.eye(3), there.shape), atol=1e-4)
 
 

@@ -135,7 +135,7 @@ def test_solarize() -> None:
 @pytest.mark.parametrize("group", groups("schedule"))
 def test_schedule(group: str) -> None:
     """Warm-up and cosine at every step, to 1e-12."""
-    warmup, total = map(int, re.fullmatch(r"warmup(\d+)_total(\d+)", group).groups())  # type: ignore[union-attr]
+    warmup, total = map(int, re.fullmatch(r"warmup(\d+)_total(\d+)", group).groups())
     golden = getattr(load("schedule"), group)
     ours = [learning_rate_factor(step, warmup_steps=warmup, total_steps=total) for step in range(len(golden))]
     np.testing.assert_allclose(ours, golden, atol=1e-12)

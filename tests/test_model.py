@@ -31,7 +31,7 @@ def test_imagenet_encoder_is_torchvisions(arch: str) -> None:
 
 @pytest.mark.parametrize(("stem", "size", "stride"), [("cifar", 32, 1), ("stl10", 96, 2), ("imagenet", 96, 4)])
 def test_stems_reduce_the_image_as_they_should(stem: str, size: int, stride: int) -> None:
-    encoder = Encoder("resnet18", stem, width=4)  # type: ignore[arg-type]
+    encoder = Encoder("resnet18", stem, width=4)
     shapes = []
     encoder.layer1.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
     assert encoder(torch.rand(2, 3, size, size)).shape == (2, 32)
@@ -65,7 +65,7 @@ def test_heads_give_unit_vectors_and_one_logit_per_bin() -> None:
 
 def small_model(**settings: bool) -> Model:
     torch.manual_seed(0)
-    return Model(arch="resnet18", stem="cifar", classes=3, width=4, feat_dim=8, **settings)  # type: ignore[arg-type]
+    return Model(arch="resnet18", stem="cifar", classes=3, width=4, feat_dim=8, **settings)
 
 
 def test_the_probe_does_not_influence_the_encoder() -> None:

@@ -35,9 +35,7 @@ def test_lars_is_its_definition(nesterov: bool, decay: float) -> None:
     shapes = [(3, 4), (5,), (2, 2, 3), (4,), (6,)]
     start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     start[3].zero_()
-    gradients = [
-        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes] for _ in range(4)
-    ]
+    gradients = [[torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes] for _ in range(4)]
     for step in gradients:
         step[4].zero_()
     parameters = [torch.nn.Parameter(w.clone()) for w in start]

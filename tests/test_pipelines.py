@@ -26,10 +26,15 @@ POLICIES = {
 
 
 def loader(
-    images: ImageArray, policy: Policy, backend: str = "dali", device: torch.device = CPU, workers: int = 2, **order: int
+    images: ImageArray,
+    policy: Policy,
+    backend: str = "dali",
+    device: torch.device = CPU,
+    workers: int = 2,
+    **order: int,
 ) -> Loader:
     settings = {"seed": 11, "batch_size": 64, **order}
-    return Loader(Order(images, policy, **settings), backend=backend, device=device, workers=workers)  # type: ignore[arg-type]
+    return Loader(Order(images, policy, **settings), backend=backend, device=device, workers=workers)
 
 
 def take(source: Loader, count: int, first_step: int = 0) -> list[Batch]:
@@ -86,7 +91,9 @@ def test_two_processes_make_the_batch_of_one(demo_test_images: ImageArray, backe
     policy = POLICIES["stl10"]
     whole = take(loader(demo_test_images, policy, backend), 2, first_step=5)
     halves = [
-        take(loader(demo_test_images, policy, backend, batch_size=32, process_index=k, num_processes=2), 2, first_step=5)
+        take(
+            loader(demo_test_images, policy, backend, batch_size=32, process_index=k, num_processes=2), 2, first_step=5
+        )
         for k in range(2)
     ]
     for step in range(2):
@@ -108,7 +115,7 @@ def test_batch_layout(demo_test_images: ImageArray) -> None:
         (batch,) = take(loader(demo_test_images, POLICIES["cifar"], backend), 1)
         assert batch.views.shape == (64, VIEWS, 3, 32, 32) and batch.views.dtype == torch.float32
         assert batch.views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-        assert 0 <= batch.views.min() and batch.views.max() <= 1 and batch.views.std() > 0.1
+        assert batch.views.min() >= 0 and batch.views.max() <= 1 and batch.views.std() > 0.1
 
 
 def test_an_epoch_shows_each_image_once(demo_test_images: ImageArray) -> None:

@@ -1,0 +1,154 @@
+"""Whole runs through the command line, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+SMALL = (
+    "--limit_train 160 --batch_size 32 --width 4 --feat_dim 8 --manip_hidden_mlp 16 --hidden_mlp 16 --max_epochs 2 "
+    "--log_every 2 --num_workers 1"
+).split()
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "launch.py", *SMALL, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, out + err
+    assert "Traceback" not in err
+    return out, err
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    out, _ = run("--results_path", folder)
+    return folder, out
+
+
+def test_a_run_leaves_everything_behind(finished: tuple[Path, str]) -> None:
+    folder, out = finished
+    for expected in ("kNN (k = 20) top-1", "inverse model", "share of time waiting for data", str(folder)):
+        assert expected in out
+    assert out.count("epoch 1/2 ") == out.count("epoch 2/2 ") == 1
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint-00000005.pt",
+        "checkpoint-00000010.pt",
+        "config.json",
+        "encoder.safetensors",
+        "environment.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "results.json",
+    ]
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10]
+    assert [line["steps"] for line in lines] == [2, 2, 1, 1, 2, 2]
+    results = json.loads((folder / "results.json").read_text())
+    assert all(0 <= results[name] <= 1 for name in ("knn20_before", "linear_fit_after", "inverse_model_accuracy"))
+
+
+def test_exported_weights_are_the_trained_ones(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    model, encoder = load_file(folder / "model.safetensors"), load_file(folder / "encoder.safetensors")
+    trained = torch.load(folder / "checkpoint-00000010.pt", weights_only=True)["model"]
+    assert model.keys() == trained.keys()
+    for name, tensor in model.items():
+        assert torch.equal(tensor, trained[name])
+    assert {f"encoder.{name}" for name in encoder} == {name for name in model if name.startswith("encoder.")}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["stec"])["step"] == 10
+
+
+def test_the_same_run_twice_is_equal_to_the_bit(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = finished
+    run("--results_path", tmp_path / "second")
+    for name in ("model.safetensors", "encoder.safetensors"):
+        assert (tmp_path / "second" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_run_can_be_repeated_from_its_config(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = finished
+    command = [sys.executable, ROOT / "launch.py", "--config", folder / "config.json", "--results_path", tmp_path / "x"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "x" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_ctrl_c_saves_and_resuming_changes_nothing(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Stopped in the middle of an epoch, the run goes on to the same bits, with every step logged once."""
+    folder, _ = finished
+    interrupted = tmp_path / "interrupted"
+    process = start("--results_path", interrupted)
+    deadline = time.monotonic() + 60
+    while not (interrupted / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.startswith("Stopped after step") and "--resume auto" in err and "Traceback" not in err
+    (saved,) = interrupted.glob("checkpoint-*.pt")
+    assert saved.name != "checkpoint-00000010.pt"
+    assert not list(interrupted.glob(".*.tmp"))
+
+    out, _ = run("--results_path", interrupted, "--resume", "auto")
+    assert "Going on after step" in out
+    assert (interrupted / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert sum(line["steps"] for line in metrics(interrupted)) == 10
+
+
+def test_an_existing_run_is_not_overwritten(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    _, err = run("--results_path", folder, code=2)
+    assert "already holds a run" in err and "--resume auto" in err
+    _, err = run("--results_path", folder, "--resume", "auto", "--learning_rate", "0.5", code=2)
+    assert "--learning_rate was 1.0 and is now 0.5" in err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_damaged_checkpoint_is_named(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = finished
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    whole = (folder / "checkpoint-00000010.pt").read_bytes()
+    (tmp_path / "checkpoint-00000010.pt").write_bytes(whole[: len(whole) // 2])
+    _, err = run("--results_path", tmp_path, "--resume", "auto", code=2)
+    assert "checkpoint-00000010.pt is damaged" in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    """The step and its positions are named, and no checkpoint holds the broken weights."""
+    _, err = run("--results_path", tmp_path / "run", "--learning_rate", "1e30", "--optimizer", "sgd", code=2)
+    assert "The loss became" in err and "positions" in err
+    assert not list((tmp_path / "run").glob("*.pt")) + list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_simclr_runs_without_an_inverse_model(tmp_path: Path) -> None:
+    out, _ = run(
+        "--results_path", tmp_path / "run", "--manip_lambda", "0", "--max_epochs", "1", "--backend", "torchvision"
+    )
+    assert "SimCLR" in out
+    assert "inverse_model_accuracy" not in json.loads((tmp_path / "run" / "results.json").read_text())
