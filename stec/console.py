@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class Console:
@@ -16,7 +18,7 @@ class Console:
 
     def __init__(self, *, enabled: bool) -> None:
         self._rich = RichConsole(quiet=not enabled, highlight=False)
-        self._progress: Progress | None = None
+        self._progress: _Progress | None = None
         self._task = TaskID(0)
 
     def say(self, text: str) -> None:
@@ -40,36 +42,51 @@ class Console:
             table.add_row(*row)
         self._rich.print(table)
 
+    def waiting(self, text: str) -> AbstractContextManager[object]:
+        """A spinner with ``text`` while the context is open (terminal only)."""
+        return self._rich.status(text) if self._rich.is_terminal else nullcontext()
+
     @contextmanager
     def training(self, *, first_step: int, total_steps: int) -> Iterator[None]:
-        """While this is open, ``report`` moves a progress bar (terminal) or prints lines (elsewhere)."""
+        """While this is open, ``report`` moves a progress display (terminal) or prints lines (elsewhere)."""
         if not self._rich.is_terminal:
             yield
             return
-        self._progress = Progress(
+        self._progress = _Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[line]}"),
+            TextColumn("{task.percentage:>3.0f} %  {task.fields[pace]}"),
             console=self._rich,
             transient=True,
+            expand=True,
         )
         with self._progress:
-            self._task = self._progress.add_task("training", total=total_steps, completed=first_step, line="")
+            self._task = self._progress.add_task("training", total=total_steps, completed=first_step, pace="")
             yield
         self._progress = None
 
     def report(self, values: Mapping[str, float], *, epochs: int, eta_seconds: float, end_of_epoch: bool) -> None:
         """Show a step's metrics: always on the live display, as a line of its own at the end of an epoch."""
-        eta = str(timedelta(seconds=round(eta_seconds)))
-        line = (
+        learning = (
             f"loss {values['loss']:.3f}  contrast {values['discrimination']:.3f}  "
             f"inverse {values['manipulation']:.3f} ({values['manipulation_accuracy']:.2f})  "
-            f"probe {values['supervised_accuracy']:.2f}  lr {values['learning_rate']:.3g}  "
-            f"{values['images_per_second']:.0f} images/s  wait {values['wait_share']:.0%}  left {eta}"
+            f"probe {values['supervised_accuracy']:.2f}  lr {values['learning_rate']:.3g}"
         )
+        left = timedelta(seconds=round(eta_seconds))
+        pace = f"{values['images_per_second']:.0f} images/s  wait {values['wait_share']:.0%}  left {left}"
         epoch = f"epoch {int(values['epoch']) + 1}/{epochs}"
         if self._progress is not None:
-            self._progress.update(self._task, completed=values["step"], description=epoch, line=line)
+            self._progress.metrics = learning
+            self._progress.update(self._task, completed=values["step"], description=epoch, pace=pace)
         if end_of_epoch:
-            self.say(f"{epoch}  {line}")
+            self.say(f"{epoch}  {learning}  {pace}")
+
+
+class _Progress(Progress):
+    """A progress bar with a line of metrics below it, which narrow terminals cut off instead of the bar."""
+
+    metrics = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.metrics, no_wrap=True, overflow="ellipsis")

@@ -245,7 +245,8 @@ def train(
 
     # --- Results ---
     trained = accelerator.unwrap_model(model)
-    results = _evaluate(config, data, trained, accelerator)
+    with console.waiting("evaluating"):
+        results = _evaluate(config, data, trained, accelerator)
     results["images_per_second"] = total_steps * global_batch_size / train_seconds
     results["wait_share"] = wait_seconds / train_seconds
     if accelerator.is_main_process:
