@@ -67,9 +67,11 @@ class Console:
 
     def report(self, values: Mapping[str, float], *, epochs: int, eta_seconds: float, end_of_epoch: bool) -> None:
         """Show a step's metrics: always on the live display, as a line of its own at the end of an epoch."""
+        # SimCLR has no inverse model, hence no loss of it.
+        inverse = f"inverse {values['manipulation']:.3f} ({values['manipulation_accuracy']:.2f})  "
         learning = (
             f"loss {values['loss']:.3f}  contrast {values['discrimination']:.3f}  "
-            f"inverse {values['manipulation']:.3f} ({values['manipulation_accuracy']:.2f})  "
+            f"{inverse if values['manipulation'] else ''}"
             f"probe {values['supervised_accuracy']:.2f}  lr {values['learning_rate']:.3g}"
         )
         left = timedelta(seconds=round(eta_seconds))
