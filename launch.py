@@ -77,6 +77,7 @@ def train(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = engine.resolve_precision(config.mixed_precision, device)
     accelerator = Accelerator(
+        cpu=device.type == "cpu",
         mixed_precision=precision,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )

@@ -7,11 +7,11 @@ averaging in data-parallel training makes of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from stec.model import Outputs
@@ -43,9 +43,27 @@ def _num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+class _GatherProcesses(torch.autograd.Function):
+    """All processes' rows on every process; the gradient of a row is summed over the processes that used it."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        ctx.count = len(own)
+        gathered = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, own.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        summed = gradient.contiguous()
+        dist.all_reduce(summed)
+        first = dist.get_rank() * ctx.count
+        return summed[first : first + ctx.count]
+
+
 def _gather(values: Tensor) -> Tensor:
     """[N, ...] of each process to [P N, ...], in the order of the processes; gradients flow to where they came from."""
-    return torch.cat(list(all_gather(values))) if _num_processes() > 1 else values
+    return _GatherProcesses.apply(values) if _num_processes() > 1 else values
 
 
 def nt_xent(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

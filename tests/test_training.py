@@ -126,7 +126,7 @@ def test_an_existing_run_is_not_overwritten(finished: tuple[Path, str]) -> None:
     _, err = run("--results_path", folder, code=2)
     assert "already holds a run" in err and "--resume auto" in err
     _, err = run("--results_path", folder, "--resume", "auto", "--learning_rate", "0.5", code=2)
-    assert "--learning_rate was 1.0 and is now 0.5" in err
+    assert "--learning_rate was 0.003 and is now 0.5" in err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
