@@ -1,23 +1,50 @@
-"""Command line of the S-TEC trainer: ``accelerate launch launch.py [train] [flags]``."""
+"""Command line of the S-TEC trainer: ``accelerate launch launch.py [train | eval | import | recipes] [flags]``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 from stec import __version__
-from stec.config import TrainConfig, read_config_file, with_settings
+from stec.config import EvalConfig, ImportConfig, TrainConfig, read_config_file, with_settings
 from stec.errors import Interrupted, UserError
-from stec.recipes import RECIPES, recipe
+from stec.recipes import RECIPES, flags, recipe
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from pipelines.index import DataSet
+    from pipelines.loader import EvaluationLoader
     from stec.console import Console
+
+C = TypeVar("C")
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks, before Accelerate is loaded."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def parse(kind: type[C], arguments: list[str], *, name: str, default: C | None = None, epilogue: str = "") -> C:
+    """A configuration from flags; on a mistake tyro explains it and exits with code 2."""
+    return tyro.cli(  # type: ignore[call-overload]
+        kind,
+        prog=f"launch.py {name}".rstrip(),
+        description=(kind.__doc__ or "") + epilogue,
+        args=arguments,
+        use_underscores=True,
+        console_outputs=is_main_process(),
+        **({} if default is None else {"default": default}),
+    )
 
 
 def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
@@ -39,58 +66,106 @@ def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
     name = chosen.recipe
     if name is None and chosen.config is None and chosen.dataset in (None, "demo"):
         name = "demo"
-    base = recipe(name) if name else TrainConfig()
-    base = with_settings(base, settings, str(chosen.config))
-    config = tyro.cli(
-        TrainConfig,
-        prog="launch.py",
-        description=(TrainConfig.__doc__ or "")
-        + f"\n\nBesides the options below: --recipe NAME ({', '.join(RECIPES)}), --config FILE (a run's config.json) "
-        "give defaults that options override; --print_config shows the outcome and stops.",
-        args=rest,
-        default=base,
-        use_underscores=True,
-        console_outputs=os.environ.get("RANK", "0") == "0",
+    base = with_settings(recipe(name) if name else TrainConfig(), settings, str(chosen.config))
+    epilogue = (
+        f"\n\nBesides the options below: --recipe NAME ({', '.join(RECIPES)}) and --config FILE (a run's config.json) "
+        "give defaults that options override; --print_config shows the outcome and stops."
     )
+    config = parse(TrainConfig, rest, name="", default=base, epilogue=epilogue)
     config.validate()
     return config, chosen.print_config
 
 
-def train(arguments: list[str]) -> None:
-    config, only_print = parse_train(arguments)
-    if only_print:
-        print(json.dumps(config.to_json(), indent=2))
-        return
-
+def start(mixed_precision: str) -> tuple[Accelerator, Console, str]:
+    """Accelerate, the console and the precision that was chosen, for any command that computes."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
-    from pipelines.index import open_data_set
-    from pipelines.loader import ArrayPlainLoader, Loader
-    from pipelines.order import Order
-    from stec import engine
-    from stec.commands import Policy
     from stec.console import Console
-    from stec.run_folder import open_run_folder
+    from stec.engine import resolve_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = engine.resolve_precision(config.mixed_precision, device)
+    precision = resolve_precision(mixed_precision, device)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    device = accelerator.device
-    console = Console(enabled=accelerator.is_main_process)
-
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    own_cpus = max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device.type == "cpu":
         # accelerate launch allows each process one thread unless told otherwise.
-        torch.set_num_threads(own_cpus)
+        torch.set_num_threads(own_cpus())
+    return accelerator, Console(enabled=accelerator.is_main_process), precision
 
-    data_set = open_data_set(config.dataset, config.data_dir, config.limit_train)
+
+def own_cpus() -> int:
+    """This process's share of the CPUs that may be used."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_processes(config: TrainConfig, processes: int) -> None:
+    """Raise UserError with the right launch line where Accelerate started other processes than the flags say."""
+    if config.gpus is None and config.num_nodes is None:
+        return
+    nodes = config.num_nodes or 1
+    wanted = (config.gpus or 1) * nodes
+    if wanted != processes:
+        machines = f" --num_machines {nodes}" if nodes > 1 else ""
+        several = " --multi_gpu" if wanted > 1 else ""
+        flags_given = shlex.join(sys.argv[1:])
+        raise UserError(
+            f"--gpus {config.gpus or 1} on {nodes} machine(s) means {wanted} process(es), but {processes} started; "
+            f"launch with: accelerate launch{several} --num_processes {wanted}{machines} launch.py {flags_given}"
+        )
+
+
+def evaluation_loader(
+    config: TrainConfig | EvalConfig, data_set: DataSet, split: str, accelerator: Accelerator
+) -> EvaluationLoader:
+    from pipelines.loader import EvaluationLoader
+
+    return EvaluationLoader(
+        getattr(data_set, split),
+        size=config.traits.view_size_px,
+        resize_px=config.traits.resize_px,
+        batch_size=config.batch_size,
+        backend=config.backend,
+        device=accelerator.device,
+        workers=own_cpus() if config.num_workers is None else config.num_workers,
+    )
+
+
+def train(arguments: list[str]) -> None:
+    """Train, evaluate and export."""
+    config, only_print = parse_train(arguments)
+    if only_print:
+        print(json.dumps(config.to_json(), indent=2))
+        return
+    if config.stop_gradient == 2 and config.ckpt_path is None:
+        raise UserError("--stop_gradient 2 trains the probe of a trained encoder; name its weights by --ckpt_path.")
+    accelerator, console, precision = start(config.mixed_precision)
+    check_processes(config, accelerator.num_processes)
+
+    import torch
+
+    from pipelines.index import open_data_set
+    from pipelines.loader import Loader
+    from pipelines.order import Order
+    from stec import engine
+    from stec.commands import PROBE_STREAM, Policy
+    from stec.run_folder import open_run_folder
+
+    device = accelerator.device
+    data_set = engine.main_process_first(
+        accelerator,
+        lambda: open_data_set(
+            config.dataset,
+            config.data_dir,
+            limit_train=config.limit_train,
+            download=bool(config.download) and accelerator.is_main_process,
+        ),
+    )
     policy = Policy(
         size=config.traits.view_size_px,
         jitter_strength=config.traits.jitter_strength,
@@ -99,20 +174,32 @@ def train(arguments: list[str]) -> None:
         p_blur=0.5 if config.use_gaussian_blur else 0.0,
         p_solarize=0.2 if config.use_solarization else 0.0,
     )
-    order = Order(
-        data_set.train,
-        policy,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    workers = config.num_workers if config.num_workers is not None else own_cpus
-    loader = Loader(order, backend=config.backend, device=device, workers=workers)
+    sharing: dict[str, Any] = {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "process_index": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+    }
+    order = Order(data_set.train, policy, **sharing)
+    probe_order = None
+    if data_set.labelled is not data_set.train:
+        # As in the official code: one view of a labelled image beside each unlabelled one, not blurred or solarized.
+        probe_order = Order(
+            data_set.labelled,
+            dataclasses.replace(policy, p_blur=0.0, p_solarize=0.0),
+            **sharing,
+            views=1,
+            command_stream=PROBE_STREAM,
+            epoch_length=len(data_set.train),
+        )
+        if config.stop_gradient == 2:
+            order, probe_order = probe_order, None
+    workers = own_cpus() if config.num_workers is None else config.num_workers
+    loader = Loader(order, backend=config.backend, device=device, workers=workers, probe_order=probe_order)
     data = engine.Data(
         training=loader,
-        plain_train=ArrayPlainLoader(data_set.train, batch_size=config.batch_size, device=device),
-        plain_test=ArrayPlainLoader(data_set.test, batch_size=config.batch_size, device=device),
+        labelled=evaluation_loader(config, data_set, "labelled", accelerator),
+        test=evaluation_loader(config, data_set, "test", accelerator),
         classes=len(data_set.classes),
     )
     environment = {
@@ -127,7 +214,7 @@ def train(arguments: list[str]) -> None:
     }
     folder, resumed = engine.on_main_process(accelerator, lambda: open_run_folder(config, environment))
     console.facts(
-        "S-TEC" if config.manip_lambda > 0 else "SimCLR (no inverse model: --manip_lambda is 0)",
+        title(config),
         [
             ("data", f"{config.dataset}: {len(data_set.train)} training images, {len(data_set.test)} test images"),
             ("encoder", f"{config.arch}, width {config.width}"),
@@ -148,44 +235,121 @@ def train(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
+def title(config: TrainConfig) -> str:
+    """What a run is called."""
+    if config.stop_gradient == 2:
+        return "Linear fit (only the probe is trained: --stop_gradient is 2)"
+    return "S-TEC" if config.manip_lambda > 0 else "SimCLR (no inverse model: --manip_lambda is 0)"
+
+
 def show_results(console: Console, results: dict[str, float]) -> None:
     """The closing table of a run."""
 
     def percent(name: str) -> str:
         return f"{results[name]:.1%}" if name in results else "-"
 
-    console.table(
-        "Results on the test images",
-        ["", "before training", "after training"],
-        [
-            ["kNN (k = 20) top-1", percent("knn20_before"), percent("knn20_after")],
-            ["probe top-1, fitted afresh", percent("linear_fit_before"), percent("linear_fit_after")],
-            ["probe top-1, trained online", "-", percent("probe_after")],
-            ["inverse model, accuracy per entry", "-", percent("inverse_model_accuracy")],
-            ["images/s", "-", f"{results['images_per_second']:.0f}"],
-            ["share of time waiting for data", "-", percent("wait_share")],
-        ],
+    rows = [
+        ["kNN (k = 20) top-1", percent("knn20_before"), percent("knn20_after")],
+        ["probe top-1, fitted afresh", percent("linear_fit_before"), percent("linear_fit_after")],
+        ["probe top-1, trained online", percent("probe_before"), percent("probe_after")],
+        ["inverse model, accuracy per entry", "-", percent("inverse_model_accuracy")],
+        ["images/s", "-", f"{results['images_per_second']:.0f}"],
+        ["share of time waiting for data", "-", percent("wait_share")],
+    ]
+    measured = [row for row in rows if row[1:] != ["-", "-"]]
+    console.table("Results on the test images", ["", "before training", "after training"], measured)
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Evaluate a trained encoder and its probe on the test images; the last line printed is the accuracy."""
+    config = parse(EvalConfig, arguments, name="eval")
+    accelerator, console, precision = start(config.mixed_precision)
+
+    import torch
+
+    from pipelines.index import open_data_set
+    from stec import engine
+    from stec.evaluate import evaluate_probe, extract_features
+    from stec.export import load_weights, read_weights
+    from stec.model import Model
+    from stec.run_folder import write_json
+
+    state = read_weights(config.ckpt_path)
+    data_set = engine.main_process_first(
+        accelerator,
+        lambda: open_data_set(
+            config.dataset, config.data_dir, download=bool(config.download) and accelerator.is_main_process
+        ),
     )
+    model = Model(
+        arch=config.arch,
+        stem=config.traits.stem,
+        classes=len(data_set.classes),
+        width=config.width,
+        with_inverse_model=False,
+    )
+    wanted = {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "probe."))}
+    load_weights(model, wanted, config.ckpt_path, required=("encoder", "probe"))
+    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loader = evaluation_loader(config, data_set, "test", accelerator)
+    console.say(f"{config.ckpt_path} on the {len(loader)} test images of {config.dataset}, precision {precision}")
+    with console.waiting("evaluating"):
+        results = evaluate_probe(model.probe, extract_features(model.encoder, loader, accelerator))
+    if config.json is not None and accelerator.is_main_process:
+        write_json(config.json, {"dataset": config.dataset, "ckpt_path": str(config.ckpt_path), **results})
+    console.say(f"loss {results['loss']:.4f}")
+    console.say(f"top5_accuracy {results['top5_accuracy']:.4f}")
+    console.say(f"accuracy {results['accuracy']:.4f}")
+    accelerator.end_training()
 
 
-COMMANDS = {"train": train}
+def import_checkpoint(arguments: list[str]) -> None:
+    """Turn a checkpoint into a safetensors file under our names."""
+    config = parse(tyro.conf.Positional[ImportConfig], arguments, name="import")
+    if config.out.suffix != ".safetensors":
+        raise UserError(f"{config.out} must end in .safetensors, the format that is written.")
+
+    from stec.export import read_weights, write_safetensors
+
+    state = read_weights(config.checkpoint)
+    write_safetensors(state, config.out, {"imported_from": config.checkpoint.name})
+    values = sum(tensor.numel() for tensor in state.values())
+    print(f"{config.out}: {len(state)} tensors, {values} values")
+
+
+def list_recipes(arguments: list[str]) -> None:
+    """Show the recipes and the flags that they stand for."""
+    if arguments:
+        raise UserError(f"launch.py recipes takes no arguments, but got {' '.join(arguments)}.")
+
+    from stec.console import Console
+
+    rows = [[name, flags(make())] for name, make in RECIPES.items()]
+    Console(enabled=is_main_process()).table("Recipes", ["--recipe", "stands for"], rows, numbers=False)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "eval": evaluate,
+    "import": import_checkpoint,
+    "recipes": list_recipes,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the first argument names (default: train); returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    is_main_process = os.environ.get("RANK", "0") == "0"
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
     try:
         if name not in COMMANDS:
             raise UserError(f"{name} is no command; known are {', '.join(COMMANDS)}, and without one launch.py trains.")
         COMMANDS[name](arguments)
     except UserError as error:
-        if is_main_process:
+        if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
-        if is_main_process:
+        if is_main_process():
             print(str(stop) or "Stopped.", file=sys.stderr)
         return 130
     return 0

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 import torchvision
 import tyro
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from pipelines.index import ImageArray, open_data_set
+from pipelines.images import Images
+from pipelines.index import open_data_set
 from pipelines.loader import Loader
 from pipelines.order import Order
 from stec.commands import Policy
@@ -62,7 +62,7 @@ class Options:
 class OfficialStyle(Dataset[tuple[Tensor, Tensor, int]]):
     """Two views by torchvision's own random transforms on Pillow images, an image at a time."""
 
-    def __init__(self, images: ImageArray, policy: Policy) -> None:
+    def __init__(self, images: Images, policy: Policy) -> None:
         s = policy.jitter_strength
         steps: list[Any] = [
             transforms.RandomResizedCrop(policy.size, policy.area, policy.aspect_ratio),
@@ -82,7 +82,7 @@ class OfficialStyle(Dataset[tuple[Tensor, Tensor, int]]):
         return len(self.images)
 
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor, int]:
-        image = Image.fromarray(self.images.images[n])
+        image = self.images.open(n)
         return self.transform(image), self.transform(image), int(self.images.labels[n])
 
 

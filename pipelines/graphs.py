@@ -1,6 +1,6 @@
 """DALI graph functions: images and commands in, views out; one function for CPU and GPU.
 
-Stages of a view, in this order:
+An image in a file is decoded once, and only the part that its views need. Stages of a view, in this order:
 
 1. window: cut from the source and resized to the view's size; mirrored by a swapped region of interest. Cutting before
    resizing keeps the filter from seeing past the window, as in torchvision.
@@ -13,17 +13,20 @@ Stages of a view, in this order:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import fn, math, pipeline_def, types
 
-from stec.commands import VIEWS, Commands, Policy
+from stec.commands import Commands, Policy
 from stec.geometry import colour_maps
 
 DataNode = Any
 """A node of a DALI graph; DALI ships no types."""
+
+Form = Literal["HWC", "CWH", "file"]
+"""How images enter a graph: as pixels [H, W, 3], as pixels [3, W, H], or as files that hold encoded images."""
 
 WINDOW_ARGUMENTS = ("anchor", "shape", "roi_start", "roi_end")
 COLOUR_ARGUMENTS = ("colour_matrix", "mean_weights")
@@ -43,13 +46,25 @@ def argument_names(policy: Policy) -> tuple[str, ...]:
     return names
 
 
-def view_arguments(commands: Commands, policy: Policy) -> dict[str, NDArray[Any]]:
-    """Operator arguments that execute ``commands``, each [N, V, ...], for the names of ``argument_names``."""
+def needed_part(commands: Commands) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The smallest window around an image's windows: top-left [N, 2] and height and width [N, 2] in source px."""
+    first = np.stack([commands.top.min(1), commands.left.min(1)], -1)
+    last = np.stack([(commands.top + commands.height).max(1), (commands.left + commands.width).max(1)], -1)
+    return first, last - first
+
+
+def view_arguments(
+    commands: Commands, policy: Policy, origin: NDArray[np.int32] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Operator arguments that execute ``commands``, each [N, V, ...], for the names of ``argument_names``.
+
+    ``origin`` [N, 2] is the top-left of the part of the image that enters the graph, in source px (None: all of it).
+    """
     names = argument_names(policy)
     height, width = commands.height, commands.width
     zero = np.zeros_like(height)
     arguments: dict[str, NDArray[Any]] = {
-        "anchor": np.stack([commands.top, commands.left], -1),
+        "anchor": np.stack([commands.top, commands.left], -1) - (0 if origin is None else origin[:, None]),
         "shape": np.stack([height, width], -1),
         "roi_start": np.stack([zero, np.where(commands.flip, width, 0)], -1).astype(np.float32),
         "roi_end": np.stack([height, np.where(commands.flip, 0, width)], -1).astype(np.float32),
@@ -99,30 +114,73 @@ def _blur(view: DataNode, sigma_px: DataNode, window_px: DataNode) -> DataNode:
     return blurred
 
 
-def array_pipeline(
-    source: Callable[[], Sequence[NDArray[Any]]], policy: Policy, *, device: str, **pipeline_options: Any
+def training_pipeline(
+    source: Callable[[], Sequence[Any]], policy: Policy, *, form: Form, views: int, device: str, **pipeline_options: Any
 ) -> Any:
-    """A pipeline over images in memory, which ``source`` hands over a batch at a time.
+    """A pipeline that makes ``views`` views of each image that ``source`` hands over, a batch at a time.
 
-    ``source`` returns: the images [N, H, W, 3] uint8; then for each view the arguments of ``argument_names``; then the
+    ``source`` returns: the inputs of ``open_image``; then for each view the arguments of ``argument_names``; then the
     packed commands [N, V, 20] and the record [N, 4] (epoch, position, image id, label), both of which pass through
     untouched. The pipeline returns the views [N, V, size, size, 3] uint8 on ``device``, the commands and the record.
     """
     names = argument_names(policy)
+    opening = 3 if form == "file" else 1
 
     @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
     def pipeline() -> tuple[DataNode, ...]:
-        count = 1 + VIEWS * len(names) + 2
-        layouts = ["HWC"] + [""] * (count - 1)
-        image, *arguments, commands, record = fn.external_source(
-            source, num_outputs=count, layout=layouts, batch=True, no_copy=True
-        )
-        if device == "gpu":
-            image = image.gpu()
-        views = [
+        count = opening + views * len(names) + 2
+        inputs = fn.external_source(source, num_outputs=count, batch=True, no_copy=True)
+        image = open_image(inputs[:opening], form, device)
+        arguments = inputs[opening:-2]
+        made = [
             execute(image, policy.size, dict(zip(names, arguments[v * len(names) : (v + 1) * len(names)])))
-            for v in range(VIEWS)
+            for v in range(views)
         ]
-        return fn.stack(*views), commands, record
+        return fn.stack(*made), inputs[-2], inputs[-1]
+
+    return pipeline()
+
+
+def open_image(inputs: Sequence[DataNode], form: Form, device: str) -> DataNode:
+    """An image [H, W, 3] uint8 on ``device``, from pixels, or from a path and the part to decode (top-left, size)."""
+    # Decided while the graph is defined: a data set has one form.
+    if form == "file":
+        path, origin, extent = inputs
+        encoded = fn.io.file.read(path, dont_use_mmap=True)
+        # Without the EXIF rotation, as torchvision's ImageFolder: the commands are for the image as it is stored.
+        return fn.decoders.image_slice(
+            encoded,
+            origin,
+            extent,
+            axes=[0, 1],
+            normalized_anchor=False,
+            normalized_shape=False,
+            device="mixed" if device == "gpu" else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+        )
+    image = inputs[0].gpu() if device == "gpu" else inputs[0]
+    image = fn.transpose(image, perm=[2, 1, 0]) if form == "CWH" else image
+    return fn.reshape(image, layout="HWC")
+
+
+def evaluation_pipeline(source: Callable[[], Sequence[Any]], size: int, *, device: str, **pipeline_options: Any) -> Any:
+    """A pipeline that resizes images from files and cuts out a square.
+
+    ``source`` returns paths, sizes to resize to [N, 2] and top-left corners of the square [N, 2]. The pipeline returns
+    images [N, size, size, 3] uint8 on ``device``.
+    """
+
+    @pipeline_def(exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
+    def pipeline() -> DataNode:
+        path, resized_hw, corner = fn.external_source(source, num_outputs=3, batch=True, no_copy=True)
+        image = fn.decoders.image(
+            fn.io.file.read(path, dont_use_mmap=True),
+            device="mixed" if device == "gpu" else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+        )
+        resized = fn.resize(image, size=resized_hw, interp_type=types.INTERP_LINEAR, antialias=True)
+        return fn.slice(resized, corner, [size, size], axes=[0, 1])
 
     return pipeline()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.index import ImageArray
+from pipelines.images import ImageArray, ImageFiles, Images
 from pipelines.order import Order, Share
-from pipelines.reference import reference_steps
+from pipelines.reference import reference_evaluation, reference_steps
 from stec.batch import Batch, PlainBatch
-from stec.commands import VIEWS, Commands
+from stec.commands import Commands
 from stec.errors import UserError
 
 Backend = Literal["auto", "dali", "torchvision"]
@@ -50,12 +53,18 @@ def to_unit_range(pixels: Tensor, device: torch.device) -> Tensor:
 class Loader:
     """Training batches: what ``order`` says, executed by one of the two backends.
 
-    ``workers`` are DALI's threads or torchvision's worker processes.
+    ``workers`` are DALI's threads or torchvision's worker processes. ``probe_order`` gives each batch labelled images
+    of its own for the probe, where the images of ``order`` have no labels.
     """
 
-    def __init__(self, order: Order, *, backend: Backend, device: torch.device, workers: int) -> None:
+    def __init__(
+        self, order: Order, *, backend: Backend, device: torch.device, workers: int, probe_order: Order | None = None
+    ) -> None:
         self.order, self.device, self.workers = order, device, workers
         self.backend = resolve_backend(backend)
+        self.probe_loader = (
+            Loader(probe_order, backend=backend, device=device, workers=workers) if probe_order is not None else None
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,7 +72,12 @@ class Loader:
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Endless batches from global step ``first_step`` on, across epochs."""
-        return self._dali_batches(first_step) if self.backend == "dali" else self._torchvision_batches(first_step)
+        own = self._dali_batches(first_step) if self.backend == "dali" else self._torchvision_batches(first_step)
+        if self.probe_loader is None:
+            yield from own
+        else:
+            for batch, probe in zip(own, self.probe_loader.batches(first_step)):
+                yield replace(batch, probe_views=probe.views, labels=probe.labels)
 
     def _torchvision_batches(self, first_step: int) -> Iterator[Batch]:
         for views, labels, share in reference_steps(self.order, first_step, self.workers):
@@ -77,26 +91,20 @@ class Loader:
             )
 
     def _dali_batches(self, first_step: int) -> Iterator[Batch]:
-        from pipelines.graphs import array_pipeline
+        from pipelines.graphs import training_pipeline
 
-        on_gpu = self.device.type == "cuda"
-        pipeline = array_pipeline(
-            _DaliSource(self.order, first_step),
+        images = self.order.images
+        pipeline = training_pipeline(
+            _TrainingSource(self.order, first_step),
             self.order.policy,
-            device="gpu" if on_gpu else "cpu",
-            batch_size=self.order.batch_size,
-            num_threads=max(1, self.workers),
-            device_id=self.device.index or 0 if on_gpu else None,
-            prefetch_queue_depth=PREFETCH_DEPTH,
+            form=images.layout if isinstance(images, ImageArray) else "file",
+            views=self.order.views,
+            **_pipeline_options(self.order.batch_size, self.workers, self.device),
         )
-        pipeline.build()
-        stream = [torch.cuda.current_stream(self.device)] if on_gpu else []
-        while True:
-            views, commands, record = pipeline.run(*stream)
-            pixels = torch.from_dlpack(views.as_tensor())
+        for views, commands, record in _run(pipeline, self.device):
             rows: NDArray[np.int64] = np.array(record.as_array())
             yield Batch(
-                views=to_unit_range(pixels, self.device),
+                views=to_unit_range(torch.from_dlpack(views.as_tensor()), self.device),
                 commands=Commands.unpack(commands.as_array()),
                 labels=torch.from_numpy(rows[:, 3].copy()).to(self.device, non_blocking=True),
                 epoch=int(rows[0, 0]),
@@ -105,47 +113,149 @@ class Loader:
             )
 
 
-class _DaliSource:
-    """Feeds ``array_pipeline``: one call a step, in order."""
+def _pipeline_options(batch_size: int, threads: int, device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    return {
+        "device": "gpu" if on_gpu else "cpu",
+        "device_id": device.index or 0 if on_gpu else None,
+        "batch_size": batch_size,
+        "num_threads": max(1, threads),
+        "prefetch_queue_depth": PREFETCH_DEPTH,
+    }
+
+
+def _run(pipeline: Any, device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """The outputs of a pipeline, run after run. Raises UserError with DALI's reason where an image cannot be read."""
+    pipeline.build()
+    stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
+    while True:
+        try:
+            outputs = pipeline.run(*stream)
+        except RuntimeError as error:
+            raise UserError(f"DALI could not make a batch; mend or delete the image it names: {error}") from error
+        yield outputs
+
+
+class _InFlight:
+    """Keeps the arrays of the last batches alive: DALI reads them where they lie, some time after the call."""
+
+    def __init__(self) -> None:
+        self._feeds: deque[Sequence[Any]] = deque(maxlen=2 * PREFETCH_DEPTH + 2)
+
+    def keep(self, feed: Sequence[Any]) -> Sequence[Any]:
+        self._feeds.append(feed)
+        return feed
+
+
+class _TrainingSource(_InFlight):
+    """Feeds ``training_pipeline``: one call a step, in order."""
 
     def __init__(self, order: Order, first_step: int) -> None:
+        super().__init__()
         self.order, self.step = order, first_step
-        # DALI reads the arrays where they lie, some time after the call: they must outlive the prefetch queue.
-        self._in_flight: deque[Sequence[NDArray[Any]]] = deque(maxlen=2 * PREFETCH_DEPTH + 2)
 
-    def __call__(self) -> Sequence[NDArray[Any]]:
-        from pipelines.graphs import argument_names, view_arguments
+    def __call__(self) -> Sequence[Any]:
+        from pipelines.graphs import argument_names, needed_part, view_arguments
 
         share = self.order.share(self.step)
         self.step += 1
         images, policy = self.order.images, self.order.policy
-        by_name = view_arguments(share.commands, policy)
-        arguments = [np.ascontiguousarray(by_name[name][:, v]) for v in range(VIEWS) for name in argument_names(policy)]
-        feed = [images.images[share.image_ids], *arguments, share.commands.pack(), _record(share, images)]
-        self._in_flight.append(feed)
-        return feed
+        opening: list[Any]
+        origin = None
+        if isinstance(images, ImageArray):
+            opening = [images.pixels[share.image_ids]]
+        else:
+            origin, extent = needed_part(share.commands)
+            opening = [_paths(images, share.image_ids), origin, extent]
+        by_name = view_arguments(share.commands, policy, origin)
+        arguments = [
+            np.ascontiguousarray(by_name[name][:, v])
+            for v in range(self.order.views)
+            for name in argument_names(policy)
+        ]
+        return self.keep([*opening, *arguments, share.commands.pack(), _record(share, images)])
 
 
-def _record(share: Share, images: ImageArray) -> NDArray[np.int64]:
+def _paths(images: ImageFiles, image_ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    """The files' names as DALI's file reader takes them."""
+    return [np.frombuffer(os.fsencode(images.file(int(image_id))), np.uint8) for image_id in image_ids]
+
+
+def _record(share: Share, images: Images) -> NDArray[np.int64]:
     """[N, 4] int64: epoch, position, image id, label."""
     epoch = np.full_like(share.positions, share.epoch)
     return np.stack([epoch, share.positions, share.image_ids, images.labels[share.image_ids]], axis=-1)
 
 
-class ArrayPlainLoader:
-    """Evaluation's view of images in memory: plain pixels, as the official code evaluates CIFAR."""
+class EvaluationLoader:
+    """Images as the official code evaluates them: plain pixels, or the shorter side resized and the centre cut out.
 
-    def __init__(self, images: ImageArray, *, batch_size: int, device: torch.device) -> None:
-        self.images, self.batch_size, self.device = images, batch_size, device
+    ``resize_px`` is the shorter side to resize to, None for images that are used as they are.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        size: int,
+        resize_px: int | None,
+        batch_size: int,
+        backend: Backend,
+        device: torch.device,
+        workers: int,
+    ) -> None:
+        self.images, self.size, self.resize_px = images, size, resize_px
+        self.batch_size, self.device, self.workers = batch_size, device, workers
+        self.backend = resolve_backend(backend)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def batches(self, first: int, last: int) -> Iterator[PlainBatch]:
         """The images numbered ``first`` to ``last - 1``, in order."""
-        for start in range(first, last, self.batch_size):
-            stop = min(start + self.batch_size, last)
-            yield PlainBatch(
-                images=to_unit_range(torch.from_numpy(self.images.images[start:stop]), self.device),
-                labels=torch.from_numpy(self.images.labels[start:stop]).to(self.device, non_blocking=True),
-            )
+        starts = range(first, last, self.batch_size)
+        slices = [slice(start, min(start + self.batch_size, last)) for start in starts]
+        for part, images in zip(slices, self._images(slices)):
+            labels = torch.from_numpy(self.images.labels[part])
+            yield PlainBatch(images=images, labels=labels.to(self.device, non_blocking=True))
+
+    def _images(self, slices: list[slice]) -> Iterator[Tensor]:
+        if isinstance(self.images, ImageArray) and self.resize_px is None:
+            for part in slices:
+                pixels = np.ascontiguousarray(self.images.upright(part))
+                yield to_unit_range(torch.from_numpy(pixels), self.device)
+        elif isinstance(self.images, ImageFiles) and self.resize_px is not None and self.backend == "dali":
+            from pipelines.graphs import evaluation_pipeline
+
+            source = _EvaluationSource(self.images, slices, self.resize_px, self.size)
+            options = _pipeline_options(self.batch_size, self.workers, self.device)
+            pipeline = evaluation_pipeline(source, self.size, **options)
+            for _, (images,) in zip(slices, _run(pipeline, self.device)):
+                yield to_unit_range(torch.from_dlpack(images.as_tensor()), self.device)
+        else:
+            for batch in reference_evaluation(self.images, slices, self.resize_px, self.size, self.workers):
+                yield batch.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+
+
+class _EvaluationSource(_InFlight):
+    """Feeds ``evaluation_pipeline``: one call a slice, and the last slice again while DALI prefetches past the end."""
+
+    def __init__(self, images: ImageFiles, slices: list[slice], resize_px: int, size: int) -> None:
+        super().__init__()
+        self.images, self.resize_px, self.size = images, resize_px, size
+        self.slices = itertools.chain(slices, itertools.repeat(slices[-1]))
+
+    def __call__(self) -> Sequence[Any]:
+        part = next(self.slices)
+        image_ids = np.arange(part.start, part.stop)
+        resized_hw, corner = centre_of_resized(self.images.image_hw(image_ids), self.resize_px, self.size)
+        return self.keep([_paths(self.images, image_ids), resized_hw.astype(np.float32), corner])
+
+
+def centre_of_resized(
+    image_hw: NDArray[np.int64], resize_px: int, size: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Sizes [N, 2] after torchvision's ``Resize(resize_px)``, and corners [N, 2] of its ``CenterCrop(size)``."""
+    resized = (resize_px * image_hw / image_hw.min(axis=1, keepdims=True)).astype(np.int32)
+    corner = np.rint((resized - size) / 2).astype(np.int32)
+    return resized, corner

@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.index import ImageArray
-from stec.commands import ORDER_STREAM, Commands, Policy, draw, generator
+from pipelines.images import Images
+from stec.commands import COMMAND_STREAM, ORDER_STREAM, VIEWS, Commands, Policy, draw, generator
 from stec.errors import UserError
 
 
@@ -26,35 +26,44 @@ class Share:
 class Order:
     """A permutation of the images per epoch, cut into global batches, each cut into one stretch per process.
 
-    The last, incomplete global batch of an epoch is dropped.
+    The last, incomplete global batch of an epoch is dropped. Each position gets ``views`` commands of ``policy`` from
+    ``command_stream``.
 
-    Raises UserError where the data set does not fill one global batch.
+    ``epoch_length`` is for images that accompany those of another, longer order: an epoch has so many positions, at
+    which the images are repeated. (STL-10's labelled images accompany the unlabelled ones like this.)
+
+    Raises UserError where an epoch does not fill one global batch.
     """
 
     def __init__(
         self,
-        images: ImageArray,
+        images: Images,
         policy: Policy,
         *,
         seed: int,
         batch_size: int,
         process_index: int = 0,
         num_processes: int = 1,
+        views: int = VIEWS,
+        command_stream: int = COMMAND_STREAM,
+        epoch_length: int | None = None,
     ) -> None:
         self.images, self.policy, self.seed = images, policy, seed
         self.batch_size, self.process_index = batch_size, process_index
+        self.views, self.command_stream = views, command_stream
+        self.epoch_length = epoch_length or len(images)
         self.global_batch_size = batch_size * num_processes
-        self.steps_per_epoch = len(images) // self.global_batch_size
+        self.steps_per_epoch = self.epoch_length // self.global_batch_size
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"--batch_size {batch_size} on {num_processes} process(es) makes a global batch of "
-                f"{self.global_batch_size}, but there are only {len(images)} training images; "
-                f"use --batch_size {max(1, len(images) // num_processes)} or less."
+                f"{self.global_batch_size}, but there are only {self.epoch_length} training images; "
+                f"use --batch_size {max(1, self.epoch_length // num_processes)} or less."
             )
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def _permute(self, epoch: int) -> NDArray[np.int64]:
-        return generator(ORDER_STREAM, self.seed, epoch).permutation(len(self.images))
+        return generator(ORDER_STREAM, self.seed, epoch).permutation(self.epoch_length) % len(self.images)
 
     def share(self, step: int) -> Share:
         """This process's share of global step ``step``, counted from the start of training."""
@@ -67,6 +76,8 @@ class Order:
             epoch=epoch,
             first_position=first,
             image_hw=self.images.image_hw(image_ids),
+            views=self.views,
+            stream=self.command_stream,
         )
         positions = np.arange(first, first + self.batch_size, dtype=np.int64)
         return Share(epoch=epoch, positions=positions, image_ids=image_ids, commands=commands)

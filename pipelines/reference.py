@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
+from pipelines.images import Images
 from pipelines.order import Order, Share
-from stec.commands import VIEWS, Commands, Policy
+from stec.commands import Commands, Policy
 
 _JITTER_STEPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
 _HUE = 3
 
 
-def execute(image: NDArray[np.uint8], commands: Commands, policy: Policy, n: int, v: int) -> Tensor:
-    """View ``v`` of image ``n`` of ``commands``: [3, size, size] float32 in [0, 1].
+def execute(image: Image.Image, commands: Commands, policy: Policy, n: int, v: int) -> Tensor:
+    """View ``v`` of image ``n`` of ``commands``, made from that image in RGB: [3, size, size] float32 in [0, 1].
 
     As in the official code, window, jitter and grey act on 8-bit Pillow images, blur and solarization on floats.
     """
     size = policy.size
     view = F.resized_crop(
-        Image.fromarray(image),
+        image,
         int(commands.top[n, v]),
         int(commands.left[n, v]),
         int(commands.height[n, v]),
@@ -73,11 +73,20 @@ class _Steps(Dataset[tuple[Tensor, Tensor, Share]]):
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Share]:
         share = self.order.share(step)
         images, policy = self.order.images, self.order.policy
-        views = torch.empty(len(share.image_ids), VIEWS, policy.size, policy.size, 3)
+        views = torch.empty(len(share.image_ids), self.order.views, policy.size, policy.size, 3)
         for n, image_id in enumerate(share.image_ids):
-            for v in range(VIEWS):
-                views[n, v] = execute(images.images[image_id], share.commands, policy, n, v).permute(1, 2, 0)
+            image = images.open(int(image_id))
+            for v in range(self.order.views):
+                views[n, v] = execute(image, share.commands, policy, n, v).permute(1, 2, 0)
         return views, torch.from_numpy(images.labels[share.image_ids]), share
+
+
+def evaluation_view(image: Image.Image, resize_px: int | None, size: int) -> Tensor:
+    """[3, size, size] float32 in [0, 1]: the plain image, or its shorter side at ``resize_px`` and the centre of it."""
+    if resize_px is not None:
+        image = F.center_crop(F.resize(image, resize_px), [size, size])
+    tensor: Tensor = F.to_tensor(image)
+    return tensor
 
 
 def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[tuple[Tensor, Tensor, Share]]:
@@ -88,5 +97,35 @@ def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[tup
             batch_size=None,
             sampler=itertools.count(first_step),
             num_workers=workers,
+            worker_init_fn=_ignore_ctrl_c,
         )
     )
+
+
+class _EvaluationSlices(Dataset[Tensor]):
+    """Item ``k`` is a slice of the images as evaluation sees them: [n, 3, size, size] float32."""
+
+    def __init__(self, images: Images, slices: list[slice], resize_px: int | None, size: int) -> None:
+        self.images, self.slices, self.resize_px, self.size = images, slices, resize_px, size
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, k: int) -> Tensor:
+        image_ids = range(self.slices[k].start, self.slices[k].stop)
+        return torch.stack(
+            [evaluation_view(self.images.open(image_id), self.resize_px, self.size) for image_id in image_ids]
+        )
+
+
+def reference_evaluation(
+    images: Images, slices: list[slice], resize_px: int | None, size: int, workers: int
+) -> Iterator[Tensor]:
+    """Slices of the images as evaluation sees them, each [n, 3, size, size] float32 in [0, 1]."""
+    steps = _EvaluationSlices(images, slices, resize_px, size)
+    return iter(DataLoader(steps, batch_size=None, num_workers=workers, worker_init_fn=_ignore_ctrl_c))
+
+
+def _ignore_ctrl_c(_worker: int) -> None:
+    """The main process decides when to stop; it ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

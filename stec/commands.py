@@ -38,10 +38,10 @@ _AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION,
 )
 _ORDER, _GREY, _BLUR, _SIGMA, _SOLARIZE = 28, 29, 30, 31, 32
 UNIFORMS_PER_VIEW = 36
-_COUNTERS_PER_POSITION = VIEWS * UNIFORMS_PER_VIEW // 4
+_COUNTERS_PER_VIEW = UNIFORMS_PER_VIEW // 4
 
-COMMAND_STREAM, ORDER_STREAM = 1, 2
-"""Streams of the generator: one for the commands, one for the order of the images."""
+COMMAND_STREAM, ORDER_STREAM, PROBE_STREAM = 1, 2, 3
+"""Streams of the generator: the commands, the order of the images, and the commands of images for the probe alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,17 +168,24 @@ def generator(stream: int, seed: int, epoch: int, counter: int = 0) -> np.random
     return np.random.Generator(philox.advance(counter) if counter else philox)
 
 
-def draw(policy: Policy, *, seed: int, epoch: int, first_position: int, image_hw: NDArray[np.integer]) -> Commands:
+def draw(
+    policy: Policy,
+    *,
+    seed: int,
+    epoch: int,
+    first_position: int,
+    image_hw: NDArray[np.integer],
+    views: int = VIEWS,
+    stream: int = COMMAND_STREAM,
+) -> Commands:
     """Draw the commands of consecutive positions of an epoch.
 
     ``image_hw`` is [N, 2], the source images' heights and widths in px at the positions ``first_position`` to
     ``first_position + N - 1``. The distribution is that of torchvision's RandomResizedCrop, RandomHorizontalFlip,
     ColorJitter in RandomApply and RandomGrayscale, followed by the official blur and solarization.
     """
-    count = len(image_hw)
-    uniforms = generator(COMMAND_STREAM, seed, epoch, first_position * _COUNTERS_PER_POSITION).random(
-        (count, VIEWS, UNIFORMS_PER_VIEW)
-    )
+    counter = first_position * views * _COUNTERS_PER_VIEW
+    uniforms = generator(stream, seed, epoch, counter).random((len(image_hw), views, UNIFORMS_PER_VIEW))
     return commands_from_uniforms(policy, uniforms, image_hw)
 
 

@@ -18,7 +18,19 @@ from stec.errors import UserError
 
 Switch = Literal[0, 1]
 
-RUN_LOCAL = frozenset({"data_dir", "num_workers", "results_path", "resume", "log_every", "checkpoint_every"})
+RUN_LOCAL = frozenset(
+    {
+        "data_dir",
+        "download",
+        "num_workers",
+        "gpus",
+        "num_nodes",
+        "results_path",
+        "resume",
+        "log_every",
+        "checkpoint_every",
+    }
+)
 """Settings that may differ between a run and its continuation: they do not change the weights."""
 
 
@@ -29,11 +41,17 @@ class DataSetTraits:
     view_size_px: int
     stem: Literal["cifar", "stl10", "imagenet"]
     jitter_strength: float
+    resize_px: int | None = None
+    """For evaluation, the shorter side is resized to this and the centre cut out; None: images are used as they are."""
 
 
-DATA_SETS = {
+DataSetName = Literal["demo", "cifar10", "cifar100", "stl10", "imagenet"]
+DATA_SETS: dict[str, DataSetTraits] = {
     "demo": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=1.0),
     "cifar10": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=0.5),
+    "cifar100": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=0.5),
+    "stl10": DataSetTraits(view_size_px=96, stem="stl10", jitter_strength=1.0),
+    "imagenet": DataSetTraits(view_size_px=224, stem="imagenet", jitter_strength=1.0, resize_px=256),
 }
 
 
@@ -42,10 +60,12 @@ class TrainConfig:
     """Train S-TEC. Without --dataset, --recipe or --config this trains on the embedded demo set."""
 
     # Data
-    dataset: Literal["demo", "cifar10"] = "demo"
+    dataset: DataSetName = "demo"
     """Data set to train on; demo is generated and needs no files."""
     data_dir: Path | None = None
     """Folder that holds the data set."""
+    download: Switch = 0
+    """1: fetch CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
     limit_train: int | None = None
     """Use only the first so many training images."""
     backend: Literal["auto", "dali", "torchvision"] = "auto"
@@ -79,6 +99,11 @@ class TrainConfig:
     affine: Literal["official", "exact", "egocentric"] = "official"
     """Convention of the command from view i to view j."""
 
+    ckpt_path: Path | None = None
+    """Start from these weights: a checkpoint or safetensors file of ours, or an official .ckpt."""
+    reinitialize_supervised_head: Switch = 0
+    """1: with --ckpt_path, start the probe afresh."""
+
     # Objective
     temperature: float = 0.1
     """Temperature of the contrastive loss."""
@@ -87,7 +112,9 @@ class TrainConfig:
     manip_lambda: float = 0.0
     """Weight of the inverse model's loss; 0 is SimCLR."""
     supervised_lambda: float = 1.0
-    """Weight of the online probe's loss; its gradient stops at the features."""
+    """Weight of the probe's loss."""
+    stop_gradient: Literal[0, 1, 2] = 1
+    """1: the probe's gradient stops at the features; 2: only the probe is trained; 0: it trains the encoder, too."""
 
     # Optimisation
     optimizer: Literal["lars", "sgd", "adam"] = "lars"
@@ -108,6 +135,10 @@ class TrainConfig:
     """Images per process and step."""
 
     # Run
+    gpus: int | None = None
+    """Check that Accelerate started so many processes per machine; it starts them itself."""
+    num_nodes: int | None = None
+    """Check that Accelerate runs on so many machines."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: bf16 where the device is fast at it, fp16 on older GPUs, else no."""
     seed: int = 2022
@@ -127,7 +158,7 @@ class TrainConfig:
             "limit_train": 1, "num_workers": 0, "width": 1, "feat_dim": 1, "manip_hidden_mlp": 1, "n_bins": 2,
             "warmup_epochs": 0, "max_epochs": 1, "batch_size": 2, "log_every": 1, "checkpoint_every": 1, "seed": 0,
             "manip_lambda": 0, "discrimination_lambda": 0, "supervised_lambda": 0, "weight_decay": 0,
-            "learning_rate": 0,
+            "learning_rate": 0, "gpus": 1, "num_nodes": 1,
         }  # fmt: skip
         for name, minimum in minimum_by_name.items():
             value = getattr(self, name)
@@ -156,6 +187,48 @@ class TrainConfig:
         return {
             name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(self).items()
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluate a trained encoder and its probe on the test images of a data set."""
+
+    dataset: DataSetName
+    """Data set to evaluate on."""
+    ckpt_path: Path
+    """The weights: a checkpoint or safetensors file of ours, or an official .ckpt."""
+    data_dir: Path | None = None
+    """Folder that holds the data set."""
+    download: Switch = 0
+    """1: fetch CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
+    backend: Literal["auto", "dali", "torchvision"] = "auto"
+    """What prepares the images; auto is DALI where it is installed."""
+    num_workers: int | None = None
+    """DALI threads or torchvision worker processes, per process; default: this process's share of the CPUs."""
+    arch: Literal["resnet18", "resnet50"] = "resnet18"
+    """Architecture of the encoder."""
+    width: int = 64
+    """Channels of the encoder's first stage."""
+    batch_size: int = 256
+    """Images per process and step."""
+    mixed_precision: Literal["no", "auto", "fp16", "bf16"] = "no"
+    """Precision of the encoder; no is float32."""
+    json: Path | None = None
+    """Also write the results to this file."""
+
+    @property
+    def traits(self) -> DataSetTraits:
+        return DATA_SETS[self.dataset]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Turn a checkpoint, official .ckpt files included, into a safetensors file under our names."""
+
+    checkpoint: Path
+    """File to read; nothing in it is executed."""
+    out: Path
+    """File to write, ending in .safetensors."""
 
 
 def with_settings(base: TrainConfig, settings: Mapping[str, Any], source: str) -> TrainConfig:

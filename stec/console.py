@@ -26,20 +26,22 @@ class Console:
 
     def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """A table of names and values."""
-        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows:
             table.add_row(name, value)
+        self._rich.print(title, style="bold")
         self._rich.print(table)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table whose first column is text and whose other columns are numbers."""
-        table = Table(title=title, title_justify="left")
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:
+        """A table whose first column is text and whose other columns are numbers, or text like it."""
+        table = Table()
         for k, column in enumerate(columns):
-            table.add_column(column, justify="left" if k == 0 else "right")
+            table.add_column(column, justify="right" if numbers and k > 0 else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
+        self._rich.print(title, style="bold")
         self._rich.print(table)
 
     def waiting(self, text: str) -> AbstractContextManager[object]:
@@ -67,13 +69,14 @@ class Console:
 
     def report(self, values: Mapping[str, float], *, epochs: int, eta_seconds: float, end_of_epoch: bool) -> None:
         """Show a step's metrics: always on the live display, as a line of its own at the end of an epoch."""
-        # SimCLR has no inverse model, hence no loss of it.
-        inverse = f"inverse {values['manipulation']:.3f} ({values['manipulation_accuracy']:.2f})  "
-        learning = (
-            f"loss {values['loss']:.3f}  contrast {values['discrimination']:.3f}  "
-            f"{inverse if values['manipulation'] else ''}"
-            f"probe {values['supervised_accuracy']:.2f}  lr {values['learning_rate']:.3g}"
-        )
+        parts = [f"loss {values['loss']:.3f}"]
+        # A loss of exactly 0 is one that is not trained: SimCLR has no inverse model, a linear fit only the probe.
+        if values["discrimination"]:
+            parts.append(f"contrast {values['discrimination']:.3f}")
+        if values["manipulation"]:
+            parts.append(f"inverse {values['manipulation']:.3f} ({values['manipulation_accuracy']:.2f})")
+        parts += [f"probe {values['supervised_accuracy']:.2f}", f"lr {values['learning_rate']:.3g}"]
+        learning = "  ".join(parts)
         left = timedelta(seconds=round(eta_seconds))
         pace = f"{values['images_per_second']:.0f} images/s  wait {values['wait_share']:.0%}  left {left}"
         epoch = f"epoch {int(values['epoch']) + 1}/{epochs}"

@@ -23,12 +23,12 @@ from stec.errors import Interrupted, UserError
 from stec.evaluate import (
     BANK_LIMIT,
     NEIGHBOURS,
+    evaluate_probe,
     extract_features,
     knn_accuracy,
     linear_fit_accuracy,
-    probe_accuracy,
 )
-from stec.export import write_safetensors
+from stec.export import load_weights, read_weights, write_safetensors
 from stec.model import Model
 from stec.objective import METRICS, Objective, Weights
 from stec.optim import learning_rate_factor, make_optimizer
@@ -42,8 +42,8 @@ class Data:
     """Everything the engine is fed with."""
 
     training: TwoViewLoader
-    plain_train: PlainLoader
-    plain_test: PlainLoader
+    labelled: PlainLoader
+    test: PlainLoader
     classes: int
 
 
@@ -79,10 +79,22 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return result
 
 
-def build_model(config: TrainConfig, classes: int) -> Model:
-    """The model at its seeded initial weights: the same for the same configuration, on every process."""
+def main_process_first(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Do something on every process, on the main one before the others: what it leaves on disk is there for them."""
+    results: list[T] = []
+    on_main_process(accelerator, lambda: results.append(action()))
+    if not accelerator.is_main_process:
+        results.append(action())
+    return results[0]
+
+
+def initial_model(config: TrainConfig, classes: int) -> Model:
+    """The model that training starts from, the same on every process: seeded, then loaded from ``ckpt_path`` if given.
+
+    Raises UserError where the weights cannot be read or do not fit.
+    """
     torch.manual_seed(config.seed)
-    return Model(
+    model = Model(
         arch=config.arch,
         stem=config.traits.stem,
         classes=classes,
@@ -92,7 +104,14 @@ def build_model(config: TrainConfig, classes: int) -> Model:
         manip_hidden_mlp=config.manip_hidden_mlp,
         n_bins=config.n_bins,
         with_inverse_model=config.manip_lambda > 0,
+        stop_gradient=config.stop_gradient,
     )
+    if config.ckpt_path is not None:
+        state = read_weights(config.ckpt_path)
+        if config.reinitialize_supervised_head:
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("probe.")}
+        load_weights(model, state, config.ckpt_path, required=("encoder",))
+    return model
 
 
 def train(
@@ -113,7 +132,7 @@ def train(
     total_steps = config.max_epochs * steps_per_epoch
 
     # --- Model, objective, optimiser ---
-    bare_model = build_model(config, data.classes).to(memory_format=torch.channels_last)
+    bare_model = initial_model(config, data.classes).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(
         bare_model,
         config.optimizer,
@@ -222,9 +241,9 @@ def train(
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
-            command, valid = _targets(batch, config)
-            outputs = model(batch.views)
-            loss, metrics = objective(outputs, command, valid, batch.labels)
+            outputs = model(batch.views, batch.probe_views)
+            targets = _targets(batch, config) if outputs.command_logits is not None else ()
+            loss, metrics = objective(outputs, batch.labels, *targets)
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -317,15 +336,15 @@ def _agreed(stop: bool, accelerator: Accelerator, may_sync: bool) -> bool:
 
 
 def _evaluate(config: TrainConfig, data: Data, trained: Model, accelerator: Accelerator) -> dict[str, float]:
-    """Nearest neighbours and linear fit for the trained encoder and for the same encoder at its initial weights."""
+    """Nearest neighbours, linear fit and probe for the trained model and for the one that training started from."""
     device = accelerator.device
-    untrained = build_model(config, data.classes).encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    started = initial_model(config, data.classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     results: dict[str, float] = {}
-    for when, encoder in (("before", untrained), ("after", trained.encoder)):
-        bank = extract_features(encoder, data.plain_train, accelerator, BANK_LIMIT)
-        queries = extract_features(encoder, data.plain_test, accelerator)
-        results[f"knn{NEIGHBOURS}_{when}"] = knn_accuracy(bank, queries, data.classes, device)
-        results[f"linear_fit_{when}"] = linear_fit_accuracy(bank, queries, data.classes, device)
-        if when == "after":
-            results["probe_after"] = probe_accuracy(trained.probe, queries)
+    for when, model in (("before", started), ("after", trained)):
+        queries = extract_features(model.encoder, data.test, accelerator)
+        results[f"probe_{when}"] = evaluate_probe(model.probe, queries)["accuracy"]
+        if config.stop_gradient != 2:
+            bank = extract_features(model.encoder, data.labelled, accelerator, BANK_LIMIT)
+            results[f"knn{NEIGHBOURS}_{when}"] = knn_accuracy(bank, queries, data.classes, device)
+            results[f"linear_fit_{when}"] = linear_fit_accuracy(bank, queries, data.classes, device)
     return results

@@ -103,8 +103,13 @@ def linear_fit_accuracy(bank: Features, queries: Features, classes: int, device:
     return float((predicted == queries.labels).float().mean())
 
 
-def probe_accuracy(probe: nn.Linear, queries: Features) -> float:
-    """Top-1 on the queries, 0 to 1, of the probe that was trained alongside."""
-    with torch.no_grad():
-        predicted = F.linear(queries.features, probe.weight.float().cpu(), probe.bias.float().cpu()).argmax(1)
-    return float((predicted == queries.labels).float().mean())
+def evaluate_probe(probe: nn.Linear, queries: Features) -> dict[str, float]:
+    """Top-1 and top-5 (0 to 1) and mean cross-entropy of a trained probe on the queries, in float32 on the host."""
+    weight, bias = probe.weight.detach().float().cpu(), probe.bias.detach().float().cpu()
+    logits = F.linear(queries.features, weight, bias)
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == queries.labels[:, None]
+    return {
+        "accuracy": float(best[:, 0].float().mean()),
+        "top5_accuracy": float(best.any(dim=1).float().mean()),
+        "loss": float(F.cross_entropy(logits, queries.labels)),
+    }

@@ -1,4 +1,4 @@
-"""Weights in and out: the official implementation's names, and safetensors files."""
+"""Weights in and out: safetensors files, our checkpoints, and the official implementation's checkpoints."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from stec.errors import UserError
+from stec.inert_pickle import read_torch_file
+
+PARTS = ("encoder", "projection", "inverse_model", "probe")
 
 OFFICIAL_PREFIXES = {
     "encoder.": "encoder.",
@@ -25,7 +31,7 @@ def from_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises ValueError for a name that no official model has.
     """
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith("encoder.fc."):
             continue
@@ -47,12 +53,83 @@ def to_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, object]) -> None:
-    """Write ``state`` to ``path`` under a temporary name, then rename it.
+    """Write ``state`` to ``path`` under a temporary name, then rename it. Raises UserError where the disk refuses.
 
     The metadata is one JSON text under the key ``stec``: safetensors stores several keys in random order, and equal
     runs must give equal files.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, temporary, {"stec": json.dumps(metadata, sort_keys=True)})
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(save(tensors, {"stec": json.dumps(metadata, sort_keys=True)}))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror}); check folder and disk.") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights under our names from a safetensors file of ours, a checkpoint of ours, or an official ``.ckpt``.
+
+    A file of the encoder alone gives the encoder alone. Nothing in the file is executed. Raises UserError where it is
+    missing, damaged or none of these.
+    """
+    if path.suffix == ".safetensors":
+        state = _read_safetensors(path)
+    else:
+        content = read_torch_file(path)
+        state = content.get("state_dict", content.get("model", content))
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise UserError(f"{path} holds no weights under state_dict or model; give a checkpoint of a trained model.")
+    state = dict(state)
+    if any(name.startswith(("supervised_head.", "projection.model.")) for name in state):
+        try:
+            return from_official_names(state)
+        except ValueError as error:
+            raise UserError(f"{path} is no checkpoint of the official S-TEC model: {error}") from error
+    if "conv1.weight" in state:
+        return {f"encoder.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    if "encoder.conv1.weight" not in state:
+        raise UserError(f"{path} holds no encoder (no encoder.conv1.weight); give a checkpoint of a trained model.")
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}; give the path of a checkpoint.") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: Path, *, required: tuple[str, ...]) -> list[str]:
+    """Load weights into a ``stec.model.Model``, part by part; returns the names of the parts that were in ``state``.
+
+    Raises UserError with the differences where a part does not fit, or a part of ``required`` is absent.
+    """
+    wanted = model.state_dict()
+    loaded, differences = [], []
+    for part in PARTS:
+        ours = {name for name in wanted if name.startswith(part + ".")}
+        theirs = {name for name in state if name.startswith(part + ".")}
+        if not ours or not theirs:
+            if part in required:
+                differences.append(f"it has no {part}")
+            continue
+        loaded.append(part)
+        differences += [f"{name} is missing" for name in sorted(ours - theirs)]
+        differences += [f"{name} is unknown here" for name in sorted(theirs - ours)]
+        differences += [
+            f"{name} is {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+            for name in sorted(ours & theirs)
+            if state[name].shape != wanted[name].shape
+        ]
+    if differences:
+        shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
+        raise UserError(
+            f"{path} does not fit the model ({shown}); check --arch, --width, --dataset (for stem and "
+            f"classes), --hidden_mlp, --feat_dim, --manip_hidden_mlp and --n_bins."
+        )
+    model.load_state_dict({name: state[name] for name in wanted if name.split(".")[0] in loaded}, strict=False)
+    return loaded

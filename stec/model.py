@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from stec.encoder import Encoder, Stem
@@ -16,18 +17,19 @@ DEFAULT_HIDDEN_MLP = {"resnet18": 512, "resnet50": 2048}
 class Outputs(NamedTuple):
     """What the model makes of N pairs of views."""
 
-    projections: Tensor
-    """[N, 2, F]: unit vectors."""
+    projections: Tensor | None
+    """[N, 2, F]: unit vectors; None where only the probe is trained."""
     command_logits: Tensor | None
     """[N, K, 2, 3]: of the command from view i to view j; None without an inverse model (SimCLR)."""
     class_logits: Tensor
-    """[N, 2, C]: of the probe, whose gradient stops at the features."""
+    """[N, V, C]: of the probe."""
 
 
 class Model(nn.Module):
     """S-TEC's model; without the inverse model it is SimCLR's.
 
-    ``hidden_mlp`` -1 stands for the architecture's own width.
+    ``hidden_mlp`` -1 stands for the architecture's own width. ``stop_gradient`` 1: the probe's gradient stops at the
+    features; 0: it reaches the encoder; 2: only the probe is trained, on a frozen encoder in evaluation mode.
     """
 
     def __init__(
@@ -42,24 +44,50 @@ class Model(nn.Module):
         manip_hidden_mlp: int = 512,
         n_bins: int = 6,
         with_inverse_model: bool = True,
+        stop_gradient: int = 1,
     ) -> None:
         super().__init__()
+        self.stop_gradient = stop_gradient
         self.encoder = Encoder(arch, stem, width)
         feature_dim = self.encoder.feature_dim
         hidden_dim = DEFAULT_HIDDEN_MLP[arch] if hidden_mlp == -1 else hidden_mlp
         self.projection = Projection(feature_dim, hidden_dim, feat_dim)
         self.inverse_model = InverseModel(feature_dim, manip_hidden_mlp, n_bins) if with_inverse_model else None
         self.probe = make_probe(feature_dim, classes)
+        if stop_gradient == 2:
+            self.requires_grad_(False)
+            self.probe.requires_grad_(True)
 
-    def forward(self, views: Tensor) -> Outputs:
-        """``views`` [N, 2, 3, H, W] in [0, 1].
+    def train(self, mode: bool = True) -> Model:
+        """As in any module, but a frozen encoder always stays in evaluation mode."""
+        super().train(mode)
+        if self.stop_gradient == 2:
+            self.encoder.eval()
+        return self
+
+    def forward(self, views: Tensor, probe_views: Tensor | None = None) -> Outputs:
+        """``views`` [N, V, 3, H, W] in [0, 1]; V = 2, or any number where only the probe is trained.
 
         All views pass the encoder as one batch, so that batch norm sees i and j together (official behaviour).
+        ``probe_views`` [N, 1, 3, H, W] are what the probe sees instead of ``views``.
         """
-        features = self.encoder(views.flatten(0, 1))
-        pairs = features.view(len(views), 2, -1)
+        if self.stop_gradient == 2:
+            with torch.no_grad():
+                pairs = self._features(views)
+            return Outputs(projections=None, command_logits=None, class_logits=self.probe(pairs))
+        pairs = self._features(views)
+        probed = pairs
+        if probe_views is not None:
+            # Without gradients from the start, unless the probe is to train the encoder.
+            with torch.set_grad_enabled(self.stop_gradient == 0):
+                probed = self._features(probe_views)
         return Outputs(
-            projections=self.projection(features).view(len(views), 2, -1),
+            projections=self.projection(pairs.flatten(0, 1)).view(len(views), 2, -1),
             command_logits=self.inverse_model(pairs[:, 0], pairs[:, 1]) if self.inverse_model is not None else None,
-            class_logits=self.probe(pairs.detach()),
+            class_logits=self.probe(probed if self.stop_gradient == 0 else probed.detach()),
         )
+
+    def _features(self, views: Tensor) -> Tensor:
+        """[N, V, D] of views [N, V, 3, H, W]."""
+        features: Tensor = self.encoder(views.flatten(0, 1))
+        return features.view(*views.shape[:2], -1)

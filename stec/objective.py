@@ -135,22 +135,26 @@ def inverse_loss(logits: Tensor, command: Tensor, valid: Tensor) -> tuple[Tensor
 class Objective:
     """The weighted sum of the three losses.
 
-    Called with the model's outputs for N pairs, the commands from i to j [N, 2, 3], which pairs the inverse model is
-    asked about (``valid`` [N] bool) and the labels [N] int64, it returns the loss and a float32 vector of the values
-    named in ``METRICS``, on the device and without gradient.
+    Called with the model's outputs for N images, their labels [N] int64 and, for an inverse model, the commands from i
+    to j [N, 2, 3] and which pairs it is asked about (``valid`` [N] bool), it returns the loss and a float32 vector of
+    the values named in ``METRICS``, on the device and without gradient. A loss whose head gave nothing is 0.
     """
 
     def __init__(self, weights: Weights, *, temperature: float) -> None:
         self.weights, self.temperature = weights, temperature
 
-    def __call__(self, outputs: Outputs, command: Tensor, valid: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        z_i, z_j = outputs.projections.unbind(1)
-        discrimination, *contrast = nt_xent(z_i, z_j, self.temperature)
-
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, command: Tensor | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        none = torch.zeros((), device=labels.device)
+        discrimination, accuracy, contrast_accuracy, contrast_entropy = none, none, none, none
+        manipulation, manipulation_accuracy = none, none
+        if outputs.projections is not None:
+            z_i, z_j = outputs.projections.unbind(1)
+            discrimination, accuracy, contrast_accuracy, contrast_entropy = nt_xent(z_i, z_j, self.temperature)
         if outputs.command_logits is not None:
+            assert command is not None and valid is not None, "an inverse model is asked for commands"
             manipulation, manipulation_accuracy = inverse_loss(outputs.command_logits, command, valid)
-        else:
-            manipulation = manipulation_accuracy = torch.zeros_like(discrimination)
 
         class_logits = outputs.class_logits.flatten(0, 1)
         class_logits = class_logits.float() if class_logits.dtype in (torch.float16, torch.bfloat16) else class_logits
@@ -163,5 +167,15 @@ class Objective:
             + self.weights.manipulation * manipulation
             + self.weights.supervised * supervised
         )
-        values = (loss, discrimination, *contrast, manipulation, manipulation_accuracy, supervised, supervised_accuracy)
-        return loss, torch.stack([value.detach().float() for value in values])
+        values = {
+            "loss": loss,
+            "discrimination": discrimination,
+            "discrimination_accuracy": accuracy,
+            "contrast_accuracy": contrast_accuracy,
+            "contrast_entropy": contrast_entropy,
+            "manipulation": manipulation,
+            "manipulation_accuracy": manipulation_accuracy,
+            "supervised": supervised,
+            "supervised_accuracy": supervised_accuracy,
+        }
+        return loss, torch.stack([values[name].detach().float() for name in METRICS])

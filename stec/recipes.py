@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 from stec.config import TrainConfig
 from stec.errors import UserError
+
+Arch = Literal["resnet18", "resnet50"]
 
 
 def demo() -> TrainConfig:
@@ -29,20 +33,100 @@ def demo() -> TrainConfig:
     )
 
 
-def cifar10_resnet18() -> TrainConfig:
-    """CIFAR-10, ResNet-18, as in the official repository.
+def cifar(dataset: Literal["cifar10", "cifar100"], arch: Arch) -> TrainConfig:
+    """CIFAR-10 or CIFAR-100 as in the official repository.
 
     accelerate launch launch.py --recipe cifar10-resnet18 --data_dir DATA
     """
     return TrainConfig(
-        dataset="cifar10", arch="resnet18", temperature=0.5, learning_rate=4.0, manip_lambda=1.0, feat_dim=64
+        dataset=dataset,
+        arch=arch,
+        temperature=0.5,
+        learning_rate=4.0,
+        manip_lambda=1.0,
+        feat_dim=64,
+        hidden_mlp=1024 if arch == "resnet50" else -1,
+    )
+
+
+def stl10(arch: Arch) -> TrainConfig:
+    """Pre-training on STL-10's unlabelled images, for two processes.
+
+    accelerate launch --num_processes 2 launch.py --recipe stl10-resnet18 --data_dir DATA
+    """
+    return TrainConfig(
+        dataset="stl10",
+        arch=arch,
+        temperature=0.2,
+        learning_rate=1.2,
+        manip_lambda=0.3,
+        use_solarization=1,
+        use_gaussian_blur=1,
+        batch_size=512,
+        gpus=2,
+    )
+
+
+def stl10_linear_fit(arch: Arch) -> TrainConfig:
+    """The linear classifier on top of a pre-trained STL-10 encoder.
+
+    accelerate launch launch.py --recipe stl10-resnet18-linear-fit --data_dir DATA --ckpt_path RUN/model.safetensors
+    """
+    return TrainConfig(
+        dataset="stl10",
+        arch=arch,
+        batch_size=1024,
+        max_epochs=100,
+        optimizer="sgd",
+        learning_rate=0.04,
+        stop_gradient=2,
+        reinitialize_supervised_head=1,
+        nesterov=1,
+        p_color_jitter=-1.0,
+        p_grayscale=-1.0,
+    )
+
+
+def imagenet_resnet50() -> TrainConfig:
+    """ImageNet, for eight processes.
+
+    accelerate launch --num_processes 8 launch.py --recipe imagenet-resnet50 --data_dir DATA
+    """
+    return TrainConfig(
+        dataset="imagenet",
+        arch="resnet50",
+        temperature=0.1,
+        learning_rate=1.97,
+        manip_lambda=0.6,
+        use_solarization=1,
+        use_gaussian_blur=1,
+        batch_size=210,
+        gpus=8,
+        max_epochs=100,
     )
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo,
-    "cifar10-resnet18": cifar10_resnet18,
+    "cifar10-resnet18": partial(cifar, "cifar10", "resnet18"),
+    "cifar10-resnet50": partial(cifar, "cifar10", "resnet50"),
+    "cifar100-resnet18": partial(cifar, "cifar100", "resnet18"),
+    "cifar100-resnet50": partial(cifar, "cifar100", "resnet50"),
+    "stl10-resnet18": partial(stl10, "resnet18"),
+    "stl10-resnet50": partial(stl10, "resnet50"),
+    "stl10-resnet18-linear-fit": partial(stl10_linear_fit, "resnet18"),
+    "stl10-resnet50-linear-fit": partial(stl10_linear_fit, "resnet50"),
+    "imagenet-resnet50": imagenet_resnet50,
 }
+
+
+def flags(config: TrainConfig) -> str:
+    """The flags that turn the defaults into ``config``, as one types them."""
+    settings, defaults = config.to_json(), TrainConfig().to_json()
+    changed = {
+        name: value for name, value in settings.items() if value != defaults[name] or name in ("dataset", "arch")
+    }
+    return " ".join(f"--{name} {value}" for name, value in changed.items())
 
 
 def recipe(name: str) -> TrainConfig:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
 
 from pipelines import demo
-from pipelines.index import ImageArray
+from pipelines.images import ImageArray, ImageFiles
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -22,11 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its state for the life of a process; each test begins without one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def demo_test_images() -> ImageArray:
     """The demo set's test split: 2048 images of 32 px."""
     images, labels = demo.render(split="test")
-    return ImageArray(images=images, labels=labels)
+    return ImageArray(pixels=images, labels=labels)
 
 
 def smooth_image(height: int, width: int, seed: int) -> np.ndarray:
@@ -35,3 +45,22 @@ def smooth_image(height: int, width: int, seed: int) -> np.ndarray:
     coarse = torch.from_numpy(rng.random((1, 3, 5, 5)))
     fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
     return (fine[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageFiles:
+    """64 JPEG files of many sizes, every fifth of them grey."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(60, 240, (64, 2))
+    for n, (height, width) in enumerate(sizes):
+        # Colours as muted as those of photographs are.
+        muted = 128 + 0.4 * (smooth_image(height, width, n) - 128.0) + rng.normal(0, 4, (height, width, 3))
+        image = Image.fromarray(muted.astype(np.uint8))
+        (image.convert("L") if n % 5 == 0 else image).save(root / f"{n}.jpg", quality=92)
+    return ImageFiles(
+        root=root,
+        paths=tuple(f"{n}.jpg" for n in range(64)),
+        sizes=sizes,
+        labels=np.arange(64, dtype=np.int64) % 7,
+    )

@@ -51,11 +51,6 @@ def test_a_printed_config_is_a_config_file(capsys: pytest.CaptureFixture[str], t
     assert printed_config(capsys, "--config", str(tmp_path / "config.json")) == first
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_valid(name: str) -> None:
-    recipe(name).validate()
-
-
 WRONG = {
     "unknown command": (["trian"], "trian is no command"),
     "unknown recipe": (["--recipe", "cifar10-resnet81"], "did you mean cifar10-resnet18"),
@@ -71,6 +66,7 @@ WRONG = {
     "nan": (["--temperature", "nan"], "--temperature nan makes no sense"),
     "huge batch": (["--batch_size", "9000"], "only 8192 training images; use --batch_size 8192 or less"),
     "fp16 on a CPU": (["--mixed_precision", "fp16"], "needs a CUDA GPU"),
+    "fewer processes than said": (["--gpus", "2"], "accelerate launch --multi_gpu --num_processes 2 launch.py"),
     "more images than there are": (["--limit_train", "10000"], "more than the 8192"),
 }
 
@@ -130,3 +126,20 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.rstrip().endswith("False")
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name}" in done.stdout
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    for name in RECIPES:
+        assert name in shown
+
+
+EVAL = ["eval", "--dataset", "demo", "--arch", "resnet18", "--width", "4", "--ckpt_path"]
+
+
+def test_evaluation_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert launch.main([*EVAL, str(tmp_path / "absent.ckpt")]) == 2
+    assert "There is no file" in capsys.readouterr().err
+    assert launch.main(["--recipe", "stl10-resnet18-linear-fit", "--gpus", "1"]) == 2
+    assert "name its weights by --ckpt_path" in capsys.readouterr().err

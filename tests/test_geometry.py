@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from pipelines import reference
@@ -30,7 +31,7 @@ def test_window_matrix_describes_the_pixels() -> None:
         down = torch.diag(torch.tensor([1.0, -1, 1], dtype=torch.float64))
         grid = F.affine_grid((down @ theta @ down)[None, :2].float(), [1, 3, 64, 64], align_corners=False)
         sampled = F.grid_sample(source, grid, align_corners=False, padding_mode="border")
-        view = reference.execute(image, commands, policy, n, 0)
+        view = reference.execute(Image.fromarray(image), commands, policy, n, 0)
         # A view's border pixels see past the window when sampled, but not when it is cut out first.
         assert (sampled[0] - view).abs()[:, 2:-2, 2:-2].mean() * 255 < 1
 

@@ -194,7 +194,7 @@ def test_whole_model(tag: str) -> None:
     optimizer = make_optimizer(model, "lars", learning_rate=4.0, weight_decay=1e-6, nesterov=False)
     parameters = to_official_names(dict(model.named_parameters()))
     for step, row in enumerate(golden.steps_loss_discrimination_manipulation_manipacc_supervised_lr):
-        loss, metrics = objective(model(views), command, valid, labels)
+        loss, metrics = objective(model(views), labels, command, valid)
         named = dict(zip(METRICS, metrics.tolist(), strict=True))
         ours = [named[name] for name in ("discrimination", "manipulation", "manipulation_accuracy", "supervised")]
         np.testing.assert_allclose([loss.item(), *ours], row[:5], rtol=1e-6)

@@ -101,7 +101,7 @@ def some_outputs() -> tuple[Outputs, Tensor, Tensor, Tensor]:
 def test_the_sum_is_weighted() -> None:
     outputs, command, valid, labels = some_outputs()
     loss, metrics = Objective(Weights(discrimination=2, manipulation=0.3, supervised=0.5), temperature=0.2)(
-        outputs, command, valid, labels
+        outputs, labels, command, valid
     )
     named = dict(zip(METRICS, metrics.tolist()))
     expected = 2 * named["discrimination"] + 0.3 * named["manipulation"] + 0.5 * named["supervised"]
@@ -116,7 +116,7 @@ def half_of_the_work(rank: int, folder: Path) -> None:
     own = slice(4 * rank, 4 * rank + 4)
     leaves = [tensor[own].clone().requires_grad_() for tensor in outputs if tensor is not None]
     loss, metrics = Objective(Weights(manipulation=1.0), temperature=0.2)(
-        Outputs(*leaves), command[own], valid[own], labels[own]
+        Outputs(*leaves), labels[own], command[own], valid[own]
     )
     loss.backward()
     torch.save([metrics, *[leaf.grad for leaf in leaves]], folder / f"rank{rank}.pt")
@@ -127,7 +127,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     """The mean loss of two gloo processes, and its gradient, are those of one process with the whole batch."""
     outputs, command, valid, labels = some_outputs()
     leaves = [tensor.clone().requires_grad_() for tensor in outputs if tensor is not None]
-    loss, metrics = Objective(Weights(manipulation=1.0), temperature=0.2)(Outputs(*leaves), command, valid, labels)
+    loss, metrics = Objective(Weights(manipulation=1.0), temperature=0.2)(Outputs(*leaves), labels, command, valid)
     loss.backward()
 
     mp.spawn(half_of_the_work, args=(tmp_path,), nprocs=2)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from torchvision import transforms
 
 from pipelines import reference
-from pipelines.graphs import argument_names, array_pipeline
-from pipelines.index import ImageArray
-from pipelines.loader import ArrayPlainLoader, Loader
+from pipelines.graphs import Form, argument_names, training_pipeline
+from pipelines.images import ImageArray, ImageFiles, Images
+from pipelines.loader import EvaluationLoader, Loader
 from pipelines.order import Order
 from stec.batch import Batch
-from stec.commands import VIEWS, Policy
+from stec.commands import PROBE_STREAM, VIEWS, Policy
 from stec.errors import UserError
 
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ POLICIES = {
 
 
 def loader(
-    images: ImageArray,
+    images: Images,
     policy: Policy,
     backend: str = "dali",
     device: torch.device = CPU,
@@ -59,6 +61,50 @@ def test_dali_executes_what_torchvision_executes(demo_test_images: ImageArray, n
         assert difference(ours.views, theirs.views) < tolerance
 
 
+@pytest.mark.parametrize(("name", "tolerance"), [("plain", 0.3), ("stl10", 4.5)])
+def test_files_are_decoded_like_pillow_decodes_them(photographs: ImageFiles, name: str, tolerance: float) -> None:
+    """Only the part that the two windows need is decoded, and yet the views are those of the whole image."""
+    policy = dataclasses.replace(POLICIES[name], size=64)
+    for ours, theirs in zip(
+        take(loader(photographs, policy, batch_size=16), 8),
+        take(loader(photographs, policy, "torchvision", batch_size=16), 8),
+    ):
+        np.testing.assert_array_equal(ours.commands.pack(), theirs.commands.pack())
+        assert torch.equal(ours.labels, theirs.labels)
+        assert difference(ours.views, theirs.views) < tolerance
+
+
+def test_column_major_images_come_out_upright(demo_test_images: ImageArray) -> None:
+    """STL-10's storage of the same images gives the same views."""
+    columns = ImageArray(
+        pixels=np.ascontiguousarray(demo_test_images.pixels.transpose(0, 3, 2, 1)),
+        labels=demo_test_images.labels,
+        layout="CWH",
+    )
+    for backend in ("dali", "torchvision"):
+        (one,) = take(loader(demo_test_images, POLICIES["cifar"], backend), 1)
+        (two,) = take(loader(columns, POLICIES["cifar"], backend), 1)
+        assert torch.equal(one.views, two.views)
+
+
+def test_labelled_images_accompany_unlabelled_ones(demo_test_images: ImageArray) -> None:
+    """The probe's images are cycled through beside the others, one view each, with labels and commands of their own."""
+    labelled, policy = demo_test_images.first(100), POLICIES["plain"]
+    orders = [
+        Order(demo_test_images, policy, seed=3, batch_size=64),
+        Order(labelled, policy, seed=3, batch_size=64, views=1, command_stream=PROBE_STREAM, epoch_length=2048),
+    ]
+    both = Loader(orders[0], backend="dali", device=CPU, workers=2, probe_order=orders[1])
+    (batch,) = take(both, 1, first_step=40)
+    share = orders[1].share(40)
+    np.testing.assert_array_equal(share.image_ids, orders[0].share(40).image_ids % 100)
+    np.testing.assert_array_equal(batch.labels, labelled.labels[share.image_ids])
+    assert batch.probe_views is not None and batch.probe_views.shape == (64, 1, 3, 32, 32)
+    for n in range(0, 64, 9):
+        view = reference.execute(labelled.open(int(share.image_ids[n])), share.commands, policy, n, 0)
+        assert difference(batch.probe_views[n, 0], view) < 0.5
+
+
 def test_a_view_can_be_made_again_from_its_command(demo_test_images: ImageArray) -> None:
     """Only the source image and the command that came with the batch are used; a slipped pairing cannot pass.
 
@@ -69,7 +115,7 @@ def test_a_view_can_be_made_again_from_its_command(demo_test_images: ImageArray)
         assert batch.epoch == 1
         for n in range(0, 64, 7):
             for v in range(VIEWS):
-                view = reference.execute(demo_test_images.images[batch.image_ids[n]], batch.commands, policy, n, v)
+                view = reference.execute(demo_test_images.open(batch.image_ids[n]), batch.commands, policy, n, v)
                 assert difference(batch.views[n, v], view) < 0.5
                 assert batch.labels[n] == demo_test_images.labels[batch.image_ids[n]]
 
@@ -156,11 +202,20 @@ def test_grey_views_are_grey(demo_test_images: ImageArray) -> None:
     assert (batch.views - theirs.views).abs().max() * 255 <= 2.01, "rounding once in the window, once in the grey"
 
 
+@pytest.mark.parametrize("form", ["HWC", "CWH", "file"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_gpu_graph_can_be_defined_without_a_gpu(name: str) -> None:
+def test_the_gpu_graph_can_be_defined_without_a_gpu(name: str, form: Form) -> None:
     """Defining checks operators, arguments and placement; only building needs the device."""
-    pipeline = array_pipeline(
-        lambda: [], POLICIES[name], device="gpu", batch_size=8, num_threads=1, device_id=0, prefetch_queue_depth=2
+    pipeline = training_pipeline(
+        lambda: [],
+        POLICIES[name],
+        form=form,
+        views=VIEWS,
+        device="gpu",
+        batch_size=8,
+        num_threads=1,
+        device_id=0,
+        prefetch_queue_depth=2,
     )
     views, commands, record = pipeline._graph_out
     assert views.device == "gpu" and commands.device == record.device == "cpu"
@@ -180,10 +235,33 @@ def test_gpu_and_cpu_agree(demo_test_images: ImageArray, name: str) -> None:
         assert difference(one.views, two.views.cpu()) < 0.5
 
 
+def test_files_are_evaluated_like_torchvision_does(photographs: ImageFiles) -> None:
+    """Shorter side resized, centre cut out; every image once, in order, the incomplete last batch included."""
+    transform = transforms.Compose([transforms.Resize(73), transforms.CenterCrop(64), transforms.ToTensor()])
+    expected = torch.stack([transform(photographs.open(n)) for n in range(2, 63)])
+    for backend in ("dali", "torchvision"):
+        plain = EvaluationLoader(
+            photographs, size=64, resize_px=73, batch_size=25, backend=backend, device=CPU, workers=2
+        )
+        batches = list(plain.batches(2, 63))
+        assert [len(batch.labels) for batch in batches] == [25, 25, 11]
+        assert torch.equal(torch.cat([batch.labels for batch in batches]), torch.from_numpy(photographs.labels[2:63]))
+        images = torch.cat([batch.images for batch in batches])
+        assert (images - expected).abs().max() * 255 < (1.01 if backend == "dali" else 0.01)
+
+
+def test_a_file_that_is_gone_is_named(photographs: ImageFiles) -> None:
+    gone = dataclasses.replace(photographs, paths=("absent.jpg", *photographs.paths[1:]))
+    with pytest.raises(UserError, match=r"absent\.jpg"):
+        take(loader(gone, dataclasses.replace(POLICIES["plain"], size=64)), 1)
+
+
 def test_evaluation_sees_every_image_once_in_order(demo_test_images: ImageArray) -> None:
-    plain = ArrayPlainLoader(demo_test_images, batch_size=300, device=CPU)
+    plain = EvaluationLoader(
+        demo_test_images, size=32, resize_px=None, batch_size=300, backend="auto", device=CPU, workers=1
+    )
     batches = list(plain.batches(0, len(plain)))
     images = torch.cat([batch.images for batch in batches])
-    expected = torch.from_numpy(demo_test_images.images).permute(0, 3, 1, 2) / 255
+    expected = torch.from_numpy(demo_test_images.pixels).permute(0, 3, 1, 2) / 255
     assert torch.equal(images, expected)
     assert torch.equal(torch.cat([batch.labels for batch in batches]), torch.from_numpy(demo_test_images.labels))

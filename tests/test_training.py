@@ -30,6 +30,16 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
+def run_on(processes: int, *arguments: str | Path) -> str:
+    """Run on several processes through Accelerate's launcher; returns what was printed."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
+    done = subprocess.run(
+        [*map(str, command), ROOT / "launch.py", *map(str, arguments)], capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def run(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
     process = start(*arguments)
     out, err = process.communicate(timeout=120)
@@ -152,3 +162,51 @@ def test_simclr_runs_without_an_inverse_model(tmp_path: Path) -> None:
     )
     assert "SimCLR" in out
     assert "inverse_model_accuracy" not in json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+def test_several_processes_train_and_evaluate_together(tmp_path: Path) -> None:
+    """One of them speaks and writes, and evaluation counts every image once on 1, 2 and 3 processes."""
+    out = run_on(2, *SMALL, "--results_path", tmp_path / "run", "--max_epochs", "1", "--gpus", "2")
+    assert "2 process(es)" in out and out.count("epoch 1/1 ") == 1
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [2]
+    evaluation = ["eval", "--dataset", "demo", "--width", "4", "--ckpt_path", tmp_path / "run" / "model.safetensors"]
+    results = [run_on(k, *evaluation, "--json", tmp_path / f"{k}.json").splitlines()[-3:] for k in (2, 3)]
+    alone = subprocess.run(
+        [sys.executable, ROOT / "launch.py", *evaluation], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[-3:]
+    assert results == [alone, alone]
+    assert alone[-1].startswith("accuracy 0.") and len(alone[-1]) == len("accuracy 0.6680")
+    written = json.loads((tmp_path / "2.json").read_text())
+    assert f"accuracy {written['accuracy']:.4f}" == alone[-1]
+
+
+def test_a_linear_fit_trains_the_probe_alone(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = finished
+    weights = folder / "model.safetensors"
+    fit = [
+        "--stop_gradient",
+        "2",
+        "--reinitialize_supervised_head",
+        "1",
+        "--optimizer",
+        "sgd",
+        "--learning_rate",
+        "0.1",
+    ]
+    out, _ = run("--results_path", tmp_path / "fit", "--ckpt_path", weights, *fit)
+    assert "Linear fit" in out
+    before, after = load_file(weights), load_file(tmp_path / "fit" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"probe.weight", "probe.bias"}
+
+
+def test_training_starts_from_given_weights(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """With a learning rate of 0 they stay what they were, batch norm's statistics aside."""
+    folder, _ = finished
+    weights = folder / "checkpoint-00000010.pt"
+    run("--results_path", tmp_path / "run", "--ckpt_path", weights, "--learning_rate", "0", "--max_epochs", "1")
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    for name in before:
+        assert torch.equal(before[name], after[name]) or "running" in name or "num_batches" in name, name
+    _, err = run("--results_path", tmp_path / "x", "--ckpt_path", weights, "--arch", "resnet50", code=2)
+    assert "does not fit the model" in err

@@ -1,0 +1,152 @@
+"""Weights from elsewhere: official checkpoints, hostile files, files that do not fit."""
+
+from __future__ import annotations
+
+import collections
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import launch
+from stec.errors import UserError
+from stec.export import from_official_names, load_weights, read_weights, to_official_names, write_safetensors
+from stec.model import Model
+
+
+def small_model(**changes: object) -> Model:
+    torch.manual_seed(0)
+    settings = {"arch": "resnet18", "stem": "cifar", "classes": 10, "width": 4, "feat_dim": 8, **changes}
+    return Model(**settings)
+
+
+@pytest.fixture
+def lightning(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A stand-in for PyTorch Lightning while a file is written; gone when it is read."""
+    module = types.ModuleType("pytorch_lightning")
+    module.AttributeDict = type("AttributeDict", (dict,), {"__module__": "pytorch_lightning"})  # type: ignore[attr-defined]
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", module)
+    return module
+
+
+def official_checkpoint(state: dict[str, Tensor], lightning: types.ModuleType) -> dict[str, object]:
+    """What Lightning 1.5 stores: hyper-parameters in a class of its own, callbacks under their class."""
+    hyper_parameters = lightning.AttributeDict(arch="resnet18", temperature=0.5)
+    hyper_parameters["callback"] = lightning.ModelCheckpoint()
+    return {
+        "epoch": 999,
+        "pytorch-lightning_version": "1.5.10",
+        "state_dict": collections.OrderedDict(state),
+        "callbacks": {lightning.ModelCheckpoint: {"best_model_score": torch.tensor(1.5), "dirpath": "/x"}},
+        "optimizer_states": [{"state": {0: {"momentum_buffer": torch.zeros(3)}}}],
+        "hyper_parameters": hyper_parameters,
+    }
+
+
+def test_official_checkpoints_are_read_without_lightning(
+    tmp_path: Path, lightning: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model()
+    state = {**to_official_names(model.state_dict()), "encoder.fc.weight": torch.zeros(1000, 32)}
+    torch.save(official_checkpoint(state, lightning), tmp_path / "official.ckpt")
+    monkeypatch.delitem(sys.modules, "pytorch_lightning")
+    weights = read_weights(tmp_path / "official.ckpt")
+    assert weights.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(weights[name], tensor)
+
+
+@pytest.mark.parametrize("where", ["state_dict", "hyper_parameters"])
+def test_a_file_that_wants_something_called_is_refused(
+    where: str, tmp_path: Path, lightning: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (os.system, (f"touch {tmp_path / 'executed'}",))
+
+    checkpoint = official_checkpoint(to_official_names(small_model().state_dict()), lightning)
+    checkpoint[where] = {"trap": Hostile()}
+    torch.save(checkpoint, tmp_path / "hostile.ckpt")
+    assert launch.main(["import", str(tmp_path / "hostile.ckpt"), str(tmp_path / "out.safetensors")]) == 2
+    said = capsys.readouterr().err
+    assert "asks for posix.system to be called" in said and "Traceback" not in said
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("call", [eval, getattr, __import__, torch.load])
+def test_no_other_callable_is_called(call: object, tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (call, ("1",))
+
+    torch.save({"state_dict": {"encoder.conv1.weight": Hostile()}}, tmp_path / "hostile.ckpt")
+    with pytest.raises(UserError, match=r"asks for .* to be called"):
+        read_weights(tmp_path / "hostile.ckpt")
+
+
+def test_damaged_and_foreign_files(tmp_path: Path) -> None:
+    torch.save({"state_dict": small_model().state_dict()}, tmp_path / "whole.ckpt")
+    whole = (tmp_path / "whole.ckpt").read_bytes()
+    cases = {
+        "truncated.ckpt": (whole[: len(whole) // 2], "is damaged or no PyTorch checkpoint"),
+        "empty.ckpt": (b"", "is damaged or no PyTorch checkpoint"),
+        "text.ckpt": (b"hello, this is text\n" * 50, "is damaged or no PyTorch checkpoint"),
+        "broken.safetensors": (b"\x08\0\0\0\0\0\0\0{}      ", "holds no encoder"),
+        "text.safetensors": (b"hello", "is damaged or no safetensors file"),
+    }
+    for name, (content, sentence) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=sentence):
+            read_weights(tmp_path / name)
+    with pytest.raises(UserError, match="There is no file"):
+        read_weights(tmp_path / "absent.ckpt")
+    torch.save({"state_dict": {"weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="holds no encoder"):
+        read_weights(tmp_path / "other.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(UserError, match="holds a list"):
+        read_weights(tmp_path / "list.ckpt")
+
+
+def test_what_does_not_fit_is_listed() -> None:
+    state, path = small_model().state_dict(), Path("x.ckpt")
+    with pytest.raises(UserError, match=r"probe.weight is \(10, 32\) instead of \(100, 32\)"):
+        load_weights(small_model(classes=100), state, path, required=("encoder",))
+    with pytest.raises(UserError, match=r"bn3.bias is missing.*and \d+ more"):
+        load_weights(small_model(arch="resnet50"), state, path, required=("encoder",))
+    encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    with pytest.raises(UserError, match="it has no probe"):
+        load_weights(small_model(), encoder, path, required=("encoder", "probe"))
+
+
+def test_encoder_files_load_as_the_encoder_alone(tmp_path: Path) -> None:
+    trained, model = small_model(), small_model()
+    torch.nn.init.normal_(trained.encoder.conv1.weight)
+    write_safetensors(trained.encoder.state_dict(), tmp_path / "encoder.safetensors", {})
+    probe = model.probe.weight.clone()
+    parts = load_weights(model, read_weights(tmp_path / "encoder.safetensors"), tmp_path, required=("encoder",))
+    assert parts == ["encoder"]
+    assert torch.equal(model.encoder.conv1.weight, trained.encoder.conv1.weight)
+    assert torch.equal(model.probe.weight, probe)
+
+
+def test_import_writes_our_names(tmp_path: Path, lightning: types.ModuleType) -> None:
+    state = to_official_names(small_model().state_dict())
+    torch.save(official_checkpoint(state, lightning), tmp_path / "official.ckpt")
+    assert launch.main(["import", str(tmp_path / "official.ckpt"), str(tmp_path / "ours.safetensors")]) == 0
+    ours = load_file(tmp_path / "ours.safetensors")
+    assert ours.keys() == from_official_names(state).keys()
+
+
+def test_import_tells_wrong_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": small_model().state_dict()}, tmp_path / "c.ckpt")
+    assert launch.main(["import", str(tmp_path / "c.ckpt"), str(tmp_path / "c.pt")]) == 2
+    assert "must end in .safetensors" in capsys.readouterr().err
+    assert launch.main(["import", str(tmp_path / "c.ckpt"), str(tmp_path / "no" / "c.safetensors")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
