@@ -17,7 +17,8 @@ import torch
 
 from pipelines import reference
 from stec.commands import Commands, Policy
-from stec.export import from_official_names, to_official_names
+from stec.config import DATA_SETS
+from stec.export import from_official_names, load_weights, read_weights, to_official_names
 from stec.geometry import relative_windows, window_matrices
 from stec.model import Model
 from stec.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent
@@ -141,6 +142,16 @@ def test_schedule(group: str) -> None:
     np.testing.assert_allclose(ours, golden, atol=1e-12)
 
 
+def golden_seed() -> int:
+    with np.load(GOLDEN) as arrays:
+        return int(arrays["seed"])
+
+
+def golden_model(tag: str, golden: SimpleNamespace) -> Model:
+    arch, data_set = tag.split("_")
+    return Model(arch=arch, stem=DATA_SETS[data_set].stem, classes=golden.eval_logits_view_i.shape[1], feat_dim=64)
+
+
 def golden_weights(model: Model, seed: int) -> dict[str, torch.Tensor]:
     """The weights of the golden file's README: made from the official name of each entry of the state dict."""
     official = {}
@@ -166,18 +177,31 @@ def golden_weights(model: Model, seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tag", groups("model"))
+def test_an_imported_checkpoint_gives_the_official_logits(tag: str, tmp_path: Path) -> None:
+    """An official ``.ckpt`` of the golden weights, read as ``eval`` reads it, in float32: to 1e-4 of the largest logit."""
+    golden = load(f"model/{tag}")
+    model = golden_model(tag, golden)
+    official = {
+        name: tensor.float() for name, tensor in to_official_names(golden_weights(model, golden_seed())).items()
+    }
+    torch.save({"state_dict": official, "epoch": 999}, tmp_path / "official.ckpt")
+    load_weights(model, read_weights(tmp_path / "official.ckpt"), tmp_path, required=("encoder", "probe"))
+    with torch.no_grad():
+        logits = model.eval().probe(model.encoder(torch.from_numpy(golden.view_i)))
+    np.testing.assert_allclose(
+        logits, golden.eval_logits_view_i, rtol=0, atol=1e-4 * np.abs(golden.eval_logits_view_i).max()
+    )
+
+
+@pytest.mark.parametrize("tag", groups("model"))
 def test_whole_model(tag: str) -> None:
     """Features, gradients and three training steps of the whole model in float64.
 
     Relative tolerance 1e-6: the similarities of NT-Xent pass through float32 on both sides.
     """
     golden = load(f"model/{tag}")
-    with np.load(GOLDEN) as arrays:
-        seed = int(arrays["seed"])
-    arch, data_set = tag.split("_")
-    stem = {"cifar100": "cifar", "cifar10": "cifar", "stl10": "stl10", "imagenet": "imagenet"}[data_set]
-    model = Model(arch=arch, stem=stem, classes=golden.eval_logits_view_i.shape[1], feat_dim=64).double()
-    model.load_state_dict(golden_weights(model, seed))
+    model = golden_model(tag, golden).double()
+    model.load_state_dict(golden_weights(model, golden_seed()))
     views = torch.from_numpy(np.stack([golden.view_i, golden.view_j], 1)).double()
     command, labels = torch.from_numpy(golden.from_i_to_j).double(), torch.from_numpy(golden.labels)
     valid = torch.ones(len(labels), dtype=torch.bool)

@@ -32,10 +32,9 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 def run_on(processes: int, *arguments: str | Path) -> str:
     """Run on several processes through Accelerate's launcher; returns what was printed."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
-    done = subprocess.run(
-        [*map(str, command), ROOT / "launch.py", *map(str, arguments)], capture_output=True, text=True, timeout=180
-    )
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    command = [*launcher, str(ROOT / "launch.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -171,9 +170,8 @@ def test_several_processes_train_and_evaluate_together(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2]
     evaluation = ["eval", "--dataset", "demo", "--width", "4", "--ckpt_path", tmp_path / "run" / "model.safetensors"]
     results = [run_on(k, *evaluation, "--json", tmp_path / f"{k}.json").splitlines()[-3:] for k in (2, 3)]
-    alone = subprocess.run(
-        [sys.executable, ROOT / "launch.py", *evaluation], capture_output=True, text=True, check=True
-    ).stdout.splitlines()[-3:]
+    command = [sys.executable, str(ROOT / "launch.py"), *map(str, evaluation)]
+    alone = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-3:]
     assert results == [alone, alone]
     assert alone[-1].startswith("accuracy 0.") and len(alone[-1]) == len("accuracy 0.6680")
     written = json.loads((tmp_path / "2.json").read_text())
