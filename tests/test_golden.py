@@ -178,7 +178,7 @@ def golden_weights(model: Model, seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("tag", groups("model"))
 def test_an_imported_checkpoint_gives_the_official_logits(tag: str, tmp_path: Path) -> None:
-    """An official ``.ckpt`` of the golden weights, read as ``eval`` reads it, in float32: to 1e-4 of the largest logit."""
+    """An official ``.ckpt`` of the golden weights, read as ``eval`` reads it, in float32: to 1e-4 of the largest."""
     golden = load(f"model/{tag}")
     model = golden_model(tag, golden)
     official = {
