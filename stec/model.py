@@ -29,7 +29,7 @@ class Model(nn.Module):
     """S-TEC's model; without the inverse model it is SimCLR's.
 
     ``hidden_mlp`` -1 stands for the architecture's own width. ``stop_gradient`` 1: the probe's gradient stops at the
-    features; 0: it reaches the encoder; 2: only the probe is trained, on a frozen encoder in evaluation mode.
+    features; 0: it reaches the encoder; 2: there is only the probe to train, on a frozen encoder in evaluation mode.
     """
 
     def __init__(
@@ -48,15 +48,19 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.stop_gradient = stop_gradient
+        self.projection: Projection | None
+        self.inverse_model: InverseModel | None
         self.encoder = Encoder(arch, stem, width)
         feature_dim = self.encoder.feature_dim
         hidden_dim = DEFAULT_HIDDEN_MLP[arch] if hidden_mlp == -1 else hidden_mlp
-        self.projection = Projection(feature_dim, hidden_dim, feat_dim)
-        self.inverse_model = InverseModel(feature_dim, manip_hidden_mlp, n_bins) if with_inverse_model else None
         self.probe = make_probe(feature_dim, classes)
+        self.projection = self.inverse_model = None
         if stop_gradient == 2:
-            self.requires_grad_(False)
-            self.probe.requires_grad_(True)
+            self.encoder.requires_grad_(False)
+            return
+        self.projection = Projection(feature_dim, hidden_dim, feat_dim)
+        if with_inverse_model:
+            self.inverse_model = InverseModel(feature_dim, manip_hidden_mlp, n_bins)
 
     def train(self, mode: bool = True) -> Model:
         """As in any module, but a frozen encoder always stays in evaluation mode."""
@@ -71,7 +75,7 @@ class Model(nn.Module):
         All views pass the encoder as one batch, so that batch norm sees i and j together (official behaviour).
         ``probe_views`` [N, 1, 3, H, W] are what the probe sees instead of ``views``.
         """
-        if self.stop_gradient == 2:
+        if self.projection is None:
             with torch.no_grad():
                 pairs = self._features(views)
             return Outputs(projections=None, command_logits=None, class_logits=self.probe(pairs))

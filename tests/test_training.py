@@ -191,10 +191,11 @@ def test_a_linear_fit_trains_the_probe_alone(finished: tuple[Path, str], tmp_pat
         "--learning_rate",
         "0.1",
     ]
-    out, _ = run("--results_path", tmp_path / "fit", "--ckpt_path", weights, *fit)
+    out, _ = run("--results_path", tmp_path / "fit", "--ckpt_path", weights, *fit, "--feat_dim", "99")
     assert "Linear fit" in out
     before, after = load_file(weights), load_file(tmp_path / "fit" / "model.safetensors")
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[0] for name in after} == {"encoder", "probe"}
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"probe.weight", "probe.bias"}
 
 
