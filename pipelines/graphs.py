@@ -6,8 +6,11 @@ An image in a file is decoded once, and only the part that its views need. Stage
    resizing keeps the filter from seeing past the window, as in torchvision.
 2. blur, on those that are blurred. The official order is colour, then blur; both are linear, so they commute but for
    clamping, and blurring here works on 8-bit values.
-3. colour: jitter and grey as one affine map (``stec.geometry.colour_maps``); rounded and clamped to 8 bits.
+3. colour: jitter and grey as one affine map (``stec.geometry.colour_maps``) to floats, clamped to [0, 1].
 4. solarization: ``min(x, limit - x)``.
+
+Up to the blur pixels are 8 bits; they leave the graph as float32 on the device that wants them, so that nothing is left
+to be done for the thread that trains.
 """
 
 from __future__ import annotations
@@ -76,17 +79,22 @@ def view_arguments(
         arguments["blur_window_px"] = (2 * reach + 1).astype(np.int32)
     if "colour_matrix" in names:
         matrix, mean_weights = colour_maps(commands)
-        arguments["colour_matrix"], arguments["mean_weights"] = matrix, mean_weights[..., None, :]
+        # The factor 1/255 brings 8 bits to [0, 1].
+        arguments["colour_matrix"] = matrix / np.float32(255)
+        arguments["mean_weights"] = mean_weights[..., None, :] / np.float32(255)
     if "solarize_limit" in names:
-        # min(x, 510 - x) leaves every x of 8 bits as it is.
-        arguments["solarize_limit"] = np.where(commands.solarize, 255, 510).astype(np.int32)
+        # min(x, 2 - x) leaves every x in [0, 1] as it is.
+        arguments["solarize_limit"] = np.where(commands.solarize, 1, 2).astype(np.float32)
     return arguments
 
 
 def execute(image: DataNode, size: int, arguments: dict[str, DataNode]) -> DataNode:
-    """One view, [size, size, 3] uint8, of ``image`` [H, W, 3] uint8 on either device; arguments are on the host."""
+    """One view of ``image`` [H, W, 3] uint8 on either device: [size, size, 3] float32 in [0, 1].
+
+    ``arguments`` are on the host.
+    """
     window = fn.slice(image, arguments["anchor"], arguments["shape"], axes=[0, 1])
-    view = fn.resize(
+    view: DataNode = fn.resize(
         window,
         size=[size, size],
         roi_start=arguments["roi_start"],
@@ -99,9 +107,11 @@ def execute(image: DataNode, size: int, arguments: dict[str, DataNode]) -> DataN
     if "colour_matrix" in arguments:
         mean = fn.reductions.mean(view, axes=[0, 1], keep_dims=True)
         offset = fn.coord_transform(mean, M=arguments["mean_weights"])
-        view = fn.cast(fn.coord_transform(view, M=arguments["colour_matrix"]) + offset, dtype=types.UINT8)
+        view = math.clamp(fn.coord_transform(view, M=arguments["colour_matrix"]) + offset, 0.0, 1.0)
+    else:
+        view = view / 255.0
     if "solarize_limit" in arguments:
-        view = fn.cast(math.min(view, arguments["solarize_limit"] - view), dtype=types.UINT8)
+        view = math.min(view, arguments["solarize_limit"] - view)
     return view
 
 
@@ -121,7 +131,8 @@ def training_pipeline(
 
     ``source`` returns: the inputs of ``open_image``; then for each view the arguments of ``argument_names``; then the
     packed commands [N, V, 20] and the record [N, 4] (epoch, position, image id, label), both of which pass through
-    untouched. The pipeline returns the views [N, V, size, size, 3] uint8 on ``device``, the commands and the record.
+    untouched. The pipeline returns the views [N, V, size, size, 3] float32 in
+    [0, 1] on ``device``, the commands and the record.
     """
     names = argument_names(policy)
     opening = 3 if form == "file" else 1

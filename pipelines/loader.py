@@ -104,7 +104,7 @@ class Loader:
         for views, commands, record in _run(pipeline, self.device):
             rows: NDArray[np.int64] = np.array(record.as_array())
             yield Batch(
-                views=to_unit_range(torch.from_dlpack(views.as_tensor()), self.device),
+                views=torch.from_dlpack(views.as_tensor()).movedim(-1, -3),
                 commands=Commands.unpack(commands.as_array()),
                 labels=torch.from_numpy(rows[:, 3].copy()).to(self.device, non_blocking=True),
                 epoch=int(rows[0, 0]),
