@@ -212,6 +212,7 @@ def train(arguments: list[str]) -> None:
         "precision": precision,
         "backend": loader.backend,
     }
+    model = engine.initial_model(config, data.classes)
     folder, resumed = engine.on_main_process(accelerator, lambda: open_run_folder(config, environment))
     console.facts(
         title(config),
@@ -229,7 +230,9 @@ def train(arguments: list[str]) -> None:
     )
     if resumed is not None:
         console.say(f"Going on after step {resumed['step']}.")
-    results = engine.train(config, data, accelerator=accelerator, console=console, folder=folder, resumed=resumed)
+    results = engine.train(
+        config, data, model, accelerator=accelerator, console=console, folder=folder, resumed=resumed
+    )
     show_results(console, results)
     console.say(f"The run's files are in {folder.path.resolve()}")
     accelerator.end_training()

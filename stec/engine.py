@@ -117,6 +117,7 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
 def train(
     config: TrainConfig,
     data: Data,
+    bare_model: Model,
     *,
     accelerator: Accelerator,
     console: Console,
@@ -125,7 +126,7 @@ def train(
 ) -> dict[str, float]:
     """Train to the end, evaluate, export; returns what ``results.json`` holds.
 
-    ``resumed`` is a checkpoint to go on from. Raises UserError on a non-finite loss and Interrupted on Ctrl-C.
+    ``bare_model`` is the ``initial_model``, ``resumed`` a checkpoint to go on from. Raises UserError on a non-finite loss and Interrupted on Ctrl-C.
     """
     global_batch_size = config.batch_size * accelerator.num_processes
     steps_per_epoch = data.training.steps_per_epoch

@@ -209,3 +209,4 @@ def test_training_starts_from_given_weights(finished: tuple[Path, str], tmp_path
         assert torch.equal(before[name], after[name]) or "running" in name or "num_batches" in name, name
     _, err = run("--results_path", tmp_path / "x", "--ckpt_path", weights, "--arch", "resnet50", code=2)
     assert "does not fit the model" in err
+    assert not (tmp_path / "x").exists()
