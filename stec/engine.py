@@ -126,14 +126,15 @@ def train(
 ) -> dict[str, float]:
     """Train to the end, evaluate, export; returns what ``results.json`` holds.
 
-    ``bare_model`` is the ``initial_model``, ``resumed`` a checkpoint to go on from. Raises UserError on a non-finite loss and Interrupted on Ctrl-C.
+    ``bare_model`` is the ``initial_model``, ``resumed`` a checkpoint to go on from. Raises UserError on a non-finite
+    loss and Interrupted on Ctrl-C.
     """
     global_batch_size = config.batch_size * accelerator.num_processes
     steps_per_epoch = data.training.steps_per_epoch
     total_steps = config.max_epochs * steps_per_epoch
 
     # --- Model, objective, optimiser ---
-    bare_model = initial_model(config, data.classes).to(memory_format=torch.channels_last)
+    bare_model = bare_model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(
         bare_model,
         config.optimizer,
