@@ -92,6 +92,11 @@ def start(mixed_precision: str) -> tuple[Accelerator, Console, str]:
         mixed_precision=precision,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"Accelerate is set to {accelerator.gradient_accumulation_steps} gradient accumulation steps, which would "
+            f"change the contrastive loss; set --gradient_accumulation_steps 1 for accelerate launch."
+        )
     if device.type == "cpu":
         # accelerate launch allows each process one thread unless told otherwise.
         torch.set_num_threads(own_cpus())
@@ -231,7 +236,14 @@ def train(arguments: list[str]) -> None:
     if resumed is not None:
         console.say(f"Going on after step {resumed['step']}.")
     results = engine.train(
-        config, data, model, accelerator=accelerator, console=console, folder=folder, resumed=resumed
+        config,
+        data,
+        model,
+        accelerator=accelerator,
+        console=console,
+        folder=folder,
+        environment=environment,
+        resumed=resumed,
     )
     show_results(console, results)
     console.say(f"The run's files are in {folder.path.resolve()}")
@@ -350,10 +362,15 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
+        elif error.local:
+            print(f"error on process {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
         if is_main_process():
-            print(str(stop) or "Stopped.", file=sys.stderr)
+            print(
+                str(stop) or "Stopped at once; a run goes on from its last checkpoint by --resume auto.",
+                file=sys.stderr,
+            )
         return 130
     return 0
 

@@ -43,7 +43,10 @@ def read_cifar100(data_dir: Path) -> TwoSplits:
         train, test = (
             _read_cifar_binary([folder / name], label_bytes=2, classes=100) for name in ("train.bin", "test.bin")
         )
-        classes = tuple(_read_bytes(folder / "fine_label_names.txt").decode().split())
+        names = folder / "fine_label_names.txt"
+        classes = tuple(_read_bytes(names).decode(errors="replace").split())
+        if len(classes) != 100:
+            raise UserError(f"{names} holds {len(classes)} names instead of 100; unpack CIFAR-100's archive again.")
     else:
         from torchvision.datasets import CIFAR100
 
@@ -133,6 +136,13 @@ def _read_cifar_binary(files: list[Path], *, label_bytes: int, classes: int) -> 
         records = blob.reshape(-1, record_bytes)
         _check_labels(records[:, label_bytes - 1].astype(np.int64), classes, file)
         parts.append(records)
+    counts = [len(part) for part in parts]
+    if max(counts) - min(counts) > 1:
+        shortest = files[counts.index(min(counts))]
+        raise UserError(
+            f"{shortest} is truncated: it holds {min(counts)} images where others hold {max(counts)}; "
+            f"unpack the data set's archive again."
+        )
     records = np.concatenate(parts)
     return ImageArray(
         pixels=_planes_to_pixels(records[:, label_bytes:]), labels=records[:, label_bytes - 1].astype(np.int64)

@@ -1,6 +1,7 @@
 """Folders of image files, one folder a class: which files there are, and how large each image is.
 
-The sizes come from the files' headers, once; they are kept in a cache that notices when a folder has changed.
+The sizes come from the files' headers, once; they are kept in a cache that notices when files were added or removed. A
+file that was overwritten in place by an image of another size is noticed when it is decoded.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.images import ImageFiles
+from pipelines.images import ImageFiles, cache_folder
 from stec.errors import UserError
 
 CACHE_VERSION = 1
@@ -132,8 +133,7 @@ def _read_size(file: str) -> tuple[int, int] | str:
 
 
 def _cache_file(root: Path) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "stec" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:24]}.npz"
+    return cache_folder() / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:24]}.npz"
 
 
 def _read_cache(cache: Path, root: Path) -> ImageFiles | None:

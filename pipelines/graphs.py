@@ -132,7 +132,7 @@ def training_pipeline(
     ``source`` returns: the inputs of ``open_image``; then for each view the arguments of ``argument_names``; then the
     packed commands [N, V, 20] and the record [N, 4] (epoch, position, image id, label), both of which pass through
     untouched. The pipeline returns the views [N, V, size, size, 3] float32 in
-    [0, 1] on ``device``, the commands and the record.
+    [0, 1] on ``device``, the commands, the record and, for files, the images' shapes [N, 3] as stored.
     """
     names = argument_names(policy)
     opening = 3 if form == "file" else 1
@@ -141,25 +141,33 @@ def training_pipeline(
     def pipeline() -> tuple[DataNode, ...]:
         count = opening + views * len(names) + 2
         inputs = fn.external_source(source, num_outputs=count, batch=True, no_copy=True)
-        image = open_image(inputs[:opening], form, device)
+        image, *stored_shape = open_image(inputs[:opening], form, device)
         arguments = inputs[opening:-2]
         made = [
             execute(image, policy.size, dict(zip(names, arguments[v * len(names) : (v + 1) * len(names)])))
             for v in range(views)
         ]
-        return fn.stack(*made), inputs[-2], inputs[-1]
+        return fn.stack(*made), inputs[-2], inputs[-1], *stored_shape
 
     return pipeline()
 
 
-def open_image(inputs: Sequence[DataNode], form: Form, device: str) -> DataNode:
-    """An image [H, W, 3] uint8 on ``device``, from pixels, or from a path and the part to decode (top-left, size)."""
+def open_image(inputs: Sequence[DataNode], form: Form, device: str) -> tuple[DataNode, ...]:
+    """An image [H, W, 3] uint8 on ``device``, from pixels, or from a path and the part to decode (top-left, size).
+
+    For a file also the shape [3] of the whole image as it is stored now, which the commands rely on.
+    """
     # Decided while the graph is defined: a data set has one form.
     if form == "file":
         path, origin, extent = inputs
         encoded = fn.io.file.read(path, dont_use_mmap=True)
+        stored_shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+        # DALI 2.4's image_slice crashes the process where a sample is no image or smaller than its slice; reading the
+        # header first makes the former an error, and this makes the latter something to be noticed afterwards.
+        origin = math.min(origin, stored_shape[:2] - 1)
+        extent = math.min(extent, stored_shape[:2] - origin)
         # Without the EXIF rotation, as torchvision's ImageFolder: the commands are for the image as it is stored.
-        return fn.decoders.image_slice(
+        image = fn.decoders.image_slice(
             encoded,
             origin,
             extent,
@@ -170,9 +178,10 @@ def open_image(inputs: Sequence[DataNode], form: Form, device: str) -> DataNode:
             output_type=types.RGB,
             adjust_orientation=False,
         )
+        return image, stored_shape
     image = inputs[0].gpu() if device == "gpu" else inputs[0]
     image = fn.transpose(image, perm=[2, 1, 0]) if form == "CWH" else image
-    return fn.reshape(image, layout="HWC")
+    return (fn.reshape(image, layout="HWC"),)
 
 
 def evaluation_pipeline(source: Callable[[], Sequence[Any]], size: int, *, device: str, **pipeline_options: Any) -> Any:

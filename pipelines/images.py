@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from stec.errors import UserError
 
 UNLABELLED = -1
 
@@ -41,7 +44,7 @@ class ImageArray:
         """One image in RGB."""
         return Image.fromarray(np.ascontiguousarray(self.upright(slice(image_id, image_id + 1))[0]))
 
-    def first(self, count: int) -> ImageArray:
+    def limited(self, count: int) -> ImageArray:
         """The first ``count`` images."""
         return ImageArray(pixels=self.pixels[:count], labels=self.labels[:count], layout=self.layout)
 
@@ -69,15 +72,37 @@ class ImageFiles:
         return self.root / self.paths[image_id]
 
     def open(self, image_id: int) -> Image.Image:
-        """One image in RGB, not rotated by its EXIF tag, as torchvision's ImageFolder opens it."""
-        with Image.open(self.file(image_id)) as image:
-            return image.convert("RGB")
+        """One image in RGB, not rotated by its EXIF tag, as torchvision's ImageFolder opens it.
 
-    def first(self, count: int) -> ImageFiles:
-        """The first ``count`` images."""
+        Raises UserError where the file cannot be read, or is not of the size that it was indexed with.
+        """
+        file = self.file(image_id)
+        try:
+            with Image.open(file) as image:
+                if (image.height, image.width) != tuple(self.sizes[image_id]):
+                    raise UserError(
+                        f"{file} has {image.height} x {image.width} pixels but had {self.sizes[image_id][0]} x "
+                        f"{self.sizes[image_id][1]} when it was indexed; delete the index in {cache_folder()}.",
+                        local=True,
+                    )
+                return image.convert("RGB")
+        except (OSError, Image.DecompressionBombError) as error:
+            raise UserError(f"{file} cannot be read ({error}); delete it or fetch it again.", local=True) from error
+
+    def limited(self, count: int) -> ImageFiles:
+        """``count`` of the images, evenly spread: folders are sorted by class."""
+        image_ids = np.arange(count) * len(self) // count
         return ImageFiles(
-            root=self.root, paths=self.paths[:count], sizes=self.sizes[:count], labels=self.labels[:count]
+            root=self.root,
+            paths=tuple(self.paths[image_id] for image_id in image_ids),
+            sizes=self.sizes[image_ids],
+            labels=self.labels[image_ids],
         )
+
+
+def cache_folder() -> Path:
+    """Where the indexes of image folders are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stec"
 
 
 Images = ImageArray | ImageFiles

@@ -27,7 +27,8 @@ class DataSet:
 def open_data_set(
     name: str, data_dir: Path | None, *, limit_train: int | None = None, download: bool = False
 ) -> DataSet:
-    """Open a data set by its name, keeping at most the first ``limit_train`` training images.
+    """Open a data set by its name, keeping at most ``limit_train`` training images: the first, or of folders, which
+    are sorted by class, evenly spread ones.
 
     ``download`` first fetches CIFAR-10, CIFAR-100 or STL-10 into ``data_dir`` through torchvision, which verifies the
     checksums. Raises UserError where the data is missing, truncated or not what it should be.
@@ -77,7 +78,7 @@ def _limited(data_set: DataSet, name: str, limit_train: int | None) -> DataSet:
             f"--limit_train {limit_train} is more than the {len(data_set.train)} training images of {name}; "
             f"leave it out to use them all."
         )
-    train = data_set.train.first(limit_train)
+    train = data_set.train.limited(limit_train)
     labelled = train if data_set.labelled is data_set.train else data_set.labelled
     return replace(data_set, train=train, labelled=labelled)
 

@@ -94,23 +94,34 @@ class Loader:
         from pipelines.graphs import training_pipeline
 
         images = self.order.images
+        source = _TrainingSource(self.order, first_step)
         pipeline = training_pipeline(
-            _TrainingSource(self.order, first_step),
+            source,
             self.order.policy,
             form=images.layout if isinstance(images, ImageArray) else "file",
             views=self.order.views,
             **_pipeline_options(self.order.batch_size, self.workers, self.device),
         )
-        for views, commands, record in _run(pipeline, self.device):
+        for views, packed, record, *stored_shape in _run(pipeline, source, self.device):
             rows: NDArray[np.int64] = np.array(record.as_array())
+            commands = Commands.unpack(packed.as_array())
+            if stored_shape:
+                _check_shapes(images, stored_shape[0].as_array(), commands, rows[:, 2])
             yield Batch(
                 views=torch.from_dlpack(views.as_tensor()).movedim(-1, -3),
-                commands=Commands.unpack(commands.as_array()),
+                commands=commands,
                 labels=torch.from_numpy(rows[:, 3].copy()).to(self.device, non_blocking=True),
                 epoch=int(rows[0, 0]),
                 positions=rows[:, 1],
                 image_ids=rows[:, 2],
             )
+
+
+def _check_shapes(images: Images, stored: NDArray[np.int64], commands: Commands, image_ids: NDArray[np.int64]) -> None:
+    """Raise UserError where a file is not of the size that its command was drawn for."""
+    changed = (stored[:, 0] != commands.source_height[:, 0]) | (stored[:, 1] != commands.source_width[:, 0])
+    for image_id in image_ids[changed]:
+        images.open(int(image_id))
 
 
 def _pipeline_options(batch_size: int, threads: int, device: torch.device) -> dict[str, Any]:
@@ -124,34 +135,42 @@ def _pipeline_options(batch_size: int, threads: int, device: torch.device) -> di
     }
 
 
-def _run(pipeline: Any, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """The outputs of a pipeline, run after run. Raises UserError with DALI's reason where an image cannot be read."""
+class _InFlight:
+    """Keeps what was fed to DALI for the last batches: it reads the arrays where they lie, some time after the call."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        self._feeds: deque[tuple[NDArray[np.int64], Sequence[Any]]] = deque(maxlen=2 * PREFETCH_DEPTH + 2)
+
+    def keep(self, image_ids: NDArray[np.int64], feed: Sequence[Any]) -> Sequence[Any]:
+        self._feeds.append((image_ids, feed))
+        return feed
+
+    def name_culprit(self) -> None:
+        """Raise UserError for an image of the last batches that cannot be opened: DALI does not name it."""
+        for image_ids, _ in self._feeds:
+            for image_id in image_ids:
+                self.images.open(int(image_id))
+
+
+def _run(pipeline: Any, source: _InFlight, device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """The outputs of a pipeline, run after run. Raises UserError where an image cannot be read."""
     pipeline.build()
     stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
     while True:
         try:
             outputs = pipeline.run(*stream)
         except RuntimeError as error:
-            raise UserError(f"DALI could not make a batch; mend or delete the image it names: {error}") from error
+            source.name_culprit()
+            raise UserError(f"DALI could not make a batch: {error}", local=True) from error
         yield outputs
-
-
-class _InFlight:
-    """Keeps the arrays of the last batches alive: DALI reads them where they lie, some time after the call."""
-
-    def __init__(self) -> None:
-        self._feeds: deque[Sequence[Any]] = deque(maxlen=2 * PREFETCH_DEPTH + 2)
-
-    def keep(self, feed: Sequence[Any]) -> Sequence[Any]:
-        self._feeds.append(feed)
-        return feed
 
 
 class _TrainingSource(_InFlight):
     """Feeds ``training_pipeline``: one call a step, in order."""
 
     def __init__(self, order: Order, first_step: int) -> None:
-        super().__init__()
+        super().__init__(order.images)
         self.order, self.step = order, first_step
 
     def __call__(self) -> Sequence[Any]:
@@ -173,7 +192,8 @@ class _TrainingSource(_InFlight):
             for v in range(self.order.views)
             for name in argument_names(policy)
         ]
-        return self.keep([*opening, *arguments, share.commands.pack(), _record(share, images)])
+        feed = [*opening, *arguments, share.commands.pack(), _record(share, images)]
+        return self.keep(share.image_ids, feed)
 
 
 def _paths(images: ImageFiles, image_ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
@@ -211,45 +231,44 @@ class EvaluationLoader:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, first: int, last: int) -> Iterator[PlainBatch]:
-        """The images numbered ``first`` to ``last - 1``, in order."""
-        starts = range(first, last, self.batch_size)
-        slices = [slice(start, min(start + self.batch_size, last)) for start in starts]
-        for part, images in zip(slices, self._images(slices)):
+    def batches(self, image_ids: NDArray[np.int64]) -> Iterator[PlainBatch]:
+        """The images of these numbers, in this order."""
+        parts = [image_ids[k : k + self.batch_size] for k in range(0, len(image_ids), self.batch_size)]
+        for part, images in zip(parts, self._images(parts)):
             labels = torch.from_numpy(self.images.labels[part])
             yield PlainBatch(images=images, labels=labels.to(self.device, non_blocking=True))
 
-    def _images(self, slices: list[slice]) -> Iterator[Tensor]:
+    def _images(self, parts: list[NDArray[np.int64]]) -> Iterator[Tensor]:
         if isinstance(self.images, ImageArray) and self.resize_px is None:
-            for part in slices:
+            for part in parts:
                 pixels = np.ascontiguousarray(self.images.upright(part))
                 yield to_unit_range(torch.from_numpy(pixels), self.device)
-        elif isinstance(self.images, ImageFiles) and self.resize_px is not None and self.backend == "dali":
+        elif isinstance(self.images, ImageFiles) and self.resize_px is not None and self.backend == "dali" and parts:
             from pipelines.graphs import evaluation_pipeline
 
-            source = _EvaluationSource(self.images, slices, self.resize_px, self.size)
+            source = _EvaluationSource(self.images, parts, self.resize_px, self.size)
             options = _pipeline_options(self.batch_size, self.workers, self.device)
             pipeline = evaluation_pipeline(source, self.size, **options)
-            for _, (images,) in zip(slices, _run(pipeline, self.device)):
+            for _, (images,) in zip(parts, _run(pipeline, source, self.device)):
                 yield to_unit_range(torch.from_dlpack(images.as_tensor()), self.device)
         else:
-            for batch in reference_evaluation(self.images, slices, self.resize_px, self.size, self.workers):
+            for batch in reference_evaluation(self.images, parts, self.resize_px, self.size, self.workers):
                 yield batch.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
 
 
 class _EvaluationSource(_InFlight):
-    """Feeds ``evaluation_pipeline``: one call a slice, and the last slice again while DALI prefetches past the end."""
+    """Feeds ``evaluation_pipeline``: one call a batch, and the last batch again while DALI prefetches past the end."""
 
-    def __init__(self, images: ImageFiles, slices: list[slice], resize_px: int, size: int) -> None:
-        super().__init__()
-        self.images, self.resize_px, self.size = images, resize_px, size
-        self.slices = itertools.chain(slices, itertools.repeat(slices[-1]))
+    def __init__(self, images: ImageFiles, parts: list[NDArray[np.int64]], resize_px: int, size: int) -> None:
+        super().__init__(images)
+        self.files, self.resize_px, self.size = images, resize_px, size
+        self.parts = itertools.chain(parts, itertools.repeat(parts[-1]))
 
     def __call__(self) -> Sequence[Any]:
-        part = next(self.slices)
-        image_ids = np.arange(part.start, part.stop)
-        resized_hw, corner = centre_of_resized(self.images.image_hw(image_ids), self.resize_px, self.size)
-        return self.keep([_paths(self.images, image_ids), resized_hw.astype(np.float32), corner])
+        image_ids = next(self.parts)
+        resized_hw, corner = centre_of_resized(self.files.image_hw(image_ids), self.resize_px, self.size)
+        feed = [_paths(self.files, image_ids), resized_hw.astype(np.float32), corner]
+        return self.keep(image_ids, feed)
 
 
 def centre_of_resized(

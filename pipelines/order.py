@@ -63,7 +63,10 @@ class Order:
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def _permute(self, epoch: int) -> NDArray[np.int64]:
-        return generator(ORDER_STREAM, self.seed, epoch).permutation(self.epoch_length) % len(self.images)
+        # As many positions as either needs: a short epoch must draw from all images, a long one repeats them.
+        positions = max(self.epoch_length, len(self.images))
+        order = generator(ORDER_STREAM, self.seed, epoch).permutation(positions)
+        return order[: self.epoch_length] % len(self.images)
 
     def share(self, step: int) -> Share:
         """This process's share of global step ``step``, counted from the start of training."""

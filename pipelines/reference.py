@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -15,6 +18,9 @@ from torchvision.transforms import functional as F
 from pipelines.images import Images
 from pipelines.order import Order, Share
 from stec.commands import Commands, Policy
+from stec.errors import UserError
+
+T = TypeVar("T")
 
 _JITTER_STEPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
 _HUE = 3
@@ -64,13 +70,23 @@ def solarize(view: Tensor) -> Tensor:
     return torch.where(view < 0.5, view, 1 - view)
 
 
-class _Steps(Dataset[tuple[Tensor, Tensor, Share]]):
-    """Item ``step`` is a whole step: views [N, V, H, W, 3] float32, labels [N], and the share that was executed."""
+Step = tuple[Tensor, Tensor, Share]
+"""A whole step: views [N, V, H, W, 3] float32, labels [N], and the share that was executed."""
+
+
+class _Steps(Dataset[Step | UserError]):
+    """Item ``step`` is that step, or why it could not be made: a worker's exceptions would lose their type."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Share]:
+    def __getitem__(self, step: int) -> Step | UserError:
+        try:
+            return self._make(step)
+        except UserError as error:
+            return error
+
+    def _make(self, step: int) -> Step:
         share = self.order.share(step)
         images, policy = self.order.images, self.order.policy
         views = torch.empty(len(share.image_ids), self.order.views, policy.size, policy.size, 3)
@@ -89,41 +105,49 @@ def evaluation_view(image: Image.Image, resize_px: int | None, size: int) -> Ten
     return tensor
 
 
-def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[tuple[Tensor, Tensor, Share]]:
+def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[Step]:
     """Endless steps from ``first_step`` on, made by so many worker processes (0: in this one)."""
-    return iter(
-        DataLoader(
-            _Steps(order),
-            batch_size=None,
-            sampler=itertools.count(first_step),
-            num_workers=workers,
-            worker_init_fn=_ignore_ctrl_c,
-        )
+    steps: DataLoader[Step | UserError] = DataLoader(
+        _Steps(order),
+        batch_size=None,
+        sampler=itertools.count(first_step),
+        num_workers=workers,
+        worker_init_fn=_ignore_ctrl_c,
     )
+    return _raising(steps)
 
 
-class _EvaluationSlices(Dataset[Tensor]):
-    """Item ``k`` is a slice of the images as evaluation sees them: [n, 3, size, size] float32."""
+class _EvaluationBatches(Dataset[Tensor | UserError]):
+    """Item ``k`` is a batch as evaluation sees it: [n, 3, size, size] float32, or why it cannot be made."""
 
-    def __init__(self, images: Images, slices: list[slice], resize_px: int | None, size: int) -> None:
-        self.images, self.slices, self.resize_px, self.size = images, slices, resize_px, size
+    def __init__(self, images: Images, batches: list[NDArray[np.int64]], resize_px: int | None, size: int) -> None:
+        self.images, self.image_ids, self.resize_px, self.size = images, batches, resize_px, size
 
     def __len__(self) -> int:
-        return len(self.slices)
+        return len(self.image_ids)
 
-    def __getitem__(self, k: int) -> Tensor:
-        image_ids = range(self.slices[k].start, self.slices[k].stop)
-        return torch.stack(
-            [evaluation_view(self.images.open(image_id), self.resize_px, self.size) for image_id in image_ids]
-        )
+    def __getitem__(self, k: int) -> Tensor | UserError:
+        try:
+            opened = (self.images.open(int(image_id)) for image_id in self.image_ids[k])
+            return torch.stack([evaluation_view(image, self.resize_px, self.size) for image in opened])
+        except UserError as error:
+            return error
 
 
 def reference_evaluation(
-    images: Images, slices: list[slice], resize_px: int | None, size: int, workers: int
+    images: Images, batches: list[NDArray[np.int64]], resize_px: int | None, size: int, workers: int
 ) -> Iterator[Tensor]:
-    """Slices of the images as evaluation sees them, each [n, 3, size, size] float32 in [0, 1]."""
-    steps = _EvaluationSlices(images, slices, resize_px, size)
-    return iter(DataLoader(steps, batch_size=None, num_workers=workers, worker_init_fn=_ignore_ctrl_c))
+    """Batches of image ids as evaluation sees the images, each [n, 3, size, size] float32 in [0, 1]."""
+    items = _EvaluationBatches(images, batches, resize_px, size)
+    return _raising(DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=_ignore_ctrl_c))
+
+
+def _raising(items: Iterable[T | UserError]) -> Iterator[T]:
+    """The items, until one is an error, which is raised."""
+    for item in items:
+        if isinstance(item, UserError):
+            raise UserError(str(item), local=True)
+        yield item
 
 
 def _ignore_ctrl_c(_worker: int) -> None:

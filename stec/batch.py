@@ -53,10 +53,10 @@ class TwoViewLoader(Protocol):
 
 
 class PlainLoader(Protocol):
-    """Where evaluation gets its images, each once, in the order of the data set."""
+    """Where evaluation gets its images."""
 
     def __len__(self) -> int:
         """Number of images."""
 
-    def batches(self, first: int, last: int) -> Iterator[PlainBatch]:
-        """The images numbered ``first`` to ``last - 1``."""
+    def batches(self, image_ids: NDArray[np.int64]) -> Iterator[PlainBatch]:
+        """The images of these numbers, in this order."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,11 @@ import torch
 from stec.errors import UserError
 
 FORMAT_VERSION = 1
+KEYS = frozenset(
+    "step model optimizer scaler identity environment global_batch_size train_seconds wait_seconds epoch_rows "
+    "last_epoch".split()
+)
+"""What a checkpoint holds besides its format."""
 KEPT = 2
 """How many of the newest checkpoints stay on disk."""
 
@@ -22,8 +26,9 @@ def checkpoint_path(run_folder: Path, step: int) -> Path:
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
-    """Complete checkpoints in the run folder, oldest first."""
-    return sorted(run_folder.glob("checkpoint-*.pt"))
+    """Complete checkpoints in the run folder, oldest first; files that only look like one are not counted."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)\.pt", path.name), path) for path in run_folder.glob("checkpoint-*.pt"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 def save(run_folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -58,11 +63,16 @@ def load(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"The checkpoint {path} cannot be read ({error.strerror}).") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise UserError(
             f"The checkpoint {path} is damaged or no checkpoint of this program; delete it, "
             f"and --resume auto goes on from the one before."
         ) from error
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         raise UserError(f"The checkpoint {path} is not of format {FORMAT_VERSION}; use the version that wrote it.")
+    missing = KEYS - state.keys()
+    if missing:
+        raise UserError(
+            f"The checkpoint {path} lacks {', '.join(sorted(missing))}; delete it, and try --resume auto again."
+        )
     return state

@@ -67,7 +67,7 @@ class TrainConfig:
     download: Switch = 0
     """1: fetch CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
     limit_train: int | None = None
-    """Use only the first so many training images."""
+    """Use only the first so many training images (ImageNet: evenly spread over the classes)."""
     backend: Literal["auto", "dali", "torchvision"] = "auto"
     """What executes the commands; auto is DALI where it is installed."""
     num_workers: int | None = None

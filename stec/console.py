@@ -77,7 +77,7 @@ class Console:
             parts.append(f"inverse {values['manipulation']:.3f} ({values['manipulation_accuracy']:.2f})")
         parts += [f"probe {values['supervised_accuracy']:.2f}", f"lr {values['learning_rate']:.3g}"]
         learning = "  ".join(parts)
-        left = timedelta(seconds=round(eta_seconds))
+        left = timedelta(seconds=round(min(eta_seconds, 1e9)))
         pace = f"{values['images_per_second']:.0f} images/s  wait {values['wait_share']:.0%}  left {left}"
         epoch = f"epoch {int(values['epoch']) + 1}/{epochs}"
         if self._progress is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -122,6 +122,7 @@ def train(
     accelerator: Accelerator,
     console: Console,
     folder: RunFolder,
+    environment: Mapping[str, Any],
     resumed: dict[str, Any] | None,
 ) -> dict[str, float]:
     """Train to the end, evaluate, export; returns what ``results.json`` holds.
@@ -150,7 +151,12 @@ def train(
                 f"{config.batch_size} on {accelerator.num_processes} process(es) makes {global_batch_size}; "
                 f"choose the two so that their product stays the same."
             )
-        bare_model.load_state_dict(resumed["model"])
+        try:
+            bare_model.load_state_dict(resumed["model"])
+        except RuntimeError as error:
+            raise UserError(
+                f"The newest checkpoint in {folder.path} does not fit the model; delete it and try --resume auto again."
+            ) from error
         step, train_seconds, wait_seconds = resumed["step"], resumed["train_seconds"], resumed["wait_seconds"]
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         bare_model = nn.SyncBatchNorm.convert_sync_batchnorm(bare_model)
@@ -176,13 +182,14 @@ def train(
 
     # --- Logging and saving ---
     unlogged: list[Tensor] = []
-    logged_in_epoch: list[list[float]] = []
+    epoch_rows: list[list[float]] = resumed["epoch_rows"] if resumed is not None else []
+    last_epoch: dict[str, float] = resumed["last_epoch"] if resumed is not None else {}
     since_log = time.perf_counter()
     since_log_wait = 0.0
 
     def log() -> None:
         """Bring the metrics of the steps since the last call to the host: the only host sync of the loop."""
-        nonlocal since_log, since_log_wait, train_seconds, wait_seconds
+        nonlocal since_log, since_log_wait, train_seconds, wait_seconds, last_epoch
         if not unlogged:
             return
         rows = accelerator.reduce(torch.stack(unlogged), "mean").tolist()  # host sync
@@ -205,16 +212,17 @@ def train(
         }
         if accelerator.is_main_process:
             folder.append_metrics(values)
-        logged_in_epoch.extend(rows)
+        epoch_rows.extend(rows)
         end_of_epoch = step % steps_per_epoch == 0
+        if end_of_epoch:
+            last_epoch = _means(epoch_rows)
+            epoch_rows.clear()
         console.report(
-            {**values, **_means(logged_in_epoch)} if end_of_epoch else values,
+            {**values, **last_epoch} if end_of_epoch else values,
             epochs=config.max_epochs,
             eta_seconds=(total_steps - step) * train_seconds / step,
             end_of_epoch=end_of_epoch,
         )
-        if end_of_epoch:
-            logged_in_epoch.clear()
 
     def save() -> None:
         """Write a checkpoint of the steps so far; never one with a non-finite loss behind it."""
@@ -225,6 +233,9 @@ def train(
                 "optimizer": optimizer.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 "identity": config.identity(),
+                "environment": environment,
+                "epoch_rows": epoch_rows,
+                "last_epoch": last_epoch,
                 "global_batch_size": global_batch_size,
                 "train_seconds": train_seconds,
                 "wait_seconds": wait_seconds,
@@ -266,16 +277,20 @@ def train(
 
     # --- Results ---
     trained = accelerator.unwrap_model(model)
+    metadata = {"config": config.identity(), "step": step, "classes": data.classes}
+
+    def export() -> None:
+        write_safetensors(trained.state_dict(), folder.model, metadata)
+        write_safetensors(trained.encoder.state_dict(), folder.encoder, metadata)
+
+    on_main_process(accelerator, export)
     with console.waiting("evaluating"):
         results = _evaluate(config, data, trained, accelerator)
+    if trained.inverse_model is not None:
+        results["inverse_model_accuracy"] = last_epoch["manipulation_accuracy"]
     results["images_per_second"] = total_steps * global_batch_size / train_seconds
     results["wait_share"] = wait_seconds / train_seconds
     if accelerator.is_main_process:
-        if trained.inverse_model is not None:
-            results["inverse_model_accuracy"] = folder.last_epoch_mean("manipulation_accuracy")
-        metadata = {"config": config.identity(), "step": step, "classes": data.classes}
-        write_safetensors(trained.state_dict(), folder.model, metadata)
-        write_safetensors(trained.encoder.state_dict(), folder.encoder, metadata)
         write_json(folder.results, results)
     return results
 

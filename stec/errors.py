@@ -4,8 +4,13 @@
 class UserError(Exception):
     """Something the user can mend: the message is one sentence with the offending value and the remedy.
 
-    ``launch.py`` prints the message without a traceback and exits with code 2.
+    ``launch.py`` prints the message without a traceback and exits with code 2. An error that all processes run into is
+    printed by the main one; a ``local`` one, such as a file that one process cannot read, by the process that met it.
     """
+
+    def __init__(self, message: str, *, local: bool = False) -> None:
+        super().__init__(message)
+        self.local = local
 
 
 class Interrupted(Exception):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stec.batch import PlainLoader
+from stec.encoder import Encoder
 
 NEIGHBOURS = 20
 BANK_LIMIT = 50_000
-"""At most so many training images serve as neighbours and for the linear fit."""
+"""At most so many labelled images serve as neighbours and for the linear fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,35 +29,35 @@ class Features:
 
 
 def extract_features(
-    encoder: nn.Module, loader: PlainLoader, accelerator: Accelerator, limit: int | None = None
+    encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, limit: int | None = None
 ) -> Features:
-    """Features of the loader's first ``limit`` images, in order, on every process; the work is shared.
+    """Features of the loader's images, in order, on every process; the work is shared.
 
-    Each process takes one stretch of the images; the stretches are padded to equal length for the exchange.
+    ``limit``: of so many images at most, evenly spread, since images may be sorted by class. Each process takes one
+    stretch of the images; the stretches are padded to equal length for the exchange.
     """
     count = len(loader) if limit is None else min(limit, len(loader))
-    index, processes = accelerator.process_index, accelerator.num_processes
-    bounds = [count * k // processes for k in range(processes + 1)]
+    image_ids = np.arange(count) * len(loader) // count
+    stretches = np.array_split(image_ids, accelerator.num_processes)
+    longest = len(stretches[0])
+    own_features = torch.zeros(longest, encoder.feature_dim, device=accelerator.device)
+    own_labels = torch.zeros(longest, dtype=torch.int64, device=accelerator.device)
     was_training = encoder.training
     encoder.eval()
-    features, labels = [], []
+    done = 0
     with torch.no_grad():
-        for batch in loader.batches(bounds[index], bounds[index + 1]):
+        for batch in loader.batches(stretches[accelerator.process_index]):
+            here = slice(done, done + len(batch.labels))
             with accelerator.autocast():
-                features.append(encoder(batch.images).float())
-            labels.append(batch.labels)
+                own_features[here] = encoder(batch.images).float()
+            own_labels[here] = batch.labels
+            done = here.stop
     encoder.train(was_training)
-    lengths = [last - first for first, last in pairwise(bounds)]
-    longest = max(lengths)
-    own_features, own_labels = torch.cat(features), torch.cat(labels)
-    padding = longest - len(own_labels)
-    own_features = F.pad(own_features, (0, 0, 0, padding))
-    own_labels = F.pad(own_labels, (0, padding))
     all_features = accelerator.gather(own_features).cpu().split(longest)
     all_labels = accelerator.gather(own_labels).cpu().split(longest)
     return Features(
-        features=torch.cat([part[:length] for part, length in zip(all_features, lengths, strict=True)]),
-        labels=torch.cat([part[:length] for part, length in zip(all_labels, lengths, strict=True)]),
+        features=torch.cat([part[: len(ids)] for part, ids in zip(all_features, stretches)]),
+        labels=torch.cat([part[: len(ids)] for part, ids in zip(all_labels, stretches)]),
     )
 
 

@@ -17,8 +17,9 @@ class Lars(torch.optim.Optimizer):
     """LARS (You et al. 2017, "Large Batch Training of Convolutional Networks") as lightning-bolts 0.5 computes it.
 
     In groups with ``adapt`` the gradient, weight decay included, is scaled by
-    ``trust |w| / (|g| + weight_decay |w| + eps)``; where either norm is 0 the plain gradient is taken. Other groups
-    get SGD with momentum. Runs on multi-tensor operations: a few launches per group and no host synchronisation.
+    ``trust |w| / (|g| + weight_decay |w| + eps)``; where either norm is 0, or without weight decay, the plain gradient
+    is taken, as there. Other groups get SGD with momentum. Runs on multi-tensor operations: a few launches per group
+    and no host synchronisation.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Lars(torch.optim.Optimizer):
         decay = group["weight_decay"]
         grads = [p.grad for p in params if p.grad is not None]
         updates = torch._foreach_add(grads, params, alpha=decay)
-        if group["adapt"]:
+        if group["adapt"] and decay:
             weight_norm = torch.stack(torch._foreach_norm(params))
             grad_norm = torch.stack(torch._foreach_norm(grads))
             scale = group["trust_coefficient"] * weight_norm / (grad_norm + decay * weight_norm + group["eps"])

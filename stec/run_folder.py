@@ -27,27 +27,30 @@ class RunFolder:
         self.encoder = path / "encoder.safetensors"
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-
-    def last_epoch_mean(self, name: str) -> float:
-        """The mean of a metric over the steps of the last epoch."""
-        lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
-        lines = [line for line in lines if line["epoch"] == lines[-1]["epoch"]]
-        return float(sum(line["steps"] * line[name] for line in lines) / sum(line["steps"] for line in lines))
+        """Add a line. Raises UserError where the disk refuses."""
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise _unwritable(self.metrics, error) from error
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run computes again, and a half-written last line."""
+        """Drop the lines of steps that a resumed run computes again, and whatever is no line of metrics."""
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text().splitlines():
+        for line in self.metrics.read_text(errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                values = json.loads(line)
             except ValueError:
-                break
+                continue
+            if isinstance(values, dict) and isinstance(values.get("step"), int) and values["step"] <= step:
+                kept.append(line + "\n")
         write_text(self.metrics, "".join(kept))
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written ({error.strerror}); check folder and disk.")
 
 
 def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> tuple[RunFolder, dict[str, Any] | None]:
@@ -56,58 +59,62 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> tupl
     Raises UserError where the folder holds a run that ``config`` does not ask to resume, belongs to another
     configuration, or cannot be written.
     """
-    path = config.results_path
-    if path is None:
-        path = _newest(config.dataset) if config.resume == "auto" else None
-        path = path or _next_free(config.dataset)
-    folder = RunFolder(path)
     try:
+        path = config.results_path or _default_path(config)
         path.mkdir(parents=True, exist_ok=True)
-        holds_run = folder.config.exists()
+        folder = RunFolder(path)
+        found = checkpoint.checkpoints(path)
+        holds_run = folder.config.exists() or bool(found)
         if holds_run and config.resume == "no":
             raise UserError(
                 f"{path} already holds a run; go on with it by --resume auto, or name another folder by --results_path."
             )
-        found = checkpoint.checkpoints(path)
         state = checkpoint.load(found[-1]) if found else None
         if state is not None:
-            _check_same(config, state["identity"], path)
-            folder.forget_metrics_after(state["step"])
-        elif holds_run:
-            folder.forget_metrics_after(0)
+            _check_same(config, environment, state, path)
+        folder.forget_metrics_after(state["step"] if state is not None else 0)
         write_json(folder.config, config.to_json())
         write_json(folder.environment, environment)
     except OSError as error:
         raise UserError(
-            f"The run folder {path} cannot be written ({error.strerror}); name another one by --results_path."
+            f"The run folder {config.results_path or DEFAULT_PARENT} cannot be written ({error.strerror}); "
+            f"name another one by --results_path."
         ) from error
     return folder, state
 
 
-def _check_same(config: TrainConfig, saved: Mapping[str, Any], path: Path) -> None:
-    ours = config.identity()
+def _default_path(config: TrainConfig) -> Path:
+    """The newest numbered folder of the data set to resume, else the next free one, which is made."""
+    numbers = (path.name.removeprefix(f"{config.dataset}-") for path in DEFAULT_PARENT.glob(f"{config.dataset}-*"))
+    newest = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    if config.resume == "auto" and newest:
+        return DEFAULT_PARENT / f"{config.dataset}-{newest:03d}"
+    DEFAULT_PARENT.mkdir(exist_ok=True)
+    while True:
+        newest += 1
+        path = DEFAULT_PARENT / f"{config.dataset}-{newest:03d}"
+        try:
+            path.mkdir()
+        except FileExistsError:  # another run was faster
+            continue
+        return path
+
+
+def _check_same(config: TrainConfig, environment: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError where the run would go on with other settings, precision or pipeline than it began with."""
     # The batch size per process may change with the number of processes; the engine compares their product.
+    ours, saved = config.identity(), state["identity"]
     differing = [k for k in sorted(ours.keys() | saved.keys()) if k != "batch_size" and ours.get(k) != saved.get(k)]
-    if differing:
-        changes = ", ".join(f"--{k} was {saved.get(k)} and is now {ours.get(k)}" for k in differing)
+    changes = [f"--{k} was {saved.get(k)} and is now {ours.get(k)}" for k in differing]
+    for flag, name in (("mixed_precision", "precision"), ("backend", "backend")):
+        before, now = state["environment"].get(name), environment[name]
+        if before != now and flag not in differing:
+            changes.append(f"--{flag} came out as {before} and now comes out as {now}")
+    if changes:
         raise UserError(
-            f"The run in {path} was started differently: {changes}; go on with its own settings by "
+            f"The run in {path} was started differently: {', '.join(changes)}; go on with its own settings by "
             f"--config {path / 'config.json'}, or name another folder by --results_path."
         )
-
-
-def _numbered(dataset: str) -> list[int]:
-    numbers = (path.name.removeprefix(f"{dataset}-") for path in DEFAULT_PARENT.glob(f"{dataset}-*"))
-    return sorted(int(number) for number in numbers if number.isdecimal())
-
-
-def _newest(dataset: str) -> Path | None:
-    numbers = _numbered(dataset)
-    return DEFAULT_PARENT / f"{dataset}-{numbers[-1]:03d}" if numbers else None
-
-
-def _next_free(dataset: str) -> Path:
-    return DEFAULT_PARENT / f"{dataset}-{max(_numbered(dataset), default=0) + 1:03d}"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -115,7 +122,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name beside ``path``, then rename: the file is whole at any moment."""
+    """Write to a temporary name beside ``path``, then rename: the file is whole at any moment.
+
+    Raises UserError where the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
