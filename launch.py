@@ -22,7 +22,7 @@ from stec.recipes import RECIPES, flags, recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from pipelines.index import DataSet
+    from pipelines.images import Images
     from pipelines.loader import EvaluationLoader
     from stec.console import Console
 
@@ -125,13 +125,11 @@ def check_processes(config: TrainConfig, processes: int) -> None:
         )
 
 
-def evaluation_loader(
-    config: TrainConfig | EvalConfig, data_set: DataSet, split: str, accelerator: Accelerator
-) -> EvaluationLoader:
+def evaluation_loader(config: TrainConfig | EvalConfig, images: Images, accelerator: Accelerator) -> EvaluationLoader:
     from pipelines.loader import EvaluationLoader
 
     return EvaluationLoader(
-        getattr(data_set, split),
+        images,
         size=config.traits.view_size_px,
         resize_px=config.traits.resize_px,
         batch_size=config.batch_size,
@@ -203,13 +201,13 @@ def train(arguments: list[str]) -> None:
     loader = Loader(order, backend=config.backend, device=device, workers=workers, probe_order=probe_order)
     data = engine.Data(
         training=loader,
-        labelled=evaluation_loader(config, data_set, "labelled", accelerator),
-        test=evaluation_loader(config, data_set, "test", accelerator),
+        labelled=evaluation_loader(config, data_set.labelled, accelerator),
+        test=evaluation_loader(config, data_set.test, accelerator),
         classes=len(data_set.classes),
     )
     environment = {
         "stec": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": sys.version.split()[0],
         "command": sys.argv,
         "processes": accelerator.num_processes,
@@ -278,35 +276,37 @@ def show_results(console: Console, results: dict[str, float]) -> None:
 def evaluate(arguments: list[str]) -> None:
     """Evaluate a trained encoder and its probe on the test images; the last line printed is the accuracy."""
     config = parse(EvalConfig, arguments, name="eval")
+    config.validate()
     accelerator, console, precision = start(config.mixed_precision)
 
     import torch
 
-    from pipelines.index import open_data_set
+    from pipelines.index import open_test_images
     from stec import engine
     from stec.evaluate import evaluate_probe, extract_features
-    from stec.export import load_weights, read_weights
-    from stec.model import Model
+    from stec.export import load_weights, read_weights_and_settings
+    from stec.model import DEFAULT_HIDDEN_MLP, Model
     from stec.run_folder import write_json
 
-    state = read_weights(config.ckpt_path)
-    data_set = engine.main_process_first(
+    state, settings = read_weights_and_settings(config.ckpt_path)
+    images, classes = engine.main_process_first(
         accelerator,
-        lambda: open_data_set(
+        lambda: open_test_images(
             config.dataset, config.data_dir, download=bool(config.download) and accelerator.is_main_process
         ),
     )
+    known_arch = settings["arch"] if settings.get("arch") in DEFAULT_HIDDEN_MLP else "resnet18"
     model = Model(
-        arch=config.arch,
+        arch=config.arch or known_arch,
         stem=config.traits.stem,
-        classes=len(data_set.classes),
-        width=config.width,
+        classes=len(classes),
+        width=config.width or int(settings.get("width", 64)),
         with_inverse_model=False,
     )
     wanted = {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "probe."))}
     load_weights(model, wanted, config.ckpt_path, required=("encoder", "probe"))
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    loader = evaluation_loader(config, data_set, "test", accelerator)
+    loader = evaluation_loader(config, images, accelerator)
     console.say(f"{config.ckpt_path} on the {len(loader)} test images of {config.dataset}, precision {precision}")
     with console.waiting("evaluating"):
         results = evaluate_probe(model.probe, extract_features(model.encoder, loader, accelerator))

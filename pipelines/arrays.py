@@ -59,30 +59,24 @@ def read_cifar100(data_dir: Path) -> TwoSplits:
     return train, test, classes
 
 
-def read_stl10(data_dir: Path) -> tuple[ImageArray, ImageArray, ImageArray, tuple[str, ...]]:
-    """Unlabelled, training and test split and the class names of STL-10; ``data_dir`` holds ``stl10_binary``.
+def read_stl10_split(data_dir: Path, split: str) -> ImageArray:
+    """The split ``unlabeled``, ``train`` or ``test`` of STL-10; ``data_dir`` holds ``stl10_binary``.
 
     The images are not loaded but mapped into memory: the unlabelled ones alone are 2.8 GB.
     """
     folder = find_folder(data_dir, "stl10_binary")
-    unlabelled, train, test = (_map_stl10(folder / f"{split}_X.bin") for split in ("unlabeled", "train", "test"))
-    labels = []
-    for split, pixels in (("train", train), ("test", test)):
-        file = folder / f"{split}_y.bin"
-        values = np.frombuffer(_read_bytes(file), np.uint8).astype(np.int64) - 1
-        if len(values) != len(pixels):
-            raise UserError(
-                f"{file} holds {len(values)} labels for the {len(pixels)} images of {split}_X.bin; "
-                f"unpack STL-10's archive again."
-            )
-        _check_labels(values, len(STL10_CLASSES), file, first=1)
-        labels.append(values)
-    return (
-        ImageArray(pixels=unlabelled, labels=np.full(len(unlabelled), UNLABELLED, np.int64), layout="CWH"),
-        ImageArray(pixels=train, labels=labels[0], layout="CWH"),
-        ImageArray(pixels=test, labels=labels[1], layout="CWH"),
-        STL10_CLASSES,
-    )
+    pixels = _map_stl10(folder / f"{split}_X.bin")
+    if split == "unlabeled":
+        return ImageArray(pixels=pixels, labels=np.full(len(pixels), UNLABELLED, np.int64), layout="CWH")
+    file = folder / f"{split}_y.bin"
+    labels = np.frombuffer(_read_bytes(file), np.uint8).astype(np.int64) - 1
+    if len(labels) != len(pixels):
+        raise UserError(
+            f"{file} holds {len(labels)} labels for the {len(pixels)} images of {split}_X.bin; "
+            f"unpack STL-10's archive again."
+        )
+    _check_labels(labels, len(STL10_CLASSES), file, first=1)
+    return ImageArray(pixels=pixels, labels=labels, layout="CWH")
 
 
 def find_folder(data_dir: Path, *names: str) -> Path:

@@ -27,31 +27,29 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 """What torchvision's ImageFolder takes for an image."""
 
 
-def read_folders(data_dir: Path, splits: tuple[str, str]) -> tuple[ImageFiles, ImageFiles, tuple[str, ...]]:
-    """The two splits below ``data_dir`` and their classes, in the order of torchvision's ImageFolder.
+SPLITS = ("train", "val")
 
-    Raises UserError where a split is missing or lies elsewhere, the splits' classes differ, a class is empty, or a
-    file is not the image that its name promises. Files with other names are left alone.
+
+def read_folder(data_dir: Path, split: str) -> tuple[ImageFiles, tuple[str, ...]]:
+    """The split ``train`` or ``val`` below ``data_dir`` and its classes, in the order of torchvision's ImageFolder.
+
+    Raises UserError where the split is missing or lies elsewhere, a class is empty, or a file is not the image that its
+    name promises. Files with other names are left alone.
     """
-    if not all((data_dir / split).is_dir() for split in splits):
-        raise UserError(_where_instead(data_dir, splits))
-    train, test = (_class_names(data_dir / split) for split in splits)
-    if train != test:
-        odd = sorted(set(train) ^ set(test))
-        raise UserError(
-            f"{data_dir / splits[0]} and {data_dir / splits[1]} must hold the same class folders, but {odd[0]} is in "
-            f"one of them only (of {len(odd)} such); complete the data set."
-        )
-    return _index(data_dir / splits[0], train), _index(data_dir / splits[1], train), train
+    root = data_dir / split
+    if not root.is_dir():
+        raise UserError(_where_instead(data_dir))
+    classes = _class_names(root)
+    return _index(root, classes), classes
 
 
-def _where_instead(data_dir: Path, splits: tuple[str, str]) -> str:
-    needed = " and ".join(splits)
+def _where_instead(data_dir: Path) -> str:
+    needed = " and ".join(SPLITS)
     candidates = [data_dir.resolve().parent]
     if data_dir.is_dir():
         candidates += sorted(path for path in data_dir.iterdir() if path.is_dir())
     for candidate in candidates:
-        if all((candidate / split).is_dir() for split in splits):
+        if all((candidate / split).is_dir() for split in SPLITS):
             return f"--data_dir {data_dir} does not hold {needed}, but {candidate} does; use --data_dir {candidate}."
     return f"--data_dir {data_dir} must hold the folders {needed}, each with a folder of images per class."
 

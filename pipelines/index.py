@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines import demo
-from pipelines.arrays import read_cifar10, read_cifar100, read_stl10
-from pipelines.folders import read_folders
+from pipelines.arrays import STL10_CLASSES, read_cifar10, read_cifar100, read_stl10_split
+from pipelines.folders import read_folder
 from pipelines.images import ImageArray, Images
 from stec.errors import UserError
 
@@ -43,6 +43,16 @@ def open_data_set(
     return _limited(data_set, name, limit_train)
 
 
+def open_test_images(name: str, data_dir: Path | None, *, download: bool = False) -> tuple[Images, tuple[str, ...]]:
+    """The test split alone and the classes of a data set: all that an evaluation needs to be on disk."""
+    if name == "stl10" and data_dir is not None and not download:
+        return read_stl10_split(data_dir, "test"), STL10_CLASSES
+    if name == "imagenet" and data_dir is not None and not download:
+        return read_folder(data_dir, "val")
+    data_set = open_data_set(name, data_dir, download=download)
+    return data_set.test, data_set.classes
+
+
 def _cifar10(data_dir: Path) -> DataSet:
     train, test, classes = read_cifar10(data_dir)
     return DataSet(train=train, labelled=train, test=test, classes=classes)
@@ -54,12 +64,18 @@ def _cifar100(data_dir: Path) -> DataSet:
 
 
 def _stl10(data_dir: Path) -> DataSet:
-    unlabelled, labelled, test, classes = read_stl10(data_dir)
-    return DataSet(train=unlabelled, labelled=labelled, test=test, classes=classes)
+    unlabelled, labelled, test = (read_stl10_split(data_dir, split) for split in ("unlabeled", "train", "test"))
+    return DataSet(train=unlabelled, labelled=labelled, test=test, classes=STL10_CLASSES)
 
 
 def _imagenet(data_dir: Path) -> DataSet:
-    train, test, classes = read_folders(data_dir, ("train", "val"))
+    (train, classes), (test, test_classes) = (read_folder(data_dir, split) for split in ("train", "val"))
+    if classes != test_classes:
+        odd = sorted(set(classes) ^ set(test_classes))
+        raise UserError(
+            f"{data_dir / 'train'} and {data_dir / 'val'} must hold the same class folders, but {odd[0]} is in one of "
+            f"them only (of {len(odd)} such); complete the data set."
+        )
     return DataSet(train=train, labelled=train, test=test, classes=classes)
 
 

@@ -154,16 +154,24 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
-        minimum_by_name = {
-            "limit_train": 1, "num_workers": 0, "width": 1, "feat_dim": 1, "manip_hidden_mlp": 1, "n_bins": 2,
-            "warmup_epochs": 0, "max_epochs": 1, "batch_size": 2, "log_every": 1, "checkpoint_every": 1, "seed": 0,
-            "manip_lambda": 0, "discrimination_lambda": 0, "supervised_lambda": 0, "weight_decay": 0,
-            "learning_rate": 0, "gpus": 1, "num_nodes": 1,
-        }  # fmt: skip
-        for name, minimum in minimum_by_name.items():
-            value = getattr(self, name)
-            if value is not None and not value >= minimum:
-                raise UserError(f"--{name} {value} is too small; give {minimum} or more.")
+        # Upper limits keep typing errors from ending in overflows.
+        at_least_1 = ("limit_train", "width", "feat_dim", "manip_hidden_mlp", "log_every", "checkpoint_every", "gpus",
+                      "num_nodes")  # fmt: skip
+        at_least_0 = ("num_workers", "manip_lambda", "discrimination_lambda", "supervised_lambda", "weight_decay",
+                      "learning_rate")  # fmt: skip
+        limits: dict[str, tuple[int, int | None]] = {
+            **dict.fromkeys(at_least_1, (1, None)),
+            **dict.fromkeys(at_least_0, (0, None)),
+            "batch_size": (2, None),
+            "n_bins": (2, 1000),
+            "warmup_epochs": (0, 10**6),
+            "max_epochs": (1, 10**6),
+            "seed": (0, 2**63 - 1),
+        }
+        _check_ranges(self, limits)
+        for name in ("p_color_jitter", "p_grayscale"):
+            if not getattr(self, name) <= 1:
+                raise UserError(f"--{name} {getattr(self, name)} is no probability; give 1 or less.")
         if not self.temperature > 0:
             raise UserError(f"--temperature {self.temperature} makes no sense; give a number above 0.")
         if self.hidden_mlp < 1 and self.hidden_mlp != -1:
@@ -205,16 +213,22 @@ class EvalConfig:
     """What prepares the images; auto is DALI where it is installed."""
     num_workers: int | None = None
     """DALI threads or torchvision worker processes, per process; default: this process's share of the CPUs."""
-    arch: Literal["resnet18", "resnet50"] = "resnet18"
-    """Architecture of the encoder."""
-    width: int = 64
-    """Channels of the encoder's first stage."""
+    arch: Literal["resnet18", "resnet50"] | None = None
+    """Architecture of the encoder; default: what a file of ours says, else resnet18."""
+    width: int | None = None
+    """Channels of the encoder's first stage; default: what a file of ours says, else 64."""
     batch_size: int = 256
     """Images per process and step."""
     mixed_precision: Literal["no", "auto", "fp16", "bf16"] = "no"
     """Precision of the encoder; no is float32."""
     json: Path | None = None
     """Also write the results to this file."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting that is out of its range."""
+        _check_ranges(self, {"batch_size": (1, None), "width": (1, None), "num_workers": (0, None)})
+        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
+            raise UserError(f"--json {self.json} cannot be written; name a file in an existing folder.")
 
     @property
     def traits(self) -> DataSetTraits:
@@ -229,6 +243,16 @@ class ImportConfig:
     """File to read; nothing in it is executed."""
     out: Path
     """File to write, ending in .safetensors."""
+
+
+def _check_ranges(config: object, limits: Mapping[str, tuple[int, int | None]]) -> None:
+    """Raise UserError for the first setting outside its limits; None is a setting left open."""
+    for name, (lowest, highest) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not value >= lowest:
+            raise UserError(f"--{name} {value} is too small; give {lowest} or more.")
+        if value is not None and highest is not None and value > highest:
+            raise UserError(f"--{name} {value} is too large; give {highest} or less.")
 
 
 def with_settings(base: TrainConfig, settings: Mapping[str, Any], source: str) -> TrainConfig:

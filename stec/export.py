@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -74,32 +75,42 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     A file of the encoder alone gives the encoder alone. Nothing in the file is executed. Raises UserError where it is
     missing, damaged or none of these.
     """
+    return read_weights_and_settings(path)[0]
+
+
+def read_weights_and_settings(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As ``read_weights``, and the settings of the run that a file of ours comes from (empty for other files)."""
+    settings: Any
     if path.suffix == ".safetensors":
-        state = _read_safetensors(path)
+        state, settings = _read_safetensors(path)
     else:
         content = read_torch_file(path)
-        state = content.get("state_dict", content.get("model", content))
-        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        found = content.get("state_dict", content.get("model", content))
+        if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
             raise UserError(f"{path} holds no weights under state_dict or model; give a checkpoint of a trained model.")
-    state = dict(state)
+        state, settings = dict(found), content.get("identity")
+    settings = settings if isinstance(settings, dict) else {}
     if any(name.startswith(("supervised_head.", "projection.model.")) for name in state):
         try:
-            return from_official_names(state)
+            return from_official_names(state), settings
         except ValueError as error:
             raise UserError(f"{path} is no checkpoint of the official S-TEC model: {error}") from error
     if "conv1.weight" in state:
-        return {f"encoder.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
+        encoder = {f"encoder.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
+        return encoder, settings
     if "encoder.conv1.weight" not in state:
         raise UserError(f"{path} holds no encoder (no encoder.conv1.weight); give a checkpoint of a trained model.")
-    return state
+    return state, settings
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), json.loads(metadata.get("stec", "{}")).get("config")
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}; give the path of a checkpoint.") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
 
 
@@ -129,7 +140,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: Path, *, r
         shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
         raise UserError(
             f"{path} does not fit the model ({shown}); check --arch, --width, --dataset (for stem and "
-            f"classes), --hidden_mlp, --feat_dim, --manip_hidden_mlp and --n_bins."
+            f"classes) and, for training, the sizes of the heads."
         )
     model.load_state_dict({name: state[name] for name in wanted if name.split(".")[0] in loaded}, strict=False)
     return loaded

@@ -63,6 +63,8 @@ WRONG = {
     "zero epochs": (["--max_epochs", "0"], "--max_epochs 0 is too small"),
     "negative learning rate": (["--learning_rate", "-1"], "--learning_rate -1.0 is too small"),
     "no number": (["--learning_rate", "fast"], "could not convert string to float: 'fast'"),
+    "no probability": (["--p_grayscale", "nan"], "--p_grayscale nan is no probability"),
+    "huge seed": (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is too large"),
     "nan": (["--temperature", "nan"], "--temperature nan makes no sense"),
     "huge batch": (["--batch_size", "9000"], "only 8192 training images; use --batch_size 8192 or less"),
     "fp16 on a CPU": (["--mixed_precision", "fp16"], "needs a CUDA GPU"),
@@ -141,5 +143,9 @@ EVAL = ["eval", "--dataset", "demo", "--arch", "resnet18", "--width", "4", "--ck
 def test_evaluation_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert launch.main([*EVAL, str(tmp_path / "absent.ckpt")]) == 2
     assert "There is no file" in capsys.readouterr().err
+    assert launch.main([*EVAL, str(tmp_path / "absent.ckpt"), "--batch_size", "0"]) == 2
+    assert "--batch_size 0 is too small" in capsys.readouterr().err
+    assert launch.main([*EVAL, str(tmp_path / "absent.ckpt"), "--json", str(tmp_path)]) == 2
+    assert "name a file in an existing folder" in capsys.readouterr().err
     assert launch.main(["--recipe", "stl10-resnet18-linear-fit", "--gpus", "1"]) == 2
     assert "name its weights by --ckpt_path" in capsys.readouterr().err

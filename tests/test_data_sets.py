@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 
 from pipelines import demo, folders
 from pipelines.images import ImageArray, ImageFiles
-from pipelines.index import open_data_set
+from pipelines.index import open_data_set, open_test_images
 from stec.errors import UserError
 from tests.conftest import smooth_image
 
@@ -120,6 +121,9 @@ def test_truncated_missing_and_wrong_cifar_files(tmp_path: Path) -> None:
     whole = (folder / "data_batch_2.bin").read_bytes()
     (folder / "data_batch_2.bin").write_bytes(whole[:-100])
     with pytest.raises(UserError, match=r"data_batch_2\.bin is truncated"):
+        open_data_set("cifar10", tmp_path)
+    (folder / "data_batch_2.bin").write_bytes(whole[: 10 * 3073])
+    with pytest.raises(UserError, match=r"data_batch_2\.bin is truncated: it holds 10 images where others hold 20"):
         open_data_set("cifar10", tmp_path)
     (folder / "data_batch_2.bin").unlink()
     with pytest.raises(UserError, match=r"data_batch_2\.bin cannot be read"):
@@ -244,16 +248,31 @@ def test_wrong_folders(photographs: Path) -> None:
         with pytest.raises(UserError, match=f"use --data_dir {photographs}"):
             open_data_set("imagenet", wrong)
     (photographs / "train" / "empty").mkdir()
-    with pytest.raises(UserError, match="must hold the same class folders, but empty is in one of them only"):
-        open_data_set("imagenet", photographs)
-    (photographs / "val" / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no image"):
         open_data_set("imagenet", photographs)
-    for split in ("train", "val"):
-        (photographs / split / "empty").rmdir()
+    Image.new("RGB", (5, 6)).save(photographs / "train" / "empty" / "filled.png")
+    with pytest.raises(UserError, match="must hold the same class folders, but empty is in one of them only"):
+        open_data_set("imagenet", photographs)
+    shutil.rmtree(photographs / "train" / "empty")
     (photographs / "val" / "ant" / "page.jpg").write_text("<html>")
     with pytest.raises(UserError, match=r"page\.jpg is not a readable image"):
         open_data_set("imagenet", photographs)
+
+
+def test_limited_folders_keep_all_classes(photographs: Path) -> None:
+    """Folders are sorted by class: the first images alone would be of one class."""
+    limited = open_data_set("imagenet", photographs, limit_train=3).train
+    assert sorted(limited.labels) == [0, 1, 2] and len(limited.paths) == len(limited.sizes) == 3
+
+
+def test_an_evaluation_needs_the_test_images_alone(tmp_path: Path, photographs: Path) -> None:
+    folder = write_stl10(tmp_path / "stl")
+    (folder / "unlabeled_X.bin").unlink()
+    images, classes = open_test_images("stl10", tmp_path / "stl")
+    assert (len(images), len(classes)) == (4, 10)
+    shutil.rmtree(photographs / "train")
+    images, classes = open_test_images("imagenet", photographs)
+    assert (len(images), len(classes)) == (9, 3)
 
 
 def test_what_cannot_be_downloaded_says_so(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_heads_give_unit_vectors_and_one_logit_per_bin() -> None:
     assert InverseModel(16, 8, n_bins=9)(torch.randn(7, 16), torch.randn(7, 16)).shape == (7, 9, 2, 3)
 
 
-def small_model(**settings: bool) -> Model:
+def small_model(**settings: int) -> Model:
     torch.manual_seed(0)
     return Model(arch="resnet18", stem="cifar", classes=3, width=4, feat_dim=8, **settings)
 
@@ -85,6 +85,22 @@ def test_the_inverse_model_sees_i_then_j_and_trains_the_encoder() -> None:
     assert not torch.allclose(logits, model(views.flip(1)).command_logits)
     logits.sum().backward()
     assert model.encoder.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("stop_gradient", [0, 1, 2])
+def test_what_the_probe_trains(stop_gradient: int) -> None:
+    """With images of its own: the encoder too (0), itself alone (1), or there is nothing else to train (2)."""
+    model = small_model(stop_gradient=stop_gradient)
+    views, probe_views = torch.rand(4, 2, 3, 32, 32), torch.rand(4, 1, 3, 32, 32)
+    outputs = model(probe_views) if stop_gradient == 2 else model(views, probe_views)
+    assert outputs.class_logits.shape == (4, 1, 3)
+    outputs.class_logits.square().sum().backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == ({"encoder", "probe"} if stop_gradient == 0 else {"probe"})
+    with torch.no_grad():
+        features = model.eval().encoder(probe_views[:, 0])
+        logits = model(*((probe_views,) if stop_gradient == 2 else (views, probe_views))).class_logits
+        torch.testing.assert_close(logits[:, 0], model.probe(features))
 
 
 def test_simclr_has_no_inverse_model() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -137,6 +140,68 @@ def test_an_existing_run_is_not_overwritten(finished: tuple[Path, str]) -> None:
     _, err = run("--results_path", folder, "--resume", "auto", "--learning_rate", "0.5", code=2)
     assert "--learning_rate was 0.003 and is now 0.5" in err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_resumed_run_keeps_precision_and_metrics(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """What ``auto`` came out as is remembered; a damaged metrics file costs its damaged lines alone."""
+    folder, _ = finished
+    resumed = tmp_path / "resumed"
+    shutil.copytree(folder, resumed)
+    (resumed / "checkpoint-00000010.pt").unlink()
+    (resumed / "checkpoint-best.pt").write_text("the user's own")
+    lines = (resumed / "metrics.jsonl").read_text().splitlines()
+    (resumed / "metrics.jsonl").write_text("\n".join(["no json", "5", *lines[:3], '{"step": 9']))
+    _, err = run("--results_path", resumed, "--resume", "auto", "--backend", "torchvision", code=2)
+    assert "--backend was auto and is now torchvision" in err
+    run("--results_path", resumed, "--resume", "auto")
+    assert (resumed / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert [line["step"] for line in metrics(resumed)] == [2, 4, 5, 6, 8, 10]
+    assert (resumed / "checkpoint-best.pt").exists()
+    results = [json.loads((path / "results.json").read_text()) for path in (folder, resumed)]
+    assert results[0]["inverse_model_accuracy"] == results[1]["inverse_model_accuracy"]
+
+    state = torch.load(folder / "checkpoint-00000010.pt", weights_only=True)
+    state["environment"]["precision"] = "fp8"
+    (resumed / "config.json").unlink()
+    torch.save(state, resumed / "checkpoint-00000010.pt")
+    _, err = run("--results_path", resumed, code=2)
+    assert "already holds a run" in err
+    _, err = run("--results_path", resumed, "--resume", "auto", code=2)
+    assert "--mixed_precision came out as fp8 and now comes out as" in err
+
+
+def test_stl10_trains_with_labelled_images_beside(tmp_path: Path) -> None:
+    """Pre-training on unlabelled images, then the linear fit; neither needs as many labelled images as unlabelled."""
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("unlabeled", 40), ("train", 12), ("test", 20)):
+        rng.integers(0, 256, (count, 3, 96, 96), np.uint8).tofile(folder / f"{split}_X.bin")
+        if split != "unlabeled":
+            rng.integers(1, 11, count).astype(np.uint8).tofile(folder / f"{split}_y.bin")
+    stl10 = [
+        "--dataset",
+        "stl10",
+        "--data_dir",
+        tmp_path,
+        "--limit_train",
+        "32",
+        "--batch_size",
+        "16",
+        "--warmup_epochs",
+        "1",
+    ]
+    both = ["--use_solarization", "1", "--use_gaussian_blur", "1", "--manip_lambda", "0.3"]
+    run(*stl10, *both, "--results_path", tmp_path / "run")
+    assert all(math.isfinite(line["supervised"]) for line in metrics(tmp_path / "run"))
+    weights = ["--ckpt_path", tmp_path / "run" / "model.safetensors", "--stop_gradient", "2"]
+    run(*stl10, *weights, "--results_path", tmp_path / "fit")
+
+
+def test_gradient_accumulation_of_the_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    _, err = run("--results_path", tmp_path / "run", code=2)
+    assert "4 gradient accumulation steps" in err
 
 
 def test_a_damaged_checkpoint_is_named(finished: tuple[Path, str], tmp_path: Path) -> None:

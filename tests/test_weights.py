@@ -6,6 +6,7 @@ import collections
 import os
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,28 @@ def test_no_other_callable_is_called(call: object, tmp_path: Path) -> None:
     torch.save({"state_dict": {"encoder.conv1.weight": Hostile()}}, tmp_path / "hostile.ckpt")
     with pytest.raises(UserError, match=r"asks for .* to be called"):
         read_weights(tmp_path / "hostile.ckpt")
+
+
+def test_torchscript_archives_are_refused_unexecuted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """torch.load would run their code."""
+
+    class Scripted(torch.nn.Module):
+        @torch.jit.export
+        def __getstate__(self) -> int:
+            return 1
+
+        @torch.jit.export
+        def __setstate__(self, state: int) -> None:
+            print("executed")
+            self.training = False
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Scripted()).save(str(tmp_path / "script.ckpt"))
+    capfd.readouterr()
+    with pytest.raises(UserError, match="TorchScript archive"):
+        read_weights(tmp_path / "script.ckpt")
+    assert "executed" not in capfd.readouterr().out
 
 
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:
