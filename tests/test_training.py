@@ -170,6 +170,19 @@ def test_a_resumed_run_keeps_precision_and_metrics(finished: tuple[Path, str], t
     assert "--mixed_precision came out as fp8 and now comes out as" in err
 
 
+def test_a_run_goes_on_with_another_number_of_processes(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """The global batch stays 32; what differs is said where it does not."""
+    folder, _ = finished
+    resumed = tmp_path / "resumed"
+    shutil.copytree(folder, resumed)
+    (resumed / "checkpoint-00000010.pt").unlink()
+    _, err = run("--results_path", resumed, "--resume", "auto", "--batch_size", "16", code=2)
+    assert "has a global batch of 32, but --batch_size 16 on 1 process(es) makes 16" in err
+    out = run_on(2, *SMALL, "--results_path", resumed, "--resume", "auto", "--batch_size", "16")
+    assert "Going on after step 5." in out
+    assert [line["step"] for line in metrics(resumed)] == [2, 4, 5, 6, 8, 10]
+
+
 def test_stl10_trains_with_labelled_images_beside(tmp_path: Path) -> None:
     """Pre-training on unlabelled images, then the linear fit; neither needs as many labelled images as unlabelled."""
     folder = tmp_path / "stl10_binary"
