@@ -109,6 +109,11 @@ def own_cpus() -> int:
     return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def workers(config: TrainConfig | EvalConfig) -> int:
+    """DALI's threads or torchvision's worker processes of this process."""
+    return own_cpus() if config.num_workers is None else config.num_workers
+
+
 def check_processes(config: TrainConfig, processes: int) -> None:
     """Raise UserError with the right launch line where Accelerate started other processes than the flags say."""
     if config.gpus is None and config.num_nodes is None:
@@ -135,7 +140,7 @@ def evaluation_loader(config: TrainConfig | EvalConfig, images: Images, accelera
         batch_size=config.batch_size,
         backend=config.backend,
         device=accelerator.device,
-        workers=own_cpus() if config.num_workers is None else config.num_workers,
+        workers=workers(config),
     )
 
 
@@ -169,14 +174,7 @@ def train(arguments: list[str]) -> None:
             download=bool(config.download) and accelerator.is_main_process,
         ),
     )
-    policy = Policy(
-        size=config.traits.view_size_px,
-        jitter_strength=config.traits.jitter_strength,
-        p_color_jitter=config.p_color_jitter,
-        p_grayscale=config.p_grayscale,
-        p_blur=0.5 if config.use_gaussian_blur else 0.0,
-        p_solarize=0.2 if config.use_solarization else 0.0,
-    )
+    policy = Policy.of(config)
     sharing: dict[str, Any] = {
         "seed": config.seed,
         "batch_size": config.batch_size,
@@ -197,8 +195,7 @@ def train(arguments: list[str]) -> None:
         )
         if config.stop_gradient == 2:
             order, probe_order = probe_order, None
-    workers = own_cpus() if config.num_workers is None else config.num_workers
-    loader = Loader(order, backend=config.backend, device=device, workers=workers, probe_order=probe_order)
+    loader = Loader(order, backend=config.backend, device=device, workers=workers(config), probe_order=probe_order)
     data = engine.Data(
         training=loader,
         labelled=evaluation_loader(config, data_set.labelled, accelerator),
@@ -227,7 +224,7 @@ def train(arguments: list[str]) -> None:
                 f"{config.max_epochs} epochs of {order.steps_per_epoch} steps of {order.global_batch_size} images",
             ),
             ("machine", f"{accelerator.num_processes} process(es) on {environment['device']}, precision {precision}"),
-            ("pipeline", f"{loader.backend}, {workers} thread(s) or worker(s) per process"),
+            ("pipeline", f"{loader.backend}, {loader.workers} thread(s) or worker(s) per process"),
             ("files", str(folder.path.resolve())),
         ],
     )

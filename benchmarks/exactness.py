@@ -11,6 +11,7 @@ import itertools
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from pipelines.index import open_data_set
 from pipelines.loader import Backend, Loader
 from pipelines.order import Order
 from stec.commands import VIEWS, Policy
-from stec.config import DATA_SETS
+from stec.config import DataSetName, TrainConfig
 from stec.console import Console
 from stec.errors import UserError
 
@@ -92,18 +93,14 @@ def main() -> int:
     console, worst = Console(enabled=True), []
     columns = ["", "mean", "median", "95 %", "99 %", "largest", "worst view's mean"]
     try:
-        for name in ("cifar10", "stl10", "imagenet"):
+        names: tuple[DataSetName, ...] = ("cifar10", "stl10", "imagenet")
+        for name in names:
             data_dir = getattr(options, name)
             if data_dir is None:
                 continue
-            traits, images = DATA_SETS[name], open_data_set(name, data_dir).train
-            many = name != "cifar10"
-            full = Policy(
-                size=traits.view_size_px,
-                jitter_strength=traits.jitter_strength,
-                p_blur=0.5 if many else 0.0,
-                p_solarize=0.2 if many else 0.0,
-            )
+            images = open_data_set(name, data_dir).train
+            switch: Literal[0, 1] = 0 if name == "cifar10" else 1
+            full = Policy.of(TrainConfig(dataset=name, use_gaussian_blur=switch, use_solarization=switch))
             rows = []
             for what, policy in policies(full).items():
                 ours, theirs = compare(images, policy, options.views)
@@ -113,7 +110,7 @@ def main() -> int:
                     rows.append(row("solarize, given its input", ours, reference.solarize(plain)))
                 if what == "whole policy":
                     worst += worst_views(ours, theirs)
-            title = f"{name}, {traits.view_size_px} px, {options.views} views: |DALI - torchvision| in 1/255"
+            title = f"{name}, {full.size} px, {options.views} views: |DALI - torchvision| in 1/255"
             console.table(title, columns, rows)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

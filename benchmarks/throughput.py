@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from pipelines.index import open_data_set
 from pipelines.loader import Loader
 from pipelines.order import Order
 from stec.commands import Policy
-from stec.config import DATA_SETS
+from stec.config import DataSetName, TrainConfig
 from stec.console import Console
 from stec.errors import UserError
 from stec.run_folder import write_json
@@ -41,7 +41,7 @@ from stec.run_folder import write_json
 class Options:
     """Measure the data pipeline."""
 
-    dataset: str = "demo"
+    dataset: DataSetName = "demo"
     """Data set to read."""
     data_dir: Path | None = None
     """Folder that holds the data set."""
@@ -89,13 +89,8 @@ class OfficialStyle(Dataset[tuple[Tensor, Tensor, int]]):
 def contenders(options: Options) -> dict[str, Callable[[], Iterator[Any]]]:
     """Endless sources of batches by name; the first is the baseline."""
     data_set = open_data_set(options.dataset, options.data_dir)
-    traits = DATA_SETS[options.dataset]
-    policy = Policy(
-        size=traits.view_size_px,
-        jitter_strength=traits.jitter_strength,
-        p_blur=0.5 if options.blur_and_solarize else 0.0,
-        p_solarize=0.2 if options.blur_and_solarize else 0.0,
-    )
+    switch: Literal[0, 1] = 1 if options.blur_and_solarize else 0
+    policy = Policy.of(TrainConfig(dataset=options.dataset, use_gaussian_blur=switch, use_solarization=switch))
     order = Order(data_set.train, policy, seed=0, batch_size=options.batch_size)
 
     def official() -> Iterator[Any]:
@@ -145,7 +140,7 @@ def main() -> int:
     options = tyro.cli(Options, prog="python -m benchmarks.throughput", use_underscores=True)
     try:
         sources = contenders(options)
-    except (UserError, KeyError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     turns: dict[str, list[float]] = {name: [] for name in sources}

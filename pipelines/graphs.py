@@ -26,7 +26,7 @@ from stec.commands import Commands, Policy
 from stec.geometry import colour_maps
 
 DataNode = Any
-"""A node of a DALI graph; DALI ships no types."""
+"""A node of a DALI graph; DALI's own types lack what it adds at run time."""
 
 Form = Literal["HWC", "CWH", "file"]
 """How images enter a graph: as pixels [H, W, 3], as pixels [3, W, H], or as files that hold encoded images."""
@@ -131,8 +131,8 @@ def training_pipeline(
 
     ``source`` returns: the inputs of ``open_image``; then for each view the arguments of ``argument_names``; then the
     packed commands [N, V, 20] and the record [N, 4] (epoch, position, image id, label), both of which pass through
-    untouched. The pipeline returns the views [N, V, size, size, 3] float32 in
-    [0, 1] on ``device``, the commands, the record and, for files, the images' shapes [N, 3] as stored.
+    untouched. The pipeline returns the views [N, V, size, size, 3] float32 in [0, 1] on ``device``, the commands, the
+    record and, for files, the images' shapes [N, 3] as stored.
     """
     names = argument_names(policy)
     opening = 3 if form == "file" else 1

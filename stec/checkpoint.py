@@ -31,7 +31,7 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def save(run_folder: Path, step: int, state: dict[str, Any]) -> Path:
+def save(run_folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write the checkpoint of ``step`` under a temporary name, flush it to disk, rename it, drop the oldest ones.
 
     Raises UserError where the disk refuses; the older checkpoints are then untouched.
@@ -51,7 +51,6 @@ def save(run_folder: Path, step: int, state: dict[str, Any]) -> Path:
         ) from error
     for old in checkpoints(run_folder)[:-KEPT]:
         old.unlink()
-    return path
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from stec.config import TrainConfig
+
 VIEWS = 2
 TRIES = 10
 """How often torchvision's RandomResizedCrop tries before it falls back to the centre."""
@@ -64,6 +66,18 @@ class Policy:
     p_grayscale: float = 0.2
     p_blur: float = 0.0
     p_solarize: float = 0.0
+
+    @staticmethod
+    def of(config: TrainConfig) -> Policy:
+        """The policy that a configuration asks for."""
+        return Policy(
+            size=config.traits.view_size_px,
+            jitter_strength=config.traits.jitter_strength,
+            p_color_jitter=config.p_color_jitter,
+            p_grayscale=config.p_grayscale,
+            p_blur=0.5 if config.use_gaussian_blur else 0.0,
+            p_solarize=0.2 if config.use_solarization else 0.0,
+        )
 
     @property
     def sigma_px(self) -> tuple[float, float]:

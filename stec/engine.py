@@ -145,12 +145,6 @@ def train(
     )
     step, train_seconds, wait_seconds = 0, 0.0, 0.0
     if resumed is not None:
-        if resumed["global_batch_size"] != global_batch_size:
-            raise UserError(
-                f"The run in {folder.path} has a global batch of {resumed['global_batch_size']}, but --batch_size "
-                f"{config.batch_size} on {accelerator.num_processes} process(es) makes {global_batch_size}; "
-                f"choose the two so that their product stays the same."
-            )
         try:
             bare_model.load_state_dict(resumed["model"])
         except RuntimeError as error:
@@ -240,7 +234,7 @@ def train(
                 "train_seconds": train_seconds,
                 "wait_seconds": wait_seconds,
             }
-        on_main_process(accelerator, lambda: checkpoint.save(folder.path, step, state) and None)
+        on_main_process(accelerator, lambda: checkpoint.save(folder.path, step, state))
 
     # --- The loop ---
     model.train()

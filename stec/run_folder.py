@@ -102,7 +102,14 @@ def _default_path(config: TrainConfig) -> Path:
 
 def _check_same(config: TrainConfig, environment: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> None:
     """Raise UserError where the run would go on with other settings, precision or pipeline than it began with."""
-    # The batch size per process may change with the number of processes; the engine compares their product.
+    # The batch size per process may change with the number of processes, as long as their product does not.
+    processes = environment["processes"]
+    if state["global_batch_size"] != config.batch_size * processes:
+        raise UserError(
+            f"The run in {path} has a global batch of {state['global_batch_size']}, but --batch_size "
+            f"{config.batch_size} on {processes} process(es) makes {config.batch_size * processes}; "
+            f"choose the two so that their product stays the same."
+        )
     ours, saved = config.identity(), state["identity"]
     differing = [k for k in sorted(ours.keys() | saved.keys()) if k != "batch_size" and ours.get(k) != saved.get(k)]
     changes = [f"--{k} was {saved.get(k)} and is now {ours.get(k)}" for k in differing]

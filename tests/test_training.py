@@ -179,7 +179,9 @@ def test_a_run_goes_on_with_another_number_of_processes(finished: tuple[Path, st
     resumed = tmp_path / "resumed"
     shutil.copytree(folder, resumed)
     (resumed / "checkpoint-00000010.pt").unlink()
+    before = {path: path.read_bytes() for path in resumed.iterdir()}
     _, err = run("--results_path", resumed, "--resume", "auto", "--batch_size", "16", code=2)
+    assert {path: path.read_bytes() for path in resumed.iterdir()} == before
     assert "has a global batch of 32, but --batch_size 16 on 1 process(es) makes 16" in err
     out = run_on(2, *SMALL, "--results_path", resumed, "--resume", "auto", "--batch_size", "16")
     assert "Going on after step 5." in out
