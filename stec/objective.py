@@ -6,6 +6,7 @@ averaging in data-parallel training makes of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stec.model import Outputs
+from stec.processes import gather, num_processes, process_index
 
 METRICS = (
     "loss",
@@ -39,31 +41,94 @@ class Weights:
     supervised: float = 1.0
 
 
-def _num_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+CHUNK_BYTES = 2**26
+"""Of the similarity matrix, so much exists at a time (a few temporary copies aside)."""
 
 
-class _GatherProcesses(torch.autograd.Function):
-    """All processes' rows on every process; the gradient of a row is summed over the processes that used it."""
+def _similarities(own: Tensor, everyone: Tensor, itself: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of ``own`` [M, F] against ``everyone`` [A, F], a chunk at a time: which rows, and [m, A] float32 logits.
+
+    ``itself`` [M]: each row's own column, which is -inf.
+    """
+    rows = max(1, CHUNK_BYTES // (4 * len(everyone)))
+    for first in range(0, len(own), rows):
+        chunk = slice(first, first + rows)
+        # The official code goes on in single precision, also where the features are double.
+        logits = (own[chunk] @ everyone.T).float().div_(temperature)
+        yield chunk, logits.scatter_(1, itself[chunk, None], -torch.inf)
+
+
+def _softmax_gradient(gradient: Tensor, log_p: Tensor) -> Tensor:
+    """``gradient - exp(log_p) * gradient.sum(1)`` by autograd's own kernel, so that nothing rounds otherwise."""
+    return torch.ops.aten._log_softmax_backward_data(gradient, log_p, 1, log_p.dtype)
+
+
+class _NTXent(torch.autograd.Function):
+    """NT-Xent without ever holding the similarity matrix. See ``nt_xent``.
+
+    With s = z z' / temperature over all rows and columns, p_n the softmax of row n, and M rows of each process, the
+    processes' losses add up to sum_n -log p_n,partner(n) / M. As s is symmetric, the gradient of row n is
+
+        sum_m (p_nm + p_mn - 2 [m = partner(n)]) z_m / (M temperature)
+
+    so a process finds the gradient of its own rows from its own stretch of s and everyone's softmax normalisers, which
+    are gathered going forward; nothing is exchanged going backward. (Every process must weigh its loss alike.)
+    """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        ctx.count = len(own)
-        gathered = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, own.contiguous())
-        return torch.cat(gathered)
+    def forward(ctx: Any, z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        everyone = gather(torch.stack([z_i, z_j], 1)).transpose(0, 1).flatten(0, 1)
+        own = torch.stack([z_i, z_j])
+        if own.dtype in (torch.float16, torch.bfloat16):
+            everyone, own = everyone.float(), own.float()
+        count, total = len(z_i), len(everyone) // 2
+        at_i = torch.arange(count, device=z_i.device) + process_index() * count
+        columns = torch.stack([at_i, at_i + total])
+
+        loss, accuracy, contrast_accuracy, contrast_entropy = torch.zeros(4, device=z_i.device).unbind()
+        # A row's normaliser in two parts, subtracted one after the other as softmax does it: the largest entry, and
+        # the logarithm of the sum of exponentials after that.
+        normalisers = torch.empty(count, 2, 2, device=z_i.device)
+        for view in (0, 1):
+            itself, partner = columns[view], columns[1 - view]
+            for rows, logits in _similarities(own[view], everyone, itself, temperature):
+                if view == 0:
+                    across = logits[:, total:]
+                    probability = across.softmax(1)
+                    contrast_accuracy += (across.argmax(1) == itself[rows]).sum()
+                    # The offset inside the logarithm is the official code's.
+                    contrast_entropy -= (probability * torch.log(probability + 1e-6)).sum()
+                    del across, probability
+                largest, best = logits.max(1)
+                accuracy += (best == partner[rows]).sum()
+                log_p = logits.log_softmax(1)
+                loss -= log_p.gather(1, partner[rows, None]).sum()
+                normalisers[rows, view] = torch.stack([largest, -log_p.gather(1, best[:, None])[:, 0]], 1)
+
+        ctx.save_for_backward(own, everyone, columns, normalisers, gather(normalisers))
+        ctx.temperature, ctx.dtype = temperature, z_i.dtype
+        results = loss / (2 * count), accuracy / (2 * count), contrast_accuracy / count, contrast_entropy / count
+        ctx.mark_non_differentiable(*results[1:])
+        return results
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        summed = gradient.contiguous()
-        dist.all_reduce(summed)
-        first = dist.get_rank() * ctx.count
-        return summed[first : first + ctx.count]
-
-
-def _gather(values: Tensor) -> Tensor:
-    """[N, ...] of each process to [P N, ...], in the order of the processes; gradients flow to where they came from."""
-    return _GatherProcesses.apply(values) if _num_processes() > 1 else values
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
+        own, everyone, columns, normalisers, all_normalisers = ctx.saved_tensors
+        of_columns = all_normalisers.movedim(0, 2).transpose(0, 1).flatten(1)  # [2 parts, 2 P N]
+        share = gradient / (2 * own.shape[1])
+        gradients = torch.empty_like(own)
+        for view in (0, 1):
+            for rows, logits in _similarities(own[view], everyone, columns[view], ctx.temperature):
+                of_rows = normalisers[rows, view].T[:, :, None]
+                at_partner = torch.zeros_like(logits)
+                at_partner.scatter_(1, columns[1 - view, rows, None], -share.expand(len(logits), 1))
+                log_p = (logits - of_rows[0]).sub_(of_rows[1])
+                weights = _softmax_gradient(at_partner, log_p).div_(ctx.temperature).to(own.dtype)
+                log_p = logits.sub_(of_columns[0]).sub_(of_columns[1])
+                weights += _softmax_gradient(at_partner, log_p).div_(ctx.temperature)
+                gradients[view, rows] = weights @ everyone
+        g_i, g_j = gradients.to(ctx.dtype)
+        return g_i, g_j, None
 
 
 def nt_xent(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,28 +143,11 @@ def nt_xent(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tenso
         columns   i of rank 0 | ... | i of rank P-1 | j of rank 0 | ... | j of rank P-1
         row n of view i: itself at r N + n,        partner at (P + r) N + n
         row n of view j: itself at (P + r) N + n,  partner at r N + n
+
+    The rows are worked through in chunks, so memory grows with P N F and not with its square.
     """
-    count, rank = len(z_i), dist.get_rank() if _num_processes() > 1 else 0
-    if z_i.dtype in (torch.float16, torch.bfloat16):
-        z_i, z_j = z_i.float(), z_j.float()
     with torch.autocast(z_i.device.type, enabled=False):
-        all_i, all_j = _gather(z_i), _gather(z_j)
-        similarity = torch.cat([z_i, z_j]) @ torch.cat([all_i, all_j]).T
-        # The official code goes on in single precision, also where the features are double.
-        logits = similarity.float() / temperature
-        at_i = torch.arange(count, device=z_i.device) + rank * count
-        at_j = at_i + len(all_i)
-        itself, partner = torch.cat([at_i, at_j]), torch.cat([at_j, at_i])
-        logits = logits.scatter(1, itself[:, None], -torch.inf)
-        loss = F.cross_entropy(logits, partner)
-        with torch.no_grad():
-            accuracy = (logits.argmax(1) == partner).float().mean()
-            across = logits[:count, len(all_i) :]
-            probability = across.softmax(1)
-            contrast_accuracy = (across.argmax(1) == at_i).float().mean()
-            # The offset inside the logarithm is the official code's.
-            contrast_entropy = -(probability * torch.log(probability + 1e-6)).sum(1).mean()
-    return loss, accuracy, contrast_accuracy, contrast_entropy
+        return _NTXent.apply(z_i, z_j, temperature)
 
 
 def command_bins(command: Tensor, n_bins: int) -> Tensor:
@@ -123,7 +171,7 @@ def inverse_loss(logits: Tensor, command: Tensor, valid: Tensor) -> tuple[Tensor
     target = command_bins(command, logits.shape[1])
     per_pair = F.cross_entropy(logits, target, reduction="none").mean(dim=(1, 2))
     valid_pairs = valid.sum().to(per_pair.dtype)
-    processes = _num_processes()
+    processes = num_processes()
     if processes > 1:
         dist.all_reduce(valid_pairs)
     # where, not a product: a masked pair's loss must not reach the sum even if it is not finite.
