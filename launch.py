@@ -90,7 +90,7 @@ def start(mixed_precision: str) -> tuple[Accelerator, Console, str]:
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
@@ -180,6 +180,7 @@ def train(arguments: list[str]) -> None:
         "batch_size": config.batch_size,
         "process_index": accelerator.process_index,
         "num_processes": accelerator.num_processes,
+        "accumulate": config.accumulate,
     }
     order = Order(data_set.train, policy, **sharing)
     probe_order = None

@@ -15,7 +15,7 @@ from stec.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one process does in one step: N images, their positions in the epoch, and the commands for them."""
+    """What one process does in one forward pass: N images, their positions in the epoch, and the commands for them."""
 
     epoch: int
     positions: NDArray[np.int64]
@@ -24,7 +24,8 @@ class Share:
 
 
 class Order:
-    """A permutation of the images per epoch, cut into global batches, each cut into one stretch per process.
+    """A permutation of the images per epoch, cut into global batches of ``accumulate`` chunks, each cut into one
+    stretch per process.
 
     The last, incomplete global batch of an epoch is dropped. Each position gets ``views`` commands of ``policy`` from
     ``command_stream``.
@@ -44,6 +45,7 @@ class Order:
         batch_size: int,
         process_index: int = 0,
         num_processes: int = 1,
+        accumulate: int = 1,
         views: int = VIEWS,
         command_stream: int = COMMAND_STREAM,
         epoch_length: int | None = None,
@@ -52,13 +54,15 @@ class Order:
         self.batch_size, self.process_index = batch_size, process_index
         self.views, self.command_stream = views, command_stream
         self.epoch_length = epoch_length or len(images)
-        self.global_batch_size = batch_size * num_processes
+        self.chunk_size = batch_size * num_processes
+        self.global_batch_size = self.chunk_size * accumulate
         self.steps_per_epoch = self.epoch_length // self.global_batch_size
+        self.chunks_per_epoch = self.steps_per_epoch * accumulate
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"--batch_size {batch_size} on {num_processes} process(es) makes a global batch of "
-                f"{self.global_batch_size}, but there are only {self.epoch_length} training images; "
-                f"use --batch_size {max(1, self.epoch_length // num_processes)} or less."
+                f"--batch_size {batch_size} on {num_processes} process(es) with --accumulate {accumulate} makes a "
+                f"global batch of {self.global_batch_size}, but there are only {self.epoch_length} training images; "
+                f"use --batch_size {max(1, self.epoch_length // (num_processes * accumulate))} or less."
             )
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
@@ -68,10 +72,10 @@ class Order:
         order = generator(ORDER_STREAM, self.seed, epoch).permutation(positions)
         return order[: self.epoch_length] % len(self.images)
 
-    def share(self, step: int) -> Share:
-        """This process's share of global step ``step``, counted from the start of training."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        first = step_in_epoch * self.global_batch_size + self.process_index * self.batch_size
+    def share(self, chunk: int) -> Share:
+        """This process's share of chunk ``chunk``, counted from the start of training."""
+        epoch, chunk_in_epoch = divmod(chunk, self.chunks_per_epoch)
+        first = chunk_in_epoch * self.chunk_size + self.process_index * self.batch_size
         image_ids = self._permutation(epoch)[first : first + self.batch_size]
         commands = draw(
             self.policy,

@@ -15,7 +15,10 @@ from stec.commands import Commands
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One process's share of a global batch: N images, V = 2 views each."""
+    """What one forward pass of one process holds: N images, V = 2 views each.
+
+    A process's share of a global batch is one of these, or ``--accumulate`` of them.
+    """
 
     views: Tensor
     """[N, V, 3, H, W] float32 in [0, 1] on the loader's device; channels-last in memory."""
@@ -48,8 +51,8 @@ class TwoViewLoader(Protocol):
     @property
     def steps_per_epoch(self) -> int: ...
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
-        """Endless batches from global step ``first_step`` on, across epochs."""
+    def batches(self, first_chunk: int) -> Iterator[Batch]:
+        """Endless batches from chunk ``first_chunk`` of the whole training on, across epochs."""
 
 
 class PlainLoader(Protocol):

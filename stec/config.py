@@ -132,7 +132,9 @@ class TrainConfig:
     max_epochs: int = 1000
     """Epochs to train."""
     batch_size: int = 1024
-    """Images per process and step."""
+    """Images that one forward pass holds, per process."""
+    accumulate: int = 1
+    """Such passes per step and process; the loss is that of all of them together (gradient caching)."""
 
     # Run
     gpus: int | None = None
@@ -156,7 +158,7 @@ class TrainConfig:
         """Raise UserError for the first setting that is out of its range."""
         # Upper limits keep typing errors from ending in overflows.
         at_least_1 = ("limit_train", "width", "feat_dim", "manip_hidden_mlp", "log_every", "checkpoint_every", "gpus",
-                      "num_nodes")  # fmt: skip
+                      "num_nodes", "accumulate")  # fmt: skip
         at_least_0 = ("num_workers", "manip_lambda", "discrimination_lambda", "supervised_lambda", "weight_decay",
                       "learning_rate")  # fmt: skip
         limits: dict[str, tuple[int, int | None]] = {

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 
-from stec import checkpoint, geometry
-from stec.batch import Batch, PlainLoader, TwoViewLoader
+from stec import checkpoint
+from stec.batch import PlainLoader, TwoViewLoader
 from stec.config import TrainConfig
 from stec.console import Console
 from stec.errors import Interrupted, UserError
@@ -33,6 +33,7 @@ from stec.model import Model
 from stec.objective import METRICS, Objective, Weights
 from stec.optim import learning_rate_factor, make_optimizer
 from stec.run_folder import RunFolder, write_json
+from stec.step import Step
 
 T = TypeVar("T")
 
@@ -117,7 +118,7 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
 def train(
     config: TrainConfig,
     data: Data,
-    bare_model: Model,
+    model: Model,
     *,
     accelerator: Accelerator,
     console: Console,
@@ -127,17 +128,17 @@ def train(
 ) -> dict[str, float]:
     """Train to the end, evaluate, export; returns what ``results.json`` holds.
 
-    ``bare_model`` is the ``initial_model``, ``resumed`` a checkpoint to go on from. Raises UserError on a non-finite
+    ``model`` is the ``initial_model``, ``resumed`` a checkpoint to go on from. Raises UserError on a non-finite
     loss and Interrupted on Ctrl-C.
     """
-    global_batch_size = config.batch_size * accelerator.num_processes
+    global_batch_size = config.accumulate * config.batch_size * accelerator.num_processes
     steps_per_epoch = data.training.steps_per_epoch
     total_steps = config.max_epochs * steps_per_epoch
 
     # --- Model, objective, optimiser ---
-    bare_model = bare_model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(
-        bare_model,
+        model,
         config.optimizer,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
@@ -146,19 +147,12 @@ def train(
     step, train_seconds, wait_seconds = 0, 0.0, 0.0
     if resumed is not None:
         try:
-            bare_model.load_state_dict(resumed["model"])
+            model.load_state_dict(resumed["model"])
         except RuntimeError as error:
             raise UserError(
                 f"The newest checkpoint in {folder.path} does not fit the model; delete it and try --resume auto again."
             ) from error
         step, train_seconds, wait_seconds = resumed["step"], resumed["train_seconds"], resumed["wait_seconds"]
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        bare_model = nn.SyncBatchNorm.convert_sync_batchnorm(bare_model)
-    model, optimizer = accelerator.prepare(bare_model, optimizer)
-    if resumed is not None:
-        optimizer.load_state_dict(resumed["optimizer"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(resumed["scaler"])
     objective = Objective(
         Weights(
             discrimination=config.discrimination_lambda,
@@ -167,6 +161,12 @@ def train(
         ),
         temperature=config.temperature,
     )
+    backward = Step(model, objective, accelerator, affine=config.affine)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    if resumed is not None:
+        optimizer.load_state_dict(resumed["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(resumed["scaler"])
 
     def learning_rate(at_step: int) -> float:
         if config.lr_scheduler == "none":
@@ -223,7 +223,7 @@ def train(
         log()
         if accelerator.is_main_process:
             state = {
-                "model": accelerator.unwrap_model(model).state_dict(),
+                "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 "identity": config.identity(),
@@ -239,22 +239,18 @@ def train(
     # --- The loop ---
     model.train()
     with console.training(first_step=step, total_steps=total_steps), _stop_requests() as stop_requested:
-        batches = data.training.batches(step)
+        chunks = data.training.batches(step * config.accumulate)
         since_log = time.perf_counter()
         while step < total_steps:
             started_waiting = time.perf_counter()
-            batch = next(batches)
+            batch = [next(chunks) for _ in range(config.accumulate)]
             since_log_wait += time.perf_counter() - started_waiting
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
-            outputs = model(batch.views, batch.probe_views)
-            targets = _targets(batch, config) if outputs.command_logits is not None else ()
-            loss, metrics = objective(outputs, batch.labels, *targets)
-            accelerator.backward(loss)
+            unlogged.append(backward(batch))
             optimizer.step()
             optimizer.zero_grad()
-            unlogged.append(metrics)
             step += 1
 
             if step % config.log_every == 0 or step % steps_per_epoch == 0:
@@ -267,20 +263,19 @@ def train(
                     f"Stopped after step {step} of {total_steps}; go on by adding "
                     f"--results_path {folder.path} --resume auto."
                 )
-        del batches
+        del chunks
 
     # --- Results ---
-    trained = accelerator.unwrap_model(model)
     metadata = {"config": config.identity(), "step": step, "classes": data.classes}
 
     def export() -> None:
-        write_safetensors(trained.state_dict(), folder.model, metadata)
-        write_safetensors(trained.encoder.state_dict(), folder.encoder, metadata)
+        write_safetensors(model.state_dict(), folder.model, metadata)
+        write_safetensors(model.encoder.state_dict(), folder.encoder, metadata)
 
     on_main_process(accelerator, export)
     with console.waiting("evaluating"):
-        results = _evaluate(config, data, trained, accelerator)
-    if trained.inverse_model is not None:
+        results = _evaluate(config, data, model, accelerator)
+    if model.inverse_model is not None:
         results["inverse_model_accuracy"] = last_epoch["manipulation_accuracy"]
     results["images_per_second"] = total_steps * global_batch_size / train_seconds
     results["wait_share"] = wait_seconds / train_seconds
@@ -292,14 +287,6 @@ def train(
 def _means(rows: list[list[float]]) -> dict[str, float]:
     """The mean of each metric over steps."""
     return dict(zip(METRICS, np.mean(rows, axis=0).tolist(), strict=True))
-
-
-def _targets(batch: Batch, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """The commands from view i to view j [N, 2, 3], and which pairs the inverse model is asked about [N] bool."""
-    command = torch.from_numpy(geometry.relative_windows(batch.commands, convention=config.affine))
-    valid = torch.from_numpy(~batch.commands.solarize.any(axis=1))
-    device = batch.views.device
-    return command.to(device, non_blocking=True), valid.to(device, non_blocking=True)
 
 
 def _check_finite(

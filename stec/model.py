@@ -25,6 +25,45 @@ class Outputs(NamedTuple):
     """[N, V, C]: of the probe."""
 
 
+def encode(encoder: nn.Module, views: Tensor, *, trained: bool) -> Tensor:
+    """Features [N, V, D] of views [N, V, 3, H, W]; unless ``trained``, no gradient reaches the encoder.
+
+    All views pass the encoder as one batch, so that batch norm sees i and j together (official behaviour).
+    """
+    with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        features: Tensor = encoder(views.flatten(0, 1))
+    return features.view(*views.shape[:2], -1)
+
+
+class Heads(nn.Module):
+    """A model's heads as one module: from features to everything the objective needs.
+
+    ``pairs`` are features [N, 2, D] of both views (or [N, V, D] where only the probe is trained), ``probed`` [N, V, D]
+    what the probe sees; it does not train what made them unless ``probe_trains_encoder``.
+    """
+
+    def __init__(
+        self,
+        projection: Projection | None,
+        inverse_model: InverseModel | None,
+        probe: nn.Linear,
+        *,
+        probe_trains_encoder: bool,
+    ) -> None:
+        super().__init__()
+        self.projection, self.inverse_model, self.probe = projection, inverse_model, probe
+        self.probe_trains_encoder = probe_trains_encoder
+
+    def forward(self, pairs: Tensor, probed: Tensor) -> Outputs:
+        projections = command_logits = None
+        if self.projection is not None:
+            projections = self.projection(pairs.flatten(0, 1)).view(len(pairs), 2, -1)
+        if self.inverse_model is not None:
+            command_logits = self.inverse_model(pairs[:, 0], pairs[:, 1])
+        class_logits = self.probe(probed if self.probe_trains_encoder else probed.detach())
+        return Outputs(projections, command_logits, class_logits)
+
+
 class Model(nn.Module):
     """S-TEC's model; without the inverse model it is SimCLR's.
 
@@ -72,26 +111,23 @@ class Model(nn.Module):
     def forward(self, views: Tensor, probe_views: Tensor | None = None) -> Outputs:
         """``views`` [N, V, 3, H, W] in [0, 1]; V = 2, or any number where only the probe is trained.
 
-        All views pass the encoder as one batch, so that batch norm sees i and j together (official behaviour).
         ``probe_views`` [N, 1, 3, H, W] are what the probe sees instead of ``views``.
         """
-        if self.projection is None:
-            with torch.no_grad():
-                pairs = self._features(views)
-            return Outputs(projections=None, command_logits=None, class_logits=self.probe(pairs))
-        pairs = self._features(views)
+        pairs = encode(self.encoder, views, trained=self.views_train_encoder)
         probed = pairs
         if probe_views is not None:
-            # Without gradients from the start, unless the probe is to train the encoder.
-            with torch.set_grad_enabled(self.stop_gradient == 0):
-                probed = self._features(probe_views)
-        return Outputs(
-            projections=self.projection(pairs.flatten(0, 1)).view(len(views), 2, -1),
-            command_logits=self.inverse_model(pairs[:, 0], pairs[:, 1]) if self.inverse_model is not None else None,
-            class_logits=self.probe(probed if self.stop_gradient == 0 else probed.detach()),
-        )
+            probed = encode(self.encoder, probe_views, trained=self.probe_trains_encoder)
+        return self.heads(pairs, probed)
 
-    def _features(self, views: Tensor) -> Tensor:
-        """[N, V, D] of views [N, V, 3, H, W]."""
-        features: Tensor = self.encoder(views.flatten(0, 1))
-        return features.view(*views.shape[:2], -1)
+    @property
+    def heads(self) -> Heads:
+        """The heads as one module; the parameters are this model's."""
+        return Heads(self.projection, self.inverse_model, self.probe, probe_trains_encoder=self.probe_trains_encoder)
+
+    @property
+    def views_train_encoder(self) -> bool:
+        return self.stop_gradient != 2
+
+    @property
+    def probe_trains_encoder(self) -> bool:
+        return self.stop_gradient == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from stec import objective
 from stec.model import Outputs
 from stec.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent
 from tests.plain import plain_nt_xent
+
+
+VERSIONS: tuple[Callable[..., Any], ...] = (nt_xent, plain_nt_xent)
 
 
 def unit_vectors(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -73,7 +77,7 @@ def test_nt_xent_in_chunks_is_the_plain_one(
     z_j = F.normalize(z_i + 0.5 * z_j, dim=1)
     monkeypatch.setattr(objective, "CHUNK_BYTES", chunk_rows * 4 * 26)
     outcomes = []
-    for function in (nt_xent, plain_nt_xent):
+    for function in VERSIONS:
         leaves = [z.to(dtype).requires_grad_() for z in (z_i, z_j)]
         loss, *metrics = function(*leaves, 0.1)
         (3 * loss).backward()
@@ -101,7 +105,7 @@ def test_nt_xent_never_holds_the_similarity_matrix(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(objective, "CHUNK_BYTES", 2**16)
     leaves = [z.float().requires_grad_() for z in unit_vectors(256)]
     sizes = []
-    for function in (nt_xent, plain_nt_xent):
+    for function in VERSIONS:
         with LargestTensor() as largest:
             function(*leaves, 0.1)[0].backward()
         sizes.append(largest.bytes)

@@ -1,0 +1,183 @@
+"""Several processes compute what one does. Run by Accelerate's launcher, this file is one of the processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from pipelines import demo
+from pipelines.images import ImageArray
+from pipelines.loader import Loader
+from pipelines.order import Order
+from stec.batch_norm import CpuSyncBatchNorm
+from stec.commands import Policy
+from stec.model import Model
+from stec.objective import METRICS, Objective, Weights
+from stec.step import Step
+
+GLOBAL_BATCH, STEPS = 32, 20
+
+
+def train(
+    accelerator: Accelerator,
+    images: ImageArray,
+    *,
+    dtype: torch.dtype = torch.float32,
+    steps: int,
+    learning_rate: float,
+    accumulate: int = 1,
+    stop_gradient: int = 1,
+    probe_views: bool = False,
+) -> dict[str, Any]:
+    """Some steps of SGD: every step's metrics, the first step's gradients, and the state at the end."""
+    # Solarized pairs are left out, unevenly over the processes.
+    order = Order(
+        images,
+        Policy(p_solarize=0.3),
+        seed=1,
+        batch_size=GLOBAL_BATCH // accelerator.num_processes // accumulate,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        accumulate=accumulate,
+    )
+    batches = Loader(order, backend="torchvision", device=torch.device("cpu"), workers=0).batches(0)
+    torch.manual_seed(0)
+    model = Model(
+        arch="resnet18", stem="cifar", classes=10, width=4, hidden_mlp=16, feat_dim=8, stop_gradient=stop_gradient
+    ).to(dtype)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate, momentum=0.9)
+    step = Step(model, Objective(Weights(manipulation=1.0), temperature=0.5), accelerator, affine="official")
+    metrics: list[Tensor] = []
+    gradients: dict[str, Tensor] = {}
+    for _ in range(steps):
+        chunks = [dataclasses.replace(c, views=c.views.to(dtype)) for c in itertools.islice(batches, accumulate)]
+        if probe_views:
+            chunks = [dataclasses.replace(c, probe_views=c.views[:, :1].flip(-1)) for c in chunks]
+        metrics.append(accelerator.reduce(step(chunks), "mean"))
+        gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        "metrics": torch.stack(metrics),
+        "gradients": gradients,
+        "state": model.state_dict(),
+        "batch_norms": sorted(
+            {type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        ),
+    }
+
+
+def normalise(accelerator: Accelerator, dtype: torch.dtype) -> dict[str, Any]:
+    """A lone batch norm on 4 images, in all: outputs, gradients and running statistics of all processes."""
+    generator = torch.Generator().manual_seed(0)
+    x, weights = (5 + 3 * torch.randn(2, 4, 3, 2, 2, generator=generator, dtype=torch.float64)).to(dtype)
+    own = slice(*(4 * (accelerator.process_index + end) // accelerator.num_processes for end in (0, 1)))
+    kind = nn.BatchNorm2d if accelerator.num_processes == 1 else CpuSyncBatchNorm
+    norm = kind(3).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+    norm.weight.data.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    leaf = x[own].clone().requires_grad_()
+    y = norm(leaf)
+    (y * weights[own]).sum().backward()
+    parameters = [accelerator.reduce(p.grad, "sum") for p in norm.parameters()]
+    return {
+        "dtype": y.dtype,
+        "values": [accelerator.gather(y.detach()), accelerator.gather(leaf.grad), *parameters, *norm.buffers()],
+    }
+
+
+def everything(accelerator: Accelerator) -> dict[str, Any]:
+    images, labels = demo.render(split="test")
+    data = ImageArray(pixels=images, labels=labels)
+    exact: dict[str, Any] = {"dtype": torch.float64, "steps": 1, "learning_rate": 0.01}
+    return {
+        "float32": train(accelerator, data, steps=STEPS, learning_rate=1e-7),
+        "float64": train(accelerator, data, **exact),
+        "accumulate": train(accelerator, data, accumulate=2, **exact),
+        "probe": train(accelerator, data, stop_gradient=0, probe_views=True, **exact),
+        "probe, accumulate": train(accelerator, data, stop_gradient=0, probe_views=True, accumulate=2, **exact),
+        "frozen": train(accelerator, data, stop_gradient=2, accumulate=2, **exact),
+        "batch norm": [normalise(accelerator, dtype) for dtype in (torch.float64, torch.bfloat16)],
+    }
+
+
+def accelerate() -> Accelerator:
+    return Accelerator(
+        cpu=True,
+        mixed_precision="no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+    )
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """``everything`` on 1, 2 and 4 processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    found = {1: everything(accelerate())}
+    for processes in (2, 4):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+        command += ["--num_processes", str(processes), "--module", "tests.test_processes", str(folder / str(processes))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[1])
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[processes] = torch.load(folder / str(processes))
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_twenty_steps_in_single_precision(outcomes: dict[int, dict[str, Any]], processes: int) -> None:
+    """Losses to 1e-5, parameters and running statistics to 1e-4, while training changes the loss by about 1e-3.
+
+    Larger steps let rounding grow: a ReLU that flips changes the gradient by more than the difference that flipped it.
+    """
+    one, several = outcomes[1]["float32"], outcomes[processes]["float32"]
+    losses = [outcome["metrics"][:, METRICS.index("loss")] for outcome in (one, several)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(several["metrics"], one["metrics"], rtol=1e-4, atol=1e-4)
+    for name, value in one["state"].items():
+        torch.testing.assert_close(several["state"][name], value, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("case", ["float64", "accumulate", "probe", "probe, accumulate", "frozen"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_gradients_in_double_precision(outcomes: dict[int, dict[str, Any]], processes: int, case: str) -> None:
+    """To 1e-6, which is what NT-Xent's similarities in single precision leave."""
+    one, several = outcomes[1][case], outcomes[processes][case]
+    torch.testing.assert_close(several["metrics"], one["metrics"], rtol=1e-6, atol=1e-6)
+    assert several["gradients"].keys() == one["gradients"].keys()
+    for name, gradient in one["gradients"].items():
+        difference = (several["gradients"][name] - gradient).norm().item()
+        # The bias before a batch norm has no gradient but for rounding.
+        assert difference < 1e-6 * gradient.norm().item() + 1e-9, name
+    for name, value in one["state"].items():
+        torch.testing.assert_close(several["state"][name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_batch_norm_on_few_images(outcomes: dict[int, dict[str, Any]], processes: int) -> None:
+    """Outputs, gradients and running statistics are those of ``nn.BatchNorm2d``, also with an image a process."""
+    for one, several, tolerance in zip(outcomes[1]["batch norm"], outcomes[processes]["batch norm"], (1e-12, 2e-2)):
+        assert several["dtype"] == one["dtype"]
+        for expected, value in zip(one["values"], several["values"], strict=True):
+            torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_batch_norm_is_synchronised_between_processes_only(outcomes: dict[int, dict[str, Any]]) -> None:
+    assert outcomes[1]["float32"]["batch_norms"] == ["BatchNorm1d", "BatchNorm2d"]
+    assert outcomes[2]["float32"]["batch_norms"] == ["CpuSyncBatchNorm"]
+
+
+if __name__ == "__main__":
+    accelerator = accelerate()
+    outcome = everything(accelerator)
+    if accelerator.is_main_process:
+        torch.save(outcome, sys.argv[1])
+    accelerator.end_training()

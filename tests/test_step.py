@@ -1,0 +1,119 @@
+"""The gradient of a global batch in chunks is that of the whole batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from pipelines.images import ImageArray
+from pipelines.loader import Loader
+from pipelines.order import Order
+from stec.batch import Batch
+from stec.commands import Policy
+from stec.model import Model
+from stec.objective import Objective, Weights
+from stec.step import Step
+
+GLOBAL_BATCH = 24
+
+
+def order(images: ImageArray, *, processes: int = 1, process: int = 0, accumulate: int = 1) -> Order:
+    return Order(
+        images,
+        Policy(p_solarize=0.2),
+        seed=1,
+        batch_size=GLOBAL_BATCH // processes // accumulate,
+        num_processes=processes,
+        process_index=process,
+        accumulate=accumulate,
+    )
+
+
+def chunks(images: ImageArray, *, accumulate: int, probe_views: bool = False) -> list[Batch]:
+    """The first global batch; with ``probe_views``, the probe sees images of its own."""
+    loader = Loader(order(images, accumulate=accumulate), backend="torchvision", device=torch.device("cpu"), workers=0)
+    batches: Iterator[Batch] = itertools.islice(loader.batches(0), accumulate)
+    if not probe_views:
+        return list(batches)
+    return [dataclasses.replace(batch, probe_views=batch.views[:, :1].flip(-1)) for batch in batches]
+
+
+def a_model(stop_gradient: int = 1) -> Model:
+    torch.manual_seed(0)
+    return Model(arch="resnet18", stem="cifar", classes=10, width=4, hidden_mlp=16, stop_gradient=stop_gradient)
+
+
+def step_of(model: Model) -> Step:
+    return Step(model, Objective(Weights(manipulation=1.0), temperature=0.5), Accelerator(cpu=True), affine="official")
+
+
+@pytest.mark.parametrize("stop_gradient", [0, 1, 2])
+@pytest.mark.parametrize("probe_views", [False, True])
+def test_chunks_give_the_gradient_of_the_whole_batch(
+    demo_test_images: ImageArray, stop_gradient: int, probe_views: bool
+) -> None:
+    """With batch norm in evaluation mode, the only part of the encoder that looks at other images."""
+    gradients, metrics = [], []
+    for accumulate in (1, 3):
+        model = a_model(stop_gradient)
+        step = step_of(model)
+        model.train()
+        model.encoder.eval()
+        metrics.append(step(chunks(demo_test_images, accumulate=accumulate, probe_views=probe_views)))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-5, atol=1e-6)
+    whole, cached = gradients
+    assert whole.keys() == cached.keys()
+    assert ("encoder.conv1.weight" in whole) == (stop_gradient != 2)
+    for name in whole:
+        torch.testing.assert_close(cached[name], whole[name], rtol=1e-5, atol=1e-5 * whole[name].norm().item())
+
+
+def test_running_statistics_count_each_chunk_once(demo_test_images: ImageArray) -> None:
+    """Although each chunk passes the encoder twice."""
+    batches = chunks(demo_test_images, accumulate=3)
+    expected = a_model().encoder.train()
+    with torch.no_grad():
+        for batch in batches:
+            expected(batch.views.flatten(0, 1))
+    model = a_model()
+    step_of(model)(batches)
+    assert model.encoder.bn1.num_batches_tracked == 3
+    for name, buffer in expected.named_buffers():
+        torch.testing.assert_close(model.encoder.get_buffer(name), buffer)
+    # The heads see the whole batch, once.
+    assert model.projection.bn_hidden.num_batches_tracked == 1
+    assert all(m.track_running_stats for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_one_process_has_plain_batch_norm(demo_test_images: ImageArray) -> None:
+    model = a_model()
+    step_of(model)
+    kinds = {type(module) for module in model.modules() if "BatchNorm" in type(module).__name__}
+    assert kinds == {torch.nn.BatchNorm1d, torch.nn.BatchNorm2d}
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 4), (2, 2), (4, 1), (3, 2)])
+def test_chunks_and_processes_share_the_same_global_batches(
+    demo_test_images: ImageArray, processes: int, accumulate: int
+) -> None:
+    """Step by step the same positions, images and commands, chunk after chunk and process after process."""
+    whole = order(demo_test_images)
+    parts = [order(demo_test_images, processes=processes, process=p, accumulate=accumulate) for p in range(processes)]
+    assert {part.steps_per_epoch for part in parts} == {whole.steps_per_epoch}
+    assert {part.global_batch_size for part in parts} == {GLOBAL_BATCH}
+    # The second step, the last of the epoch, and the first of the next.
+    for step in (1, whole.steps_per_epoch - 1, whole.steps_per_epoch):
+        expected = whole.share(step)
+        shares = [part.share(step * accumulate + k) for k in range(accumulate) for part in parts]
+        assert {share.epoch for share in shares} == {expected.epoch}
+        for name in ("positions", "image_ids"):
+            np.testing.assert_array_equal(np.concatenate([getattr(s, name) for s in shares]), getattr(expected, name))
+        packed = np.concatenate([share.commands.pack() for share in shares])
+        np.testing.assert_array_equal(packed, expected.commands.pack())
