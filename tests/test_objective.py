@@ -22,7 +22,6 @@ from stec.model import Outputs
 from stec.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent
 from tests.plain import plain_nt_xent
 
-
 VERSIONS: tuple[Callable[..., Any], ...] = (nt_xent, plain_nt_xent)
 
 
