@@ -76,7 +76,7 @@ def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
     return config, chosen.print_config
 
 
-def start(mixed_precision: str) -> tuple[Accelerator, Console, str]:
+def start(mixed_precision: str, deterministic: bool = False) -> tuple[Accelerator, Console, str]:
     """Accelerate, the console and the precision that was chosen, for any command that computes."""
     import torch
     from accelerate import Accelerator
@@ -97,6 +97,12 @@ def start(mixed_precision: str) -> tuple[Accelerator, Console, str]:
             f"Accelerate is set to {accelerator.gradient_accumulation_steps} gradient accumulation steps, which would "
             f"change the contrastive loss; set --gradient_accumulation_steps 1 for accelerate launch."
         )
+    if deterministic:
+        # Read when cuBLAS starts; without a fixed workspace it may sum in another order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Filling fresh memory would only help code that reads it before writing.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cpu":
         # accelerate launch allows each process one thread unless told otherwise.
         torch.set_num_threads(own_cpus())
@@ -152,7 +158,7 @@ def train(arguments: list[str]) -> None:
         return
     if config.stop_gradient == 2 and config.ckpt_path is None:
         raise UserError("--stop_gradient 2 trains the probe of a trained encoder; name its weights by --ckpt_path.")
-    accelerator, console, precision = start(config.mixed_precision)
+    accelerator, console, precision = start(config.mixed_precision, bool(config.deterministic))
     check_processes(config, accelerator.num_processes)
 
     import torch

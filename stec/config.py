@@ -143,6 +143,8 @@ class TrainConfig:
     """Check that Accelerate runs on so many machines."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: bf16 where the device is fast at it, fp16 on older GPUs, else no."""
+    deterministic: Switch = 0
+    """1: use those algorithms only that give the same bits again on the same device; slower on GPUs."""
     seed: int = 2022
     """Seed of the weights, the order of the images and the commands."""
     results_path: Path | None = None

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from stec.model import Model
 from stec.objective import Objective, Weights
 from stec.step import Step
 
+ROOT = Path(__file__).parents[1]
 GLOBAL_BATCH = 24
 
 
@@ -117,3 +122,35 @@ def test_chunks_and_processes_share_the_same_global_batches(
             np.testing.assert_array_equal(np.concatenate([getattr(s, name) for s in shares]), getattr(expected, name))
         packed = np.concatenate([share.commands.pack() for share in shares])
         np.testing.assert_array_equal(packed, expected.commands.pack())
+
+
+FLAGS = (
+    "--limit_train 96 --batch_size 8 --accumulate 3 --width 4 --feat_dim 8 --manip_hidden_mlp 16 --hidden_mlp 16 "
+    "--max_epochs 2 --num_workers 1 --deterministic 1"
+).split()
+
+
+def launch(folder: Path, *more: str) -> str:
+    command = [sys.executable, str(ROOT / "launch.py"), *FLAGS, "--results_path", str(folder), *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_run_in_chunks_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Its steps are those of the global batch, and the second epoch is the same to the bit after a resume."""
+    out = launch(tmp_path / "whole")
+    assert "2 epochs of 4 steps of 24 images" in out
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    (tmp_path / "resumed" / "checkpoint-00000008.pt").unlink()
+    assert "after step 4" in launch(tmp_path / "resumed", "--resume", "auto")
+    weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "resumed")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.gpu
+def test_deterministic_runs_are_equal_to_the_bit_on_a_gpu(tmp_path: Path) -> None:
+    for run in ("first", "second"):
+        launch(tmp_path / run)
+    weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("first", "second")]
+    assert weights[0] == weights[1]
