@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from stec.errors import UserError
+from stec.files import write_whole
 from stec.inert_pickle import read_torch_file
 
 PARTS = ("encoder", "projection", "inverse_model", "probe")
@@ -54,19 +55,13 @@ def to_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, object]) -> None:
-    """Write ``state`` to ``path`` under a temporary name, then rename it. Raises UserError where the disk refuses.
+    """Write ``state`` to ``path``, whole or not at all. Raises UserError where the disk refuses.
 
     The metadata is one JSON text under the key ``stec``: safetensors stores several keys in random order, and equal
     runs must give equal files.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    try:
-        temporary.write_bytes(save(tensors, {"stec": json.dumps(metadata, sort_keys=True)}))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror}); check folder and disk.") from error
+    write_whole(path, save(tensors, {"stec": json.dumps(metadata, sort_keys=True)}))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
