@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,11 +77,13 @@ def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
     return config, chosen.print_config
 
 
-def start(mixed_precision: str, deterministic: bool = False) -> tuple[Accelerator, Console, str]:
+def start(
+    mixed_precision: str, process_timeout_s: int = 1800, deterministic: bool = False
+) -> tuple[Accelerator, Console, str]:
     """Accelerate, the console and the precision that was chosen, for any command that computes."""
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     from stec.console import Console
     from stec.engine import resolve_precision
@@ -90,7 +93,10 @@ def start(mixed_precision: str, deterministic: bool = False) -> tuple[Accelerato
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout_s)),
+        ],
     )
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
@@ -158,7 +164,18 @@ def train(arguments: list[str]) -> None:
         return
     if config.stop_gradient == 2 and config.ckpt_path is None:
         raise UserError("--stop_gradient 2 trains the probe of a trained encoder; name its weights by --ckpt_path.")
-    accelerator, console, precision = start(config.mixed_precision, bool(config.deterministic))
+
+    from stec import stops
+
+    with stops.at_once(config.stop_exit_code):
+        run_training(config)
+
+
+def run_training(config: TrainConfig) -> None:
+    """From a configuration to a run's files."""
+    accelerator, console, precision = start(
+        config.mixed_precision, config.process_timeout_s, bool(config.deterministic)
+    )
     check_processes(config, accelerator.num_processes)
 
     import torch
@@ -166,7 +183,7 @@ def train(arguments: list[str]) -> None:
     from pipelines.index import open_data_set
     from pipelines.loader import Loader
     from pipelines.order import Order
-    from stec import engine
+    from stec import engine, failures
     from stec.commands import PROBE_STREAM, Policy
     from stec.run_folder import open_run_folder
 
@@ -218,9 +235,10 @@ def train(arguments: list[str]) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": precision,
         "backend": loader.backend,
+        "training_images": len(data_set.train),
     }
     model = engine.initial_model(config, data.classes)
-    folder, resumed = engine.on_main_process(accelerator, lambda: open_run_folder(config, environment))
+    folder, resumed, notes = engine.on_main_process(accelerator, lambda: open_run_folder(config, environment))
     console.facts(
         title(config),
         [
@@ -235,18 +253,21 @@ def train(arguments: list[str]) -> None:
             ("files", str(folder.path.resolve())),
         ],
     )
+    for note in notes:
+        console.say(note)
     if resumed is not None:
         console.say(f"Going on after step {resumed['step']}.")
-    results = engine.train(
-        config,
-        data,
-        model,
-        accelerator=accelerator,
-        console=console,
-        folder=folder,
-        environment=environment,
-        resumed=resumed,
-    )
+    with failures.shared():
+        results = engine.train(
+            config,
+            data,
+            model,
+            accelerator=accelerator,
+            console=console,
+            folder=folder,
+            environment=environment,
+            resumed=resumed,
+        )
     show_results(console, results)
     console.say(f"The run's files are in {folder.path.resolve()}")
     accelerator.end_training()
@@ -369,12 +390,13 @@ def main(arguments: list[str] | None = None) -> int:
         elif error.local:
             print(f"error on process {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except Interrupted as stop:
         if is_main_process():
-            print(
-                str(stop) or "Stopped at once; a run goes on from its last checkpoint by --resume auto.",
-                file=sys.stderr,
-            )
+            print(stop, file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        if is_main_process():
+            print("Stopped at once; a run goes on from its last checkpoint by --resume auto.", file=sys.stderr)
         return 130
     return 0
 

@@ -112,7 +112,7 @@ def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[Ste
         batch_size=None,
         sampler=itertools.count(first_step),
         num_workers=workers,
-        worker_init_fn=_ignore_ctrl_c,
+        worker_init_fn=_ignore_stops,
     )
     return _raising(steps)
 
@@ -139,7 +139,7 @@ def reference_evaluation(
 ) -> Iterator[Tensor]:
     """Batches of image ids as evaluation sees the images, each [n, 3, size, size] float32 in [0, 1]."""
     items = _EvaluationBatches(images, batches, resize_px, size)
-    return _raising(DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=_ignore_ctrl_c))
+    return _raising(DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=_ignore_stops))
 
 
 def _raising(items: Iterable[T | UserError]) -> Iterator[T]:
@@ -150,6 +150,7 @@ def _raising(items: Iterable[T | UserError]) -> Iterator[T]:
         yield item
 
 
-def _ignore_ctrl_c(_worker: int) -> None:
+def _ignore_stops(_worker: int) -> None:
     """The main process decides when to stop; it ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,8 +1,9 @@
-"""Checkpoints: written whole or not at all, and found again."""
+"""Checkpoints: written whole or not at all, and checked before they are believed."""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -10,68 +11,94 @@ from typing import Any
 import torch
 
 from stec.errors import UserError
+from stec.files import unwritable, write_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEYS = frozenset(
-    "step model optimizer scaler identity environment global_batch_size train_seconds wait_seconds epoch_rows "
+    "step model optimizer scaler rng identity environment global_batch_size train_seconds wait_seconds epoch_rows "
     "last_epoch".split()
 )
-"""What a checkpoint holds besides its format."""
-KEPT = 2
-"""How many of the newest checkpoints stay on disk."""
+"""What a checkpoint holds besides its format.
+
+``step`` is the position in training: epoch, position in the epoch, learning rate and every random draw of the pipeline
+follow from it and from the settings in ``identity``, the seed among them.
+"""
+MARK = b"stec sha256:"
+"""A checkpoint is what ``torch.save`` writes, then this mark, then the 32 bytes of the SHA-256 of what came before.
+
+``torch.load`` does not mind the ending.
+"""
+
+
+class DamagedCheckpoint(Exception):
+    """The file cannot be read, or is not what was written; the message says which."""
 
 
 def checkpoint_path(run_folder: Path, step: int) -> Path:
     return run_folder / f"checkpoint-{step:08d}.pt"
 
 
-def checkpoints(run_folder: Path) -> list[Path]:
-    """Complete checkpoints in the run folder, oldest first; files that only look like one are not counted."""
+def checkpoints(run_folder: Path) -> dict[int, Path]:
+    """The checkpoints in the run folder by step, oldest first; files that only look like one are not counted."""
     found = ((re.fullmatch(r"checkpoint-(\d+)\.pt", path.name), path) for path in run_folder.glob("checkpoint-*.pt"))
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
-def save(run_folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write the checkpoint of ``step`` under a temporary name, flush it to disk, rename it, drop the oldest ones.
+def save(run_folder: Path, step: int, state: dict[str, Any], *, keep: int, keep_every_steps: int | None) -> None:
+    """Write the checkpoint of ``step``, then drop the older ones but the ``keep`` newest and, where
+    ``keep_every_steps`` is given, those of its multiples.
 
     Raises UserError where the disk refuses; the older checkpoints are then untouched.
     """
-    path = checkpoint_path(run_folder, step)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"format_version": FORMAT_VERSION, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"The checkpoint {path} cannot be written ({error}); free the disk and go on with --resume auto."
-        ) from error
-    for old in checkpoints(run_folder)[:-KEPT]:
-        old.unlink()
+    buffer = io.BytesIO()
+    torch.save({"format_version": FORMAT_VERSION, "step": step, **state}, buffer)
+    buffer.write(MARK + hashlib.sha256(buffer.getbuffer()).digest())
+    write_whole(checkpoint_path(run_folder, step), buffer.getvalue())
+    for old, path in list(checkpoints(run_folder).items())[:-keep]:
+        if keep_every_steps is None or old % keep_every_steps != 0:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise unwritable(path, error) from error
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, without executing anything that is in the file.
 
-    Raises UserError where it is truncated, foreign or of a newer version.
+    Raises DamagedCheckpoint where it is not, to the bit, what was written, and UserError where another version of this
+    program wrote it.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"The checkpoint {path} cannot be read ({error.strerror}).") from error
-    except Exception as error:  # a damaged file can fail in any way
-        raise UserError(
-            f"The checkpoint {path} is damaged or no checkpoint of this program; delete it, "
-            f"and --resume auto goes on from the one before."
-        ) from error
-    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+        raise DamagedCheckpoint(f"it cannot be read: {error.strerror}") from error
+    body, ending = content[: -len(MARK) - 32], content[-len(MARK) - 32 :]
+    if not ending.startswith(MARK):
+        raise DamagedCheckpoint("its end is missing")
+    if hashlib.sha256(body).digest() != ending[len(MARK) :]:
+        raise DamagedCheckpoint("its checksum does not fit its content")
+    state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION or KEYS - state.keys():
         raise UserError(f"The checkpoint {path} is not of format {FORMAT_VERSION}; use the version that wrote it.")
-    missing = KEYS - state.keys()
-    if missing:
-        raise UserError(
-            f"The checkpoint {path} lacks {', '.join(sorted(missing))}; delete it, and try --resume auto again."
-        )
     return state
+
+
+def load_newest(run_folder: Path) -> tuple[dict[str, Any] | None, dict[Path, str]]:
+    """The newest checkpoint that is undamaged, None where there is none at all; and the newer ones, each with what is
+    wrong with it.
+
+    Raises UserError where all of them are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(checkpoints(run_folder).values()):
+        try:
+            return load(path), damaged
+        except DamagedCheckpoint as damage:
+            damaged[path] = str(damage)
+    if damaged:
+        listed = "; ".join(f"{path.name}: {what}" for path, what in damaged.items())
+        raise UserError(
+            f"No checkpoint in {run_folder} is undamaged ({listed}); bring one back from a copy, or delete them to "
+            f"start from the beginning."
+        )
+    return None, damaged

@@ -27,11 +27,35 @@ RUN_LOCAL = frozenset(
         "num_nodes",
         "results_path",
         "resume",
+        "allow_changes",
         "log_every",
         "checkpoint_every",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "keep_every",
+        "on_save_error",
+        "stop_exit_code",
+        "process_timeout_s",
     }
 )
 """Settings that may differ between a run and its continuation: they do not change the weights."""
+
+FIXED = frozenset(
+    {
+        "dataset",
+        "limit_train",
+        "arch",
+        "width",
+        "hidden_mlp",
+        "feat_dim",
+        "manip_hidden_mlp",
+        "n_bins",
+        "stop_gradient",
+        "optimizer",
+        "accumulate",
+    }
+)
+"""Settings that no continuation may change: what is in a checkpoint would not fit them, or not mean the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,17 +174,32 @@ class TrainConfig:
     results_path: Path | None = None
     """Folder of this run's files; default: the next free runs/DATASET-NUMBER."""
     resume: Literal["no", "auto"] = "no"
-    """auto: go on from the last checkpoint in --results_path, or start where there is none."""
+    """auto: go on from the last undamaged checkpoint in --results_path, or start where there is none."""
+    allow_changes: Switch = 0
+    """1: go on with changed settings, such as --max_epochs; they are printed and noted in starts.jsonl."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl; metrics leave the device only then."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; one is always written at the end and at an interruption."""
+    checkpoint_every_steps: int = 500
+    """Steps between two checkpoints within an epoch: what a crash costs at most."""
+    keep_checkpoints: int = 2
+    """The newest checkpoints that stay on disk."""
+    keep_every: int | None = None
+    """Besides those, keep the checkpoint of every so many epochs for good."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written: stop, or say so, train on and try again at the next one."""
+    stop_exit_code: int = 0
+    """Exit code after SIGTERM or SIGUSR1, which save and stop (Ctrl-C does, too: 130)."""
+    process_timeout_s: int = 1800
+    """Seconds that processes wait for one that hangs before they give up."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         # Upper limits keep typing errors from ending in overflows.
         at_least_1 = ("limit_train", "width", "feat_dim", "manip_hidden_mlp", "log_every", "checkpoint_every", "gpus",
-                      "num_nodes", "accumulate")  # fmt: skip
+                      "num_nodes", "accumulate", "checkpoint_every_steps", "keep_checkpoints", "keep_every",
+                      "process_timeout_s")  # fmt: skip
         at_least_0 = ("num_workers", "manip_lambda", "discrimination_lambda", "supervised_lambda", "weight_decay",
                       "learning_rate")  # fmt: skip
         limits: dict[str, tuple[int, int | None]] = {
@@ -171,6 +210,7 @@ class TrainConfig:
             "warmup_epochs": (0, 10**6),
             "max_epochs": (1, 10**6),
             "seed": (0, 2**63 - 1),
+            "stop_exit_code": (0, 255),
         }
         _check_ranges(self, limits)
         for name in ("p_color_jitter", "p_grayscale"):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +33,7 @@ from stec.objective import METRICS, Objective, Weights
 from stec.optim import learning_rate_factor, make_optimizer
 from stec.run_folder import RunFolder, write_json
 from stec.step import Step
+from stec.stops import StopRequests, exit_code
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ def train(
     """Train to the end, evaluate, export; returns what ``results.json`` holds.
 
     ``model`` is the ``initial_model``, ``resumed`` a checkpoint to go on from. Raises UserError on a non-finite
-    loss and Interrupted on Ctrl-C.
+    loss and where the disk refuses, and Interrupted when a signal asked for it.
     """
     global_batch_size = config.accumulate * config.batch_size * accelerator.num_processes
     steps_per_epoch = data.training.steps_per_epoch
@@ -150,7 +150,8 @@ def train(
             model.load_state_dict(resumed["model"])
         except RuntimeError as error:
             raise UserError(
-                f"The newest checkpoint in {folder.path} does not fit the model; delete it and try --resume auto again."
+                f"The checkpoint of step {resumed['step']} in {folder.path} does not fit the model that the settings "
+                f"make; go on with the run's own, or name another folder by --results_path."
             ) from error
         step, train_seconds, wait_seconds = resumed["step"], resumed["train_seconds"], resumed["wait_seconds"]
     objective = Objective(
@@ -167,6 +168,8 @@ def train(
         optimizer.load_state_dict(resumed["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(resumed["scaler"])
+        # Nothing in training draws from it (see commands.py); a layer that does will go on as it would have.
+        torch.set_rng_state(resumed["rng"])
 
     def learning_rate(at_step: int) -> float:
         if config.lr_scheduler == "none":
@@ -190,9 +193,9 @@ def train(
         first_step = step - len(rows)
         unlogged.clear()
         _check_finite(rows, first_step, steps_per_epoch, global_batch_size, folder)
-        now = time.perf_counter()
-        seconds, waited = now - since_log, since_log_wait
-        since_log, since_log_wait = now, 0.0
+        seconds = _seconds_since(since_log)
+        waited = min(since_log_wait, seconds)
+        since_log, since_log_wait = time.perf_counter(), 0.0
         train_seconds += seconds
         wait_seconds += waited
         values: dict[str, float] = {
@@ -218,14 +221,16 @@ def train(
             end_of_epoch=end_of_epoch,
         )
 
-    def save() -> None:
+    def save(*, stopping: bool) -> None:
         """Write a checkpoint of the steps so far; never one with a non-finite loss behind it."""
         log()
-        if accelerator.is_main_process:
+
+        def write() -> str:
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                "rng": torch.get_rng_state(),
                 "identity": config.identity(),
                 "environment": environment,
                 "epoch_rows": epoch_rows,
@@ -234,17 +239,38 @@ def train(
                 "train_seconds": train_seconds,
                 "wait_seconds": wait_seconds,
             }
-        on_main_process(accelerator, lambda: checkpoint.save(folder.path, step, state))
+            try:
+                folder.flush_metrics()
+                checkpoint.save(
+                    folder.path,
+                    step,
+                    state,
+                    keep=config.keep_checkpoints,
+                    keep_every_steps=config.keep_every * steps_per_epoch if config.keep_every is not None else None,
+                )
+            except UserError as error:
+                if config.on_save_error == "continue" and not stopping:
+                    return f"warning: {error} Training goes on after step {step} without this checkpoint."
+                raise UserError(
+                    f"{error} Training stopped after step {step}; the checkpoints before are whole, so go on by adding "
+                    f"--results_path {folder.path} --resume auto."
+                ) from error
+            return ""
+
+        warning = on_main_process(accelerator, write)
+        if warning:
+            console.say(warning)
 
     # --- The loop ---
     model.train()
-    with console.training(first_step=step, total_steps=total_steps), _stop_requests() as stop_requested:
+    stops = StopRequests(timeout=timedelta(seconds=config.process_timeout_s))
+    with console.training(first_step=step, total_steps=total_steps), stops:
         chunks = data.training.batches(step * config.accumulate)
         since_log = time.perf_counter()
         while step < total_steps:
             started_waiting = time.perf_counter()
             batch = [next(chunks) for _ in range(config.accumulate)]
-            since_log_wait += time.perf_counter() - started_waiting
+            since_log_wait += _seconds_since(started_waiting)
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
@@ -255,13 +281,14 @@ def train(
 
             if step % config.log_every == 0 or step % steps_per_epoch == 0:
                 log()
-            stop = _agreed(stop_requested(), accelerator, step % config.log_every == 0)
-            if stop or step == total_steps or step % (config.checkpoint_every * steps_per_epoch) == 0:
-                save()
-            if stop and step < total_steps:
+            stop = stops.after_step(last=step == total_steps)
+            if stop or _checkpoint_due(config, step, steps_per_epoch, total_steps):
+                save(stopping=bool(stop))
+            if stop:
                 raise Interrupted(
                     f"Stopped after step {step} of {total_steps}; go on by adding "
-                    f"--results_path {folder.path} --resume auto."
+                    f"--results_path {folder.path} --resume auto.",
+                    exit_code=exit_code(stop, config.stop_exit_code),
                 )
         del chunks
 
@@ -305,32 +332,17 @@ def _check_finite(
     )
 
 
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """While open, the first Ctrl-C is noted instead of raised; the second acts at once, as ever."""
-    requested = False
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(_signal: int, _frame: object) -> None:
-        nonlocal requested
-        requested = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: requested
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _checkpoint_due(config: TrainConfig, step: int, steps_per_epoch: int, total_steps: int) -> bool:
+    epoch, step_in_epoch = divmod(step, steps_per_epoch)
+    if step_in_epoch > 0:
+        return step_in_epoch % config.checkpoint_every_steps == 0
+    kept_for_good = config.keep_every is not None and epoch % config.keep_every == 0
+    return epoch % config.checkpoint_every == 0 or kept_for_good or step == total_steps
 
 
-def _agreed(stop: bool, accelerator: Accelerator, may_sync: bool) -> bool:
-    """Whether any process was asked to stop; several processes ask each other only where ``may_sync``."""
-    if accelerator.num_processes == 1:
-        return stop
-    if not may_sync:
-        return False
-    flag = torch.tensor(float(stop), device=accelerator.device)
-    return bool(accelerator.reduce(flag, "sum").item() > 0)  # host sync
+def _seconds_since(start: float) -> float:
+    """Never 0 or less, whatever the clock does: rates are divided by it."""
+    return max(time.perf_counter() - start, 1e-6)
 
 
 def _evaluate(config: TrainConfig, data: Data, trained: Model, accelerator: Accelerator) -> dict[str, float]:

@@ -14,4 +14,8 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Training was stopped from outside, after a checkpoint; the message says how to go on. Exit code 130."""
+    """Training was stopped from outside; the message says how to go on, ``exit_code`` is the program's."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stec import checkpoint
-from stec.config import TrainConfig
+from stec.config import FIXED, TrainConfig
 from stec.errors import UserError
+from stec.files import remove_leftovers, unwritable, write_whole
 
 DEFAULT_PARENT = Path("runs")
 
@@ -20,19 +26,43 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.json"
-        self.environment = path / "environment.json"
+        self.starts = path / "starts.jsonl"
         self.metrics = path / "metrics.jsonl"
         self.results = path / "results.json"
         self.model = path / "model.safetensors"
         self.encoder = path / "encoder.safetensors"
+        self.lock = path / ".lock"
+        self._unwritten = b""
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Add a line. Raises UserError where the disk refuses."""
+        """Add a line; where the disk refuses, it waits for the next one or for ``flush_metrics``."""
+        self._unwritten += json.dumps(values).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self._write_metrics()
+
+    def flush_metrics(self) -> None:
+        """Bring all lines to the disk. Raises UserError where it refuses."""
         try:
-            with self.metrics.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            self._write_metrics()
+            if self.metrics.exists():
+                with self.metrics.open("rb") as file:
+                    os.fsync(file.fileno())
         except OSError as error:
-            raise _unwritable(self.metrics, error) from error
+            raise unwritable(self.metrics, error) from error
+
+    def _write_metrics(self) -> None:
+        if not self._unwritten:
+            return
+        with self.metrics.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                written = file.write(self._unwritten)
+                if written < len(self._unwritten):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)  # no half lines
+                raise
+        self._unwritten = b""
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that a resumed run computes again, and whatever is no line of metrics."""
@@ -48,39 +78,85 @@ class RunFolder:
                 kept.append(line + "\n")
         write_text(self.metrics, "".join(kept))
 
+    def add_start(self, values: Mapping[str, Any]) -> None:
+        """Add a line to what is known of the run's starts."""
+        before = self.starts.read_text(errors="replace") if self.starts.exists() else ""
+        write_text(self.starts, before + json.dumps(values) + "\n")
 
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written ({error.strerror}); check folder and disk.")
+
+class Opened(NamedTuple):
+    """A run folder that is this process's to write to."""
+
+    folder: RunFolder
+    resumed: dict[str, Any] | None
+    """The checkpoint to go on from, if any."""
+    notes: list[str]
+    """What the user should know of how it came to that."""
 
 
-def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> tuple[RunFolder, dict[str, Any] | None]:
-    """The folder to write to, and the checkpoint to go on from, if any.
+def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Opened:
+    """Find or make the folder, lock it until this process ends, and find where to go on.
 
-    Raises UserError where the folder holds a run that ``config`` does not ask to resume, belongs to another
-    configuration, or cannot be written.
+    Raises UserError where another process has the folder, it holds a run that ``config`` does not ask to resume or
+    that belongs to another configuration, all its checkpoints are damaged, or it cannot be written. What was in it is
+    then untouched.
     """
     try:
         path = config.results_path or _default_path(config)
         path.mkdir(parents=True, exist_ok=True)
         folder = RunFolder(path)
-        found = checkpoint.checkpoints(path)
-        holds_run = folder.config.exists() or bool(found)
-        if holds_run and config.resume == "no":
+        lock = _lock(folder)
+        if config.resume == "no" and (folder.config.exists() or checkpoint.checkpoints(path)):
             raise UserError(
                 f"{path} already holds a run; go on with it by --resume auto, or name another folder by --results_path."
             )
-        state = checkpoint.load(found[-1]) if found else None
-        if state is not None:
-            _check_same(config, environment, state, path)
-        folder.forget_metrics_after(state["step"] if state is not None else 0)
-        write_json(folder.config, config.to_json())
-        write_json(folder.environment, environment)
+        resumed, damaged = checkpoint.load_newest(path)
+        changes = _changes(config, environment, resumed, path) if resumed is not None else []
+
+        # From here on the folder is this run's.
+        notes = []
+        if lock is None:
+            notes.append(f"The file system of {path} has no locks; see to it that no other run writes there.")
+        else:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        remove_leftovers(path)
+        for file, what in damaged.items():
+            aside = file.replace(file.with_name(f"{file.name}.damaged"))
+            notes.append(f"{file.name} is damaged ({what}); it is now {aside.name}, and the one before it is taken.")
+        notes += [f"Changed, as --allow_changes 1 allows: {change}." for change in changes]
+        step = resumed["step"] if resumed is not None else 0
+        folder.forget_metrics_after(step)
+        # The permission is for this start alone.
+        write_json(folder.config, {**config.to_json(), "allow_changes": 0})
+        folder.add_start({"after_step": step, **environment, "notes": notes})
     except OSError as error:
         raise UserError(
             f"The run folder {config.results_path or DEFAULT_PARENT} cannot be written ({error.strerror}); "
             f"name another one by --results_path."
         ) from error
-    return folder, state
+    return Opened(folder, resumed, notes)
+
+
+def _lock(folder: RunFolder) -> int | None:
+    """Keep other processes out of the folder for as long as this one lives: the open lock file, whose text shall say
+    who that is; None where the file system has no locks.
+
+    A POSIX lock belongs to the process: it ends with it, however that dies, and forked workers do not inherit it. Over
+    NFS it holds between machines. Raises UserError where another process has it.
+    """
+    descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o666)  # never closed: that would give the lock up
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+        raise UserError(
+            f"The run in {folder.path} is being trained by {holder}; wait for it or stop it, or name another folder "
+            f"by --results_path."
+        ) from error
+    return descriptor
 
 
 def _default_path(config: TrainConfig) -> Path:
@@ -100,14 +176,18 @@ def _default_path(config: TrainConfig) -> Path:
         return path
 
 
-def _check_same(config: TrainConfig, environment: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError where the run would go on with other settings, precision or pipeline than it began with."""
-    # The batch size per process may change with the number of processes, as long as their product does not.
+def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> list[str]:
+    """What is different from when the checkpoint was written: settings, and what ``auto`` and the data came out as.
+
+    Raises UserError where that is not allowed, or cannot be.
+    """
+    # Batch size per process and number of processes may change, as long as their product does not.
     processes = environment["processes"]
-    if state["global_batch_size"] != config.batch_size * processes:
+    global_batch_size = config.accumulate * config.batch_size * processes
+    if state["global_batch_size"] != global_batch_size:
         raise UserError(
             f"The run in {path} has a global batch of {state['global_batch_size']}, but --batch_size "
-            f"{config.batch_size} on {processes} process(es) makes {config.batch_size * processes}; "
+            f"{config.batch_size} on {processes} process(es) makes {global_batch_size}; "
             f"choose the two so that their product stays the same."
         )
     ours, saved = config.identity(), state["identity"]
@@ -117,11 +197,22 @@ def _check_same(config: TrainConfig, environment: Mapping[str, Any], state: Mapp
         before, now = state["environment"].get(name), environment[name]
         if before != now and flag not in differing:
             changes.append(f"--{flag} came out as {before} and now comes out as {now}")
-    if changes:
+    images_before, images_now = state["environment"].get("training_images"), environment["training_images"]
+    if images_before != images_now and "limit_train" not in differing:
+        changes.append(f"--data_dir held {images_before} training images and now holds {images_now}")
+    fixed = [f"--{k}" for k in differing if k in FIXED]
+    if fixed and config.allow_changes:
+        raise UserError(
+            f"The run in {path} was started differently: {', '.join(changes)}; not even --allow_changes 1 allows that "
+            f"of {', '.join(fixed)}, so name another folder by --results_path."
+        )
+    if changes and not config.allow_changes:
         raise UserError(
             f"The run in {path} was started differently: {', '.join(changes)}; go on with its own settings by "
-            f"--config {path / 'config.json'}, or name another folder by --results_path."
+            f"--config {path / 'config.json'}, accept the changes by --allow_changes 1, or name another folder by "
+            f"--results_path."
         )
+    return changes
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -129,14 +220,4 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name beside ``path``, then rename: the file is whole at any moment.
-
-    Raises UserError where the disk refuses.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+    write_whole(path, text.encode())

@@ -1,0 +1,660 @@
+"""Whatever interrupts a run, it goes on to the result that it would have had, and says what happened.
+
+Each fault is a real one: processes are killed, disks fill up, files are damaged. The runs are started from a process
+that has loaded PyTorch already, as loading takes longer than training here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import demo
+from stec import checkpoint, console
+from stec.errors import UserError
+from stec.run_folder import RunFolder
+from stec.stops import StopRequests
+
+TOTAL_STEPS = 24
+SMALL = (
+    "--limit_train 128 --batch_size 16 --width 4 --feat_dim 8 --manip_hidden_mlp 16 --hidden_mlp 16 --max_epochs 3 "
+    "--log_every 3 --num_workers 1 --checkpoint_every_steps 1"
+).split()
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["launch", "torch", "accelerate", "pipelines.graphs", "pipelines.loader", "stec.engine", "stec.run_folder"]
+)
+
+Prepare = Callable[[], None]
+"""What a run's process does first: bring the fault about, or arrange that it comes."""
+
+
+def _run(arguments: list[str], log: Path, prepare: Prepare | None, environment: dict[str, str]) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    demo.IMAGES.update(train=256, test=64)
+    import launch
+
+    if prepare is not None:
+        prepare()
+    code = launch.main(arguments)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class Run:
+    """A run in a process of its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str | Path,
+        prepare: Prepare | None = None,
+        environment: dict[str, str] | None = None,
+        settings: list[str] = SMALL,
+    ) -> None:
+        self.log = folder.with_name(f"{folder.name}-{time.monotonic_ns()}.log")
+        flags = [*settings, "--results_path", str(folder), *map(str, arguments)]
+        self.process = PROCESSES.Process(target=_run, args=(flags, self.log, prepare, environment or {}))
+        self.process.start()
+
+    def end(self, code: int = 0) -> str:
+        """Wait for it; returns what was printed."""
+        self.process.join(120)
+        said = self.log.read_text()
+        assert self.process.exitcode == code, said
+        assert "Traceback" not in said
+        return said
+
+
+def resume(folder: Path, *arguments: str | Path, code: int = 0, prepare: Prepare | None = None) -> str:
+    return Run(folder, "--resume", "auto", *arguments, prepare=prepare).end(code)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run that kept the checkpoint of every step."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    Run(folder, "--keep_checkpoints", "100").end()
+    assert list(checkpoint.checkpoints(folder)) == list(range(1, TOTAL_STEPS + 1))
+    return folder
+
+
+def cut(whole: Path, folder: Path, *steps: int) -> Path:
+    """The run as it was when these were its checkpoints."""
+    folder.mkdir()
+    for name in ("config.json", "metrics.jsonl", "starts.jsonl"):
+        shutil.copy(whole / name, folder)
+    for step in steps:
+        shutil.copy(checkpoint.checkpoint_path(whole, step), folder)
+    return folder
+
+
+class LocalError(UserError):
+    """Something that only the process that meets it knows of."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, local=True)
+
+
+TIMES = ("train_seconds", "wait_seconds", "environment")
+
+
+def assert_same_outcome(folder: Path, whole: Path) -> None:
+    """Weights, optimiser and random numbers to the bit, and the metrics; only times differ."""
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    ours, theirs = (checkpoint.load(checkpoint.checkpoint_path(run, TOTAL_STEPS)) for run in (folder, whole))
+    assert _bits({k: v for k, v in ours.items() if k not in TIMES}) == _bits(
+        {k: v for k, v in theirs.items() if k not in TIMES}
+    )
+    # Each step is logged once, in whichever lines.
+    for run in (folder, whole):
+        assert sum(line["steps"] for line in metrics(run)) == metrics(run)[-1]["step"] == TOTAL_STEPS
+    sums = [sum(line["loss"] * line["steps"] for line in metrics(run)) for run in (folder, whole)]
+    assert math.isclose(*sums, rel_tol=1e-12)
+    assert not list(folder.glob(".*.tmp"))
+
+
+def _bits(value: Any) -> Any:
+    """Nested containers with bytes in place of tensors, so that they can be compared."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: _bits(item) for key, item in value.items()}
+    return [_bits(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- Killed ---
+
+
+def slow_disk() -> None:
+    """Flushing takes 30 ms, so that a kill often comes while something is being saved."""
+    flush = os.fsync
+
+    def slow(descriptor: int) -> None:
+        flush(descriptor)
+        time.sleep(0.03)
+
+    patch.object(os, "fsync", slow).start()
+
+
+def half_written(folder: Path) -> set[tuple[Path, int]]:
+    """Temporary files of checkpoints, each with its inode, which tells a new one from one of the same name."""
+    found = set()
+    for path in folder.glob(".checkpoint-*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path, path.stat().st_ino))
+    return found
+
+
+def test_killed_at_twenty_random_moments(whole: Path, tmp_path: Path) -> None:
+    """kill -9, at any moment from start-up to saving; what is on disk is whole each time, and the end is the same."""
+    rng = random.Random(0)
+    kills = while_saving = runs = 0
+    while kills < 20:
+        folder = tmp_path / f"killed{runs}"
+        leftovers = half_written(folder)
+        run = Run(folder, "--resume", "auto", prepare=slow_disk)
+        # A quarter during start-up, a quarter while saving, the others anywhere in the first steps.
+        if kills % 4 == 0:
+            time.sleep(rng.uniform(0, 2))
+        else:
+            while run.process.is_alive() and half_written(folder) in (set(), leftovers):
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.5) if kills % 4 > 1 else 0)
+        run.process.kill()
+        run.process.join()
+        if run.process.exitcode == 0:  # it was faster
+            assert_same_outcome(folder, whole)
+            runs += 1
+            continue
+        kills += 1
+        while_saving += half_written(folder) not in (set(), leftovers)
+        found = checkpoint.checkpoints(folder)
+        assert len(found) <= 3
+        print(
+            f"kill {kills}: checkpoints {list(found)}, half-written {[path.name for path, _ in half_written(folder)]}"
+        )
+        for path in found.values():
+            checkpoint.load(path)
+    assert while_saving > 0
+    resume(folder)
+    assert_same_outcome(folder, whole)
+
+
+# --- Asked to stop ---
+
+
+@dataclass(frozen=True)
+class SignalAtStep:
+    """Sends this process a signal during a step."""
+
+    step: int
+    number: signal.Signals
+
+    def __call__(self) -> None:
+        after_step, steps = StopRequests.after_step, 0
+
+        def signalled(self_: StopRequests, *, last: bool) -> int:
+            nonlocal steps
+            steps += 1
+            if steps == self.step:
+                os.kill(os.getpid(), self.number)
+            return after_step(self_, last=last)
+
+        patch.object(StopRequests, "after_step", signalled).start()
+
+
+@dataclass(frozen=True)
+class SignalAtStepAndWhileSaving(SignalAtStep):
+    """And once more in the middle of saving that step."""
+
+    def __call__(self) -> None:
+        super().__call__()
+        save, flush = checkpoint.save, os.fsync
+
+        def signalled(descriptor: int) -> None:
+            os.kill(os.getpid(), self.number)
+            flush(descriptor)
+
+        def saving(folder: Path, step: int, *args: Any, **kwargs: Any) -> None:
+            with patch.object(os, "fsync", signalled if step == self.step else flush):
+                save(folder, step, *args, **kwargs)
+
+        patch.object(checkpoint, "save", saving).start()
+
+
+@pytest.mark.parametrize(
+    ("number", "flags", "code"),
+    [
+        (signal.SIGTERM, [], 0),
+        (signal.SIGUSR1, ["--stop_exit_code", "85"], 85),
+        (signal.SIGINT, ["--stop_exit_code", "85"], 130),
+    ],
+)
+def test_a_signal_saves_and_stops(
+    number: signal.Signals, flags: list[str], code: int, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    said = Run(folder, *flags, "--checkpoint_every_steps", "100", prepare=SignalAtStep(11, number)).end(code)
+    assert f"Stopped after step 11 of 24; go on by adding --results_path {folder} --resume auto." in said
+    assert list(checkpoint.checkpoints(folder)) == [8, 11]
+    resume(folder)
+    assert_same_outcome(folder, whole)
+
+
+def test_a_signal_at_the_last_step_leaves_evaluation_for_later(whole: Path, tmp_path: Path) -> None:
+    folder = cut(whole, tmp_path / "run", 23)
+    said = resume(folder, prepare=SignalAtStep(1, signal.SIGTERM))
+    assert "Stopped after step 24 of 24" in said and not (folder / "results.json").exists()
+    resume(folder)
+    assert_same_outcome(folder, whole)
+    assert (folder / "results.json").exists()
+
+
+def test_repeated_signals(whole: Path, tmp_path: Path) -> None:
+    """Launcher and scheduler may both send SIGTERM, so a second one changes nothing; a second Ctrl-C stops at once."""
+    folder = tmp_path / "terminated"
+    said = Run(folder, prepare=SignalAtStepAndWhileSaving(5, signal.SIGTERM)).end()
+    assert "Stopped after step 5 of 24" in said
+    assert list(checkpoint.checkpoints(folder)) == [4, 5]
+    folder = tmp_path / "interrupted"
+    said = Run(folder, prepare=SignalAtStepAndWhileSaving(5, signal.SIGINT)).end(130)
+    assert "Stopped at once" in said
+    assert list(checkpoint.checkpoints(folder)) == [3, 4]
+    resume(folder)
+    assert_same_outcome(folder, whole)
+
+
+# --- Several processes ---
+
+
+def processes(
+    count: int, folder: Path, *arguments: str | Path, prepare: dict[int, Prepare], batch_size: int = 8
+) -> list[Run]:
+    """A run on several processes, as a launcher starts it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    return [
+        Run(
+            folder,
+            "--batch_size",
+            str(batch_size),
+            *arguments,
+            prepare=prepare.get(rank),
+            environment={**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]
+
+
+def test_a_signal_to_one_process_stops_all(tmp_path: Path) -> None:
+    """They agree on the step, between two lines of metrics; another number of processes goes on to equal floats."""
+    # Small steps, as training makes much of rounding in so small a network.
+    plain = ["--optimizer", "sgd", "--learning_rate", "0.00001", "--mixed_precision", "no", "--max_epochs", "1"]
+    plain += ["--log_every", "100"]
+    folder = tmp_path / "run"
+    both = processes(2, folder, *plain, prepare={1: SignalAtStep(3, signal.SIGUSR1)})
+    said = [run.end() for run in both]
+    assert "Stopped after step 4 of 8" in said[0] and "Stopped" not in said[1]
+    assert list(checkpoint.checkpoints(folder)) == [3, 4]
+    resume(folder, *plain)
+    Run(tmp_path / "whole", *plain).end()
+    ours, theirs = (checkpoint.load(checkpoint.checkpoint_path(run, 8)) for run in (folder, tmp_path / "whole"))
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=1e-4)
+    assert math.isclose(ours["last_epoch"]["loss"], theirs["last_epoch"]["loss"], rel_tol=1e-4)
+
+
+@dataclass(frozen=True)
+class Raise:
+    """This process alone runs into an error at a step."""
+
+    step: int
+    error: Exception
+
+    def __call__(self) -> None:
+        after_step, steps = StopRequests.after_step, 0
+
+        def raising(self_: StopRequests, *, last: bool) -> int:
+            nonlocal steps
+            steps += 1
+            if steps == self.step:
+                raise self.error
+            return after_step(self_, last=last)
+
+        patch.object(StopRequests, "after_step", raising).start()
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "sentence"),
+    [
+        (SignalAtStep(3, signal.SIGKILL), -signal.SIGKILL, "Process 1 died or does not answer"),
+        (SignalAtStep(3, signal.SIGSTOP), None, "Process 1 died or does not answer"),
+        (Raise(3, LocalError("x.jpg cannot be read.")), 2, "Process 1 failed: x.jpg cannot be read; mend that"),
+        (Raise(3, MemoryError("no memory")), 1, "Process 1 failed: MemoryError: no memory; mend that"),
+    ],
+    ids=["killed", "hangs", "error", "bug"],
+)
+def test_one_process_fails(fault: Prepare, code: int | None, sentence: str, tmp_path: Path) -> None:
+    """The others end, too, with one sentence that says which one it was and, where it could say so, why."""
+    folder = tmp_path / "run"
+    both = processes(2, folder, "--process_timeout_s", "8", prepare={1: fault})
+    said = both[0].end(2)
+    assert f"error: {sentence}" in said and "go on from the last checkpoint by --resume auto." in said
+    if code is None:
+        both[1].process.kill()
+    both[1].process.join(60)
+    assert both[1].process.exitcode == code or code is None
+    # The main process may have saved the step in question before it noticed.
+    assert list(checkpoint.checkpoints(folder))[-1] in (2, 3)
+
+
+def test_the_main_process_dies(tmp_path: Path) -> None:
+    """With it goes what the processes could have found each other by."""
+    both = processes(2, tmp_path / "run", prepare={0: SignalAtStep(3, signal.SIGKILL)})
+    said = both[1].end(2)
+    assert "error on process 1: Process 0, which keeps the others in touch, is gone; go on from" in said
+
+
+# --- The disk is full ---
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A disk that can be filled up: a small file system where one may be mounted, else a limit to a file's size."""
+
+    folder: Path
+    mounted: bool
+
+    ROOM = 100_000
+
+    def __call__(self) -> None:
+        """Fill it up; a run makes room again when it has said that it could not save."""
+        self.fill()
+        say = console.Console.say
+
+        def saying(self_: console.Console, text: str) -> None:
+            say(self_, text)
+            if text.startswith("warning"):
+                self.free()
+
+        patch.object(console.Console, "say", saying).start()
+
+    def fill(self) -> None:
+        if not self.mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.ROOM, resource.RLIM_INFINITY))
+            return
+        room = shutil.disk_usage(self.folder).free
+        (self.folder / "other").write_bytes(bytes(max(0, room - self.ROOM)))
+
+    def free(self) -> None:
+        if self.mounted:
+            (self.folder / "other").unlink()
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    yield SmallDisk(folder, mounted)
+    if mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run(whole: Path, small_disk: SmallDisk) -> None:
+    folder = cut(whole, small_disk.folder / "run", 7, 8)
+    said = resume(folder, prepare=small_disk, code=2)
+    assert f"error: {folder}/checkpoint-00000009.pt cannot be written (" in said
+    assert ("No space left on device" in said) == small_disk.mounted
+    assert (
+        f"Training stopped after step 9; the checkpoints before are whole, so go on by adding --results_path {folder} "
+    )
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
+        "checkpoint-00000007.pt",
+        "checkpoint-00000008.pt",
+        "config.json",
+        "metrics.jsonl",
+        "starts.jsonl",
+    ]
+    if small_disk.mounted:
+        small_disk.free()
+    resume(folder)
+    assert_same_outcome(folder, whole)
+
+
+def test_training_goes_on_with_a_full_disk_if_told_to(whole: Path, small_disk: SmallDisk) -> None:
+    folder = cut(whole, small_disk.folder / "run", 8)
+    said = resume(folder, "--on_save_error", "continue", prepare=small_disk)
+    assert f"warning: {folder}/checkpoint-00000009.pt cannot be written (" in said
+    assert "Training goes on after step 9 without this checkpoint." in said
+    assert_same_outcome(folder, whole)
+
+
+def test_metrics_wait_for_a_full_disk(small_disk: SmallDisk) -> None:
+    """No line is lost, none is there by half."""
+    if not small_disk.mounted:
+        pytest.skip("no file system can be mounted here")
+    folder = RunFolder(small_disk.folder)
+    long = {"step": 1, "filler": "x" * 3000}
+    folder.append_metrics(long)
+    small_disk.fill()
+    (small_disk.folder / "rest").write_bytes(bytes(shutil.disk_usage(small_disk.folder).free))
+    for step in (2, 3):
+        folder.append_metrics({**long, "step": step})
+    assert [line["step"] for line in metrics(small_disk.folder)] == [1]
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space left on device\)"):
+        folder.flush_metrics()
+    small_disk.free()
+    folder.append_metrics({**long, "step": 4})
+    assert [line["step"] for line in metrics(small_disk.folder)] == [1, 2, 3, 4]
+
+
+# --- Checkpoints are damaged ---
+
+
+def damages(content: bytes) -> Iterator[bytes]:
+    """The content cut short, emptied, zeroed at the end as after a power cut, and with single bits flipped."""
+    yield b""
+    yield content[:1]
+    yield content[: len(content) // 2]
+    yield content[:-1]
+    yield content[:-4096] + bytes(4096)
+    rng = random.Random(1)
+    for position in (0, len(content) - 1, len(content) - 40, *(rng.randrange(len(content)) for _ in range(50))):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << rng.randrange(8)
+        yield bytes(flipped)
+
+
+def test_any_damage_is_noticed(whole: Path, tmp_path: Path) -> None:
+    content = checkpoint.checkpoint_path(whole, 8).read_bytes()
+    path = tmp_path / "checkpoint-00000008.pt"
+    for damaged in damages(content):
+        path.write_bytes(damaged)
+        with pytest.raises(checkpoint.DamagedCheckpoint):
+            checkpoint.load(path)
+    path.write_bytes(content)
+    assert checkpoint.load(path)["step"] == torch.load(path, weights_only=True)["step"] == 8
+
+
+def test_the_checkpoint_before_a_damaged_one_is_taken(whole: Path, tmp_path: Path) -> None:
+    folder = cut(whole, tmp_path / "run", 6, 7, 8)
+    for step, change in ((7, lambda old: old[:-100]), (8, lambda old: bytes([old[0] ^ 1]) + old[1:])):
+        path = checkpoint.checkpoint_path(folder, step)
+        path.write_bytes(change(path.read_bytes()))
+    said = resume(folder)
+    assert "checkpoint-00000008.pt is damaged (its checksum does not fit its content)" in said
+    assert "checkpoint-00000007.pt is damaged (its end is missing)" in said
+    assert "Going on after step 6." in said
+    assert_same_outcome(folder, whole)
+    assert (folder / "checkpoint-00000008.pt.damaged").exists()
+
+
+def test_no_undamaged_checkpoint_is_left(whole: Path, tmp_path: Path) -> None:
+    folder = cut(whole, tmp_path / "run", 8)
+    checkpoint.checkpoint_path(folder, 8).write_bytes(b"")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    said = resume(folder, code=2)
+    assert f"No checkpoint in {folder} is undamaged (checkpoint-00000008.pt: its end is missing)" in said
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    assert after == before
+
+
+# --- Two runs, one folder ---
+
+
+def test_a_second_run_is_refused_while_the_first_lives(whole: Path, tmp_path: Path) -> None:
+    folder = cut(whole, tmp_path / "run", 8)
+    first = Run(folder, "--resume", "auto", prepare=SignalAtStep(3, signal.SIGSTOP))
+    while 10 not in checkpoint.checkpoints(folder):
+        assert first.process.is_alive()
+        time.sleep(0.01)
+    said = resume(folder, code=2)
+    assert f"The run in {folder} is being trained by process {first.process.pid} on {socket.gethostname()};" in said
+    first.process.kill()
+    first.process.join()
+    resume(folder)
+    assert_same_outcome(folder, whole)
+
+
+# --- The data is gone ---
+
+
+@dataclass(frozen=True)
+class TakeAway:
+    """The data's disk goes away when the first line of metrics has been written."""
+
+    data: Path
+
+    def __call__(self) -> None:
+        append = RunFolder.append_metrics
+
+        def appending(self_: RunFolder, values: Any) -> None:
+            append(self_, values)
+            if self.data.exists():
+                self.data.rename(self.data.with_name("unmounted"))
+
+        patch.object(RunFolder, "append_metrics", appending).start()
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_the_data_disappears(backend: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 4)):
+        for n in range(count):
+            file = data / split / f"class{n % 2}" / f"{n}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(file)
+    settings = ["--dataset", "imagenet", "--data_dir", str(data), "--batch_size", "4", "--warmup_epochs", "1"]
+    settings += ["--width", "4", "--log_every", "1", "--max_epochs", "2", "--backend", backend, "--num_workers", "0"]
+    settings += ["--checkpoint_every_steps", "1", "--optimizer", "adam"]
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def run(name: str, prepare: Prepare | None = None) -> Run:
+        return Run(tmp_path / name, "--resume", "auto", prepare=prepare, environment=environment, settings=settings)
+
+    run("undisturbed").end()
+    said = run("disturbed", TakeAway(data)).end(2)
+    assert said.count("error: ") == 1 and str(data) in said.split("error: ")[1]
+    found = checkpoint.checkpoints(tmp_path / "disturbed")
+    assert found and all(checkpoint.load(path) for path in found.values())
+    said = run("disturbed").end(2)
+    assert f"--data_dir {data} must hold the folders train and val" in said
+    (tmp_path / "unmounted").rename(data)
+    run("disturbed").end()
+    ours, theirs = (tmp_path / name / "model.safetensors" for name in ("disturbed", "undisturbed"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+# --- The clock jumps ---
+
+
+def mad_clocks() -> None:
+    """Every look at the clock shows another time, up to years before or after the last."""
+    rng = random.Random(0)
+    now, precise = time.time, time.perf_counter
+    time.time = lambda: max(0.0, now() + rng.uniform(-1e9, 1e9))
+    time.perf_counter = lambda: precise() + rng.choice([0.0, rng.uniform(-1e9, 1e9)])
+
+
+def test_clocks_that_jump_change_nothing(whole: Path, tmp_path: Path) -> None:
+    folder = cut(whole, tmp_path / "run", 7, 8)
+    os.utime(checkpoint.checkpoint_path(folder, 7), (2**32, 2**32))
+    said = resume(folder, prepare=mad_clocks)
+    assert "Going on after step 8." in said
+    assert_same_outcome(folder, whole)
+    for line in metrics(folder):
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["images_per_second"] > 0 and 0 <= line["wait_share"] <= 1
+    results = json.loads((folder / "results.json").read_text())
+    assert results["images_per_second"] > 0 and 0 <= results["wait_share"] <= 1
+
+
+# --- Settings ---
+
+
+def test_changed_settings_are_refused_or_recorded(whole: Path, tmp_path: Path) -> None:
+    folder = cut(whole, tmp_path / "run", 8)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    changed = ["--learning_rate", "0.5", "--max_epochs", "2"]
+    said = resume(folder, *changed, code=2)
+    assert "--learning_rate was 0.003 and is now 0.5, --max_epochs was 3 and is now 2;" in said
+    said = resume(folder, "--feat_dim", "9", "--allow_changes", "1", code=2)
+    assert "not even --allow_changes 1 allows that of --feat_dim" in said
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
+
+    said = resume(folder, *changed, "--allow_changes", "1")
+    sentence = "Changed, as --allow_changes 1 allows: --learning_rate was 0.003 and is now 0.5."
+    assert sentence in said
+    starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    assert [start["after_step"] for start in starts] == [0, 8]
+    assert starts[0]["notes"] == [] and sentence in starts[1]["notes"]
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["learning_rate"], written["max_epochs"], written["allow_changes"]) == (0.5, 2, 0)
+    assert metrics(folder)[-1]["step"] == 16
+
+
+def test_which_checkpoints_are_kept(whole: Path, tmp_path: Path) -> None:
+    """The newest ones, and those of every second epoch; within an epoch one every so many steps."""
+    folder = cut(whole, tmp_path / "run", 8)
+    shutil.copy(checkpoint.checkpoint_path(whole, 8), tmp_path)
+    flags = ["--checkpoint_every_steps", "3", "--keep_checkpoints", "3", "--keep_every", "2"]
+    resume(folder, *flags)
+    assert list(checkpoint.checkpoints(folder)) == [16, 19, 22, 24]
+    assert_same_outcome(folder, whole)
