@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from pipelines.loader import EvaluationLoader
     from stec.console import Console
 
+# Before PyTorch is loaded: its idle threads shall sleep, not spin on the cores that DALI's threads need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 C = TypeVar("C")
 
 
@@ -330,7 +333,7 @@ def evaluate(arguments: list[str]) -> None:
     )
     wanted = {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "probe."))}
     load_weights(model, wanted, config.ckpt_path, required=("encoder", "probe"))
-    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(accelerator.device)
     loader = evaluation_loader(config, images, accelerator)
     console.say(f"{config.ckpt_path} on the {len(loader)} test images of {config.dataset}, precision {precision}")
     with console.waiting("evaluating"):

@@ -136,7 +136,6 @@ def train(
     total_steps = config.max_epochs * steps_per_epoch
 
     # --- Model, objective, optimiser ---
-    model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(
         model,
         config.optimizer,
@@ -348,7 +347,7 @@ def _seconds_since(start: float) -> float:
 def _evaluate(config: TrainConfig, data: Data, trained: Model, accelerator: Accelerator) -> dict[str, float]:
     """Nearest neighbours, linear fit and probe for the trained model and for the one that training started from."""
     device = accelerator.device
-    started = initial_model(config, data.classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    started = initial_model(config, data.classes).to(device)
     results: dict[str, float] = {}
     for when, model in (("before", started), ("after", trained)):
         queries = extract_features(model.encoder, data.test, accelerator)

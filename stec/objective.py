@@ -41,8 +41,8 @@ class Weights:
     supervised: float = 1.0
 
 
-CHUNK_BYTES = 2**26
-"""Of the similarity matrix, so much exists at a time (a few temporary copies aside)."""
+CHUNK_BYTES = 2**24
+"""Of the similarity matrix, so much exists at a time (a few temporary copies aside); a CPU's caches like it small."""
 
 
 def _similarities(own: Tensor, everyone: Tensor, itself: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:

@@ -66,6 +66,19 @@ def _run(arguments: list[str], log: Path, prepare: Prepare | None, environment: 
     os._exit(code)
 
 
+STARTED: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """A failed test must not leave a stopped process behind, which Python would wait for at its end."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.join()
+
+
 class Run:
     """A run in a process of its own."""
 
@@ -81,6 +94,7 @@ class Run:
         flags = [*settings, "--results_path", str(folder), *map(str, arguments)]
         self.process = PROCESSES.Process(target=_run, args=(flags, self.log, prepare, environment or {}))
         self.process.start()
+        STARTED.append(self.process)
 
     def end(self, code: int = 0) -> str:
         """Wait for it; returns what was printed."""
