@@ -18,12 +18,18 @@ ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, in
 }
 
 
+NARROW = 16
+"""Below this width an encoder is not channels-last: oneDNN, which computes PyTorch's convolutions on CPUs, writes past
+its workspace in the gradient of a strided 1x1 convolution of fewer channels than a vector holds, and crashes or hangs
+(uxlfoundation/oneDNN issue 6035)."""
+
+
 class Encoder(nn.Module):
     """Images [N, 3, H, W] in [0, 1] to features [N, D] with D = ``feature_dim``.
 
     ``width`` is the number of channels of the first stage; the others have 2, 4 and 8 times as many. With width 64 the
     parameters have the names and shapes of torchvision's ResNet of the same name, but for the absent ``fc`` and, with
-    the ``cifar`` stem, ``conv1``.
+    the ``cifar`` stem, ``conv1``. Parameters and images are channels-last in memory, but for narrow encoders.
     """
 
     def __init__(self, arch: str, stem: Stem, width: int = 64) -> None:
@@ -51,6 +57,8 @@ class Encoder(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.feature_dim: int = channels
         self._initialise()
+        self.memory_format = torch.channels_last if width >= NARROW else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
 
     def _initialise(self) -> None:
         """As the official code does: half the variance that is usual before a ReLU, in every convolution."""
@@ -62,6 +70,7 @@ class Encoder(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=self.memory_format)
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(self.avgpool(x), 1)
