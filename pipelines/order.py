@@ -8,7 +8,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.images import Images
+from pipelines.bad_images import BadImages
+from pipelines.images import ImageFiles, Images
 from stec.commands import COMMAND_STREAM, ORDER_STREAM, VIEWS, Commands, Policy, draw, generator
 from stec.errors import UserError
 
@@ -27,7 +28,10 @@ class Order:
     """A permutation of the images per epoch, cut into global batches, each cut into one stretch per process.
 
     The last, incomplete global batch of an epoch is dropped. Each position gets ``views`` commands of ``policy`` from
-    ``command_stream``.
+    ``command_stream``. Images that are known to be bad are replaced.
+
+    ``shuffle_window`` is for images in shards: so many shards, themselves in random order, are shuffled together, one
+    window after the other, so that an epoch reads long stretches of few files at a time. 0 shuffles all images.
 
     ``epoch_length`` is for images that accompany those of another, longer order: an epoch has so many positions, at
     which the images are repeated. (STL-10's labelled images accompany the unlabelled ones like this.)
@@ -47,10 +51,14 @@ class Order:
         views: int = VIEWS,
         command_stream: int = COMMAND_STREAM,
         epoch_length: int | None = None,
+        shuffle_window: int = 0,
+        bad: BadImages | None = None,
     ) -> None:
         self.images, self.policy, self.seed = images, policy, seed
         self.batch_size, self.process_index = batch_size, process_index
         self.views, self.command_stream = views, command_stream
+        self.bad = BadImages(images) if bad is None else bad
+        self.shuffle_window = shuffle_window if isinstance(images, ImageFiles) and images.in_shards else 0
         self.epoch_length = epoch_length or len(images)
         self.global_batch_size = batch_size * num_processes
         self.steps_per_epoch = self.epoch_length // self.global_batch_size
@@ -63,24 +71,45 @@ class Order:
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def _permute(self, epoch: int) -> NDArray[np.int64]:
+        random = generator(ORDER_STREAM, self.seed, epoch)
+        if self.shuffle_window:
+            return self._permute_windows(random)[: self.epoch_length]
         # As many positions as either needs: a short epoch must draw from all images, a long one repeats them.
         positions = max(self.epoch_length, len(self.images))
-        order = generator(ORDER_STREAM, self.seed, epoch).permutation(positions)
+        order = random.permutation(positions)
         return order[: self.epoch_length] % len(self.images)
+
+    def _permute_windows(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """Shards in random order, then the images of each window of them."""
+        assert isinstance(self.images, ImageFiles)
+        shard_of = self.images.shard_of
+        place_of_shard = random.permutation(int(shard_of.max()) + 1)
+        return np.lexsort((random.random(len(shard_of)), place_of_shard[shard_of] // self.shuffle_window))
+
+    def shards_of(self, step: int) -> NDArray[np.int32]:
+        """The shards that hold the images of this process in ``step``, each once."""
+        assert isinstance(self.images, ImageFiles)
+        _, _, image_ids = self._planned(step)
+        return np.unique(self.images.shard_of[image_ids])
+
+    def _planned(self, step: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+        """Epoch, positions and images of this process in ``step``, bad images included."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self.global_batch_size + self.process_index * self.batch_size
+        positions = np.arange(first, first + self.batch_size, dtype=np.int64)
+        return epoch, positions, self._permutation(epoch)[first : first + self.batch_size]
 
     def share(self, step: int) -> Share:
         """This process's share of global step ``step``, counted from the start of training."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        first = step_in_epoch * self.global_batch_size + self.process_index * self.batch_size
-        image_ids = self._permutation(epoch)[first : first + self.batch_size]
+        epoch, positions, planned = self._planned(step)
+        image_ids = self.bad.replace(planned, seed=self.seed, epoch=epoch, positions=positions)
         commands = draw(
             self.policy,
             seed=self.seed,
             epoch=epoch,
-            first_position=first,
+            first_position=int(positions[0]),
             image_hw=self.images.image_hw(image_ids),
             views=self.views,
             stream=self.command_stream,
         )
-        positions = np.arange(first, first + self.batch_size, dtype=np.int64)
         return Share(epoch=epoch, positions=positions, image_ids=image_ids, commands=commands)

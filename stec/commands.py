@@ -42,8 +42,9 @@ _ORDER, _GREY, _BLUR, _SIGMA, _SOLARIZE = 28, 29, 30, 31, 32
 UNIFORMS_PER_VIEW = 36
 _COUNTERS_PER_VIEW = UNIFORMS_PER_VIEW // 4
 
-COMMAND_STREAM, ORDER_STREAM, PROBE_STREAM = 1, 2, 3
-"""Streams of the generator: the commands, the order of the images, and the commands of images for the probe alone."""
+COMMAND_STREAM, ORDER_STREAM, PROBE_STREAM, REPLACEMENT_STREAM = 1, 2, 3, 4
+"""Streams of the generator: the commands, the order of the images, the commands of images for the probe alone, and the
+images that stand in for bad ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Policy:
     def of(config: TrainConfig) -> Policy:
         """The policy that a configuration asks for."""
         return Policy(
-            size=config.traits.view_size_px,
+            size=config.view_size_px,
             jitter_strength=config.traits.jitter_strength,
             p_color_jitter=config.p_color_jitter,
             p_grayscale=config.p_grayscale,
@@ -171,6 +172,18 @@ class Commands:
             kind = np.bool_ if "bool" in str(field.type) else np.int32 if "int32" in str(field.type) else np.float32
             values[field.name] = part.astype(kind)
         return Commands(**values)  # type: ignore[arg-type]
+
+
+def _packed_columns() -> dict[str, int]:
+    columns, column = {}, 0
+    for field in fields(Commands):
+        columns[field.name] = column
+        column += 4 if field.name == "order" else 1
+    return {**columns, "end": column}
+
+
+PACKED_COLUMNS = _packed_columns()
+"""Where each field starts in a row of ``Commands.pack``, and, as ``end``, how many columns there are."""
 
 
 def generator(stream: int, seed: int, epoch: int, counter: int = 0) -> np.random.Generator:

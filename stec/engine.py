@@ -42,9 +42,11 @@ class Data:
     """Everything the engine is fed with."""
 
     training: TwoViewLoader
-    labelled: PlainLoader
-    test: PlainLoader
+    labelled: PlainLoader | None
+    """What evaluation learns from; None, as ``test``, where nothing has labels."""
+    test: PlainLoader | None
     classes: int
+    """0 where nothing has labels: then there is no probe and no evaluation."""
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -135,7 +137,6 @@ def train(
     total_steps = config.max_epochs * steps_per_epoch
 
     # --- Model, objective, optimiser ---
-    bare_model = bare_model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(
         bare_model,
         config.optimizer,
@@ -348,11 +349,14 @@ def _agreed(stop: bool, accelerator: Accelerator, may_sync: bool) -> bool:
 
 def _evaluate(config: TrainConfig, data: Data, trained: Model, accelerator: Accelerator) -> dict[str, float]:
     """Nearest neighbours, linear fit and probe for the trained model and for the one that training started from."""
+    if data.test is None or data.labelled is None:
+        return {}
     device = accelerator.device
-    started = initial_model(config, data.classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    started = initial_model(config, data.classes).to(device)
     results: dict[str, float] = {}
     for when, model in (("before", started), ("after", trained)):
         queries = extract_features(model.encoder, data.test, accelerator)
+        assert model.probe is not None, "what has test images has classes"
         results[f"probe_{when}"] = evaluate_probe(model.probe, queries)["accuracy"]
         if config.stop_gradient != 2:
             bank = extract_features(model.encoder, data.labelled, accelerator, BANK_LIMIT)

@@ -21,15 +21,16 @@ class Outputs(NamedTuple):
     """[N, 2, F]: unit vectors; None where only the probe is trained."""
     command_logits: Tensor | None
     """[N, K, 2, 3]: of the command from view i to view j; None without an inverse model (SimCLR)."""
-    class_logits: Tensor
-    """[N, V, C]: of the probe."""
+    class_logits: Tensor | None
+    """[N, V, C]: of the probe; None without labels."""
 
 
 class Model(nn.Module):
     """S-TEC's model; without the inverse model it is SimCLR's.
 
-    ``hidden_mlp`` -1 stands for the architecture's own width. ``stop_gradient`` 1: the probe's gradient stops at the
-    features; 0: it reaches the encoder; 2: there is only the probe to train, on a frozen encoder in evaluation mode.
+    ``classes`` 0 means that there are no labels and so no probe. ``hidden_mlp`` -1 stands for the architecture's own
+    width. ``stop_gradient`` 1: the probe's gradient stops at the features; 0: it reaches the encoder; 2: there is only
+    the probe to train, on a frozen encoder in evaluation mode.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class Model(nn.Module):
         self.stop_gradient = stop_gradient
         self.projection: Projection | None
         self.inverse_model: InverseModel | None
+        self.probe: nn.Linear | None
         self.encoder = Encoder(arch, stem, width)
         feature_dim = self.encoder.feature_dim
         hidden_dim = DEFAULT_HIDDEN_MLP[arch] if hidden_mlp == -1 else hidden_mlp
-        self.probe = make_probe(feature_dim, classes)
+        self.probe = make_probe(feature_dim, classes) if classes else None
         self.projection = self.inverse_model = None
         if stop_gradient == 2:
             self.encoder.requires_grad_(False)
@@ -78,7 +80,7 @@ class Model(nn.Module):
         if self.projection is None:
             with torch.no_grad():
                 pairs = self._features(views)
-            return Outputs(projections=None, command_logits=None, class_logits=self.probe(pairs))
+            return Outputs(projections=None, command_logits=None, class_logits=self._probed(pairs))
         pairs = self._features(views)
         probed = pairs
         if probe_views is not None:
@@ -88,8 +90,11 @@ class Model(nn.Module):
         return Outputs(
             projections=self.projection(pairs.flatten(0, 1)).view(len(views), 2, -1),
             command_logits=self.inverse_model(pairs[:, 0], pairs[:, 1]) if self.inverse_model is not None else None,
-            class_logits=self.probe(probed if self.stop_gradient == 0 else probed.detach()),
+            class_logits=self._probed(probed if self.stop_gradient == 0 else probed.detach()),
         )
+
+    def _probed(self, features: Tensor) -> Tensor | None:
+        return self.probe(features) if self.probe is not None else None
 
     def _features(self, views: Tensor) -> Tensor:
         """[N, V, D] of views [N, V, 3, H, W]."""

@@ -22,6 +22,7 @@ class RunFolder:
         self.config = path / "config.json"
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
+        self.bad_images = path / "bad-images.tsv"
         self.results = path / "results.json"
         self.model = path / "model.safetensors"
         self.encoder = path / "encoder.safetensors"
