@@ -32,8 +32,20 @@ HUE, ORDER, BLUR, SIGMA = (PACKED_COLUMNS[name] for name in ("hue_turns", "order
 SOURCE_HEIGHT, SOURCE_WIDTH = PACKED_COLUMNS["source_height"], PACKED_COLUMNS["source_width"]
 COLUMNS = PACKED_COLUMNS["end"]
 
+
+def _can_cache() -> bool:
+    """Whether Numba finds a place to keep machine code: beside this file, or in the user's cache folder."""
+    try:
+        njit(cache=True)(_can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+CACHE = _can_cache()
+
 # Called from compiled code alone, so without the wrappers that would make Python functions of them.
-compiled = njit(cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+compiled = njit(cache=CACHE, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @compiled
@@ -324,7 +336,7 @@ _RUN = types.void(_U, _U, _U, _I, _U, _U, _U, _I)
 def shape_function(views: int, size: int) -> int:
     """Address of the function that tells DALI the shape of each sample's output: [views, size, size, 3]."""
 
-    @cfunc(_SHAPES, cache=True)
+    @cfunc(_SHAPES, cache=CACHE)
     def shapes(outputs, _ranks, _count, _input_shapes, _input_ranks, _input_count, samples):
         by_sample = _at(outputs, samples, np.uint64)
         for n in range(samples):
@@ -341,7 +353,7 @@ def views_of_memory() -> int:
     kernel; its commands [V, 20].
     """
 
-    @cfunc(_RUN, cache=True)
+    @cfunc(_RUN, cache=CACHE)
     def run(outputs, shapes, _ranks, _count, inputs, _input_shapes, _input_ranks, _input_count):
         shape = _at(_at(shapes, 1, np.uint64)[0], 4, np.int64)
         views = _at(_at(outputs, 1, np.uint64)[0], (shape[0], shape[1], shape[2], 3), np.float32)
@@ -362,7 +374,7 @@ def views_of_decoded() -> int:
     blur kernel, [3] int64; its commands [V, 20].
     """
 
-    @cfunc(_RUN, cache=True)
+    @cfunc(_RUN, cache=CACHE)
     def run(outputs, shapes, _ranks, _count, inputs, input_shapes, _input_ranks, _input_count):
         shape = _at(_at(shapes, 1, np.uint64)[0], 4, np.int64)
         views = _at(_at(outputs, 1, np.uint64)[0], (shape[0], shape[1], shape[2], 3), np.float32)
