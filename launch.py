@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from pipelines.loader import EvaluationLoader
     from stec.console import Console
 
+# Before PyTorch is loaded: its idle threads shall sleep, not spin on the cores that DALI's threads need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 C = TypeVar("C")
 
 

@@ -234,7 +234,9 @@ def own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-FOLDER = "--dataset folder --manip_lambda 1 --view_size 32 --limit_train 40 --batch_size 8 --max_epochs 1 --warmup_epochs 0".split()
+FOLDER = (
+    "--dataset folder --manip_lambda 1 --view_size 32 --limit_train 40 --batch_size 8 --max_epochs 1 --warmup_epochs 0"
+).split()
 
 
 def test_own_images_need_no_labels_and_a_bad_one_stops_nothing(own_images: Path, tmp_path: Path) -> None:
