@@ -34,9 +34,10 @@ from stec.geometry import colour_maps
 DataNode = Any
 """A node of a DALI graph; DALI's own types lack what it adds at run time."""
 
-Form = Literal["memory", "HWC", "CWH", "path", "bytes"]
-"""How images enter a graph: as addresses of pixels in memory, as pixels [H, W, 3] or [3, W, H], as names of files, of
-which some may be given by their content instead, or as the content of files."""
+FileForm = Literal["path", "bytes", "either"]
+Form = Literal["memory", "HWC", "CWH"] | FileForm
+"""How images enter a graph: as addresses of pixels in memory, as pixels [H, W, 3] or [3, W, H], as names of files, as the
+content of files, or as either."""
 
 Operators = Literal["compiled", "dali"]
 """What executes commands: ``pipelines.kernels`` or DALI's own operators."""
@@ -228,7 +229,9 @@ def training_pipeline(
     commands; the record; and, for files, the images' shapes [N, 3] as stored.
     """
     names = argument_names(policy)
-    opening = {"memory": 1, "HWC": 1, "CWH": 1, "path": 5, "bytes": 3}[form] if pixels_on_device is None else 0
+    opening = (
+        {"memory": 1, "HWC": 1, "CWH": 1, "path": 3, "bytes": 3, "either": 5}[form] if pixels_on_device is None else 0
+    )
     placing = {"compiled": 0 if form == "memory" else 1, "dali": views * len(names)}[operators]
 
     @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
@@ -259,15 +262,14 @@ def open_image(
 ) -> tuple[DataNode, ...]:
     """An image [H, W, 3] uint8 on ``device``.
 
-    ``inputs`` of pixels are the pixels; of content, the bytes of a file and the part to decode (top-left, size); of a
-    name, whether the content is given instead, the name and then as before. For a file also the shape [3] of the whole
-    image as it is stored now, which the commands rely on.
+    ``inputs`` of pixels are the pixels; of a file, those of ``_encoded`` and the part to decode (top-left, size). For a
+    file also the shape [3] of the whole image as it is stored now, which the commands rely on.
     """
     if form in ("HWC", "CWH"):
         image = fn.transpose(inputs[0], perm=[2, 1, 0]) if form == "CWH" else inputs[0]
         return (fn.reshape(image, layout="HWC"),)
     *given, origin, extent = inputs
-    encoded = given[0] if form == "bytes" else _read(*given)
+    encoded = _encoded(given, form)
     stored_shape = fn.peek_image_shape(encoded, adjust_orientation=False)
     # DALI 2.4's image_slice crashes the process where a sample is no image or smaller than its slice; reading the
     # header first makes the former an error, and this makes the latter something to be noticed afterwards.
@@ -292,7 +294,13 @@ def open_image(
     return image, stored_shape
 
 
-def _read(is_given: DataNode, content: DataNode, path: DataNode) -> DataNode:
+def _encoded(given: Sequence[DataNode], form: Form) -> DataNode:
+    """The content of a file: it is given, or its name is, or whether it is, itself, and the name."""
+    if form == "bytes":
+        return given[0]
+    if form == "path":
+        return fn.io.file.read(given[0], dont_use_mmap=True)
+    is_given, content, path = given
     # A per-sample condition.
     if is_given:
         encoded = content
@@ -302,20 +310,20 @@ def _read(is_given: DataNode, content: DataNode, path: DataNode) -> DataNode:
 
 
 def evaluation_pipeline(
-    source: Callable[[], Sequence[Any]], size: int, *, form: Form, device: str, **pipeline_options: Any
+    source: Callable[[], Sequence[Any]], size: int, *, form: FileForm, device: str, **pipeline_options: Any
 ) -> Any:
     """A pipeline that resizes images from files and cuts out a square.
 
     ``source`` returns the inputs of a file as in ``open_image``, less the part to decode; sizes to resize to [N, 2] and
     top-left corners of the square [N, 2]. The pipeline returns images [N, size, size, 3] uint8 on ``device``.
     """
-    opening = {"path": 3, "bytes": 1}[form]
+    opening = {"path": 1, "bytes": 1, "either": 3}[form]
 
     @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
     def pipeline() -> DataNode:
         *given, resized_hw, corner = fn.external_source(source, num_outputs=opening + 2, batch=True, no_copy=True)
         image = fn.decoders.image(
-            given[0] if form == "bytes" else _read(*given),
+            _encoded(given, form),
             device="mixed" if device == "gpu" else "cpu",
             output_type=types.RGB,
             adjust_orientation=False,

@@ -129,9 +129,10 @@ class ImageFiles:
         """The file that is the image, or the shard that holds it."""
         return Path(os.fsdecode(self._path(image_id)))
 
-    def path_bytes(self, image_id: int) -> NDArray[np.uint8]:
-        """The same as DALI's file reader takes it."""
-        return np.frombuffer(self._path(image_id), np.uint8)
+    def path_bytes(self, image_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """[N, longest] uint8: the same as DALI's file reader takes it, filled up with zeros."""
+        names = np.array([self._path(image_id) for image_id in image_ids.tolist()], np.bytes_)
+        return names.view(np.uint8).reshape(len(names), -1)
 
     def name(self, image_id: int) -> str:
         """What a person calls the image: its path, or ``shard.tar: member``."""

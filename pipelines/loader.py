@@ -24,7 +24,7 @@ from stec.commands import Commands
 from stec.errors import BadImage, UserError
 
 if TYPE_CHECKING:
-    from pipelines.graphs import Form, Operators
+    from pipelines.graphs import FileForm, Form, Operators
 
 Backend = Literal["auto", "dali", "torchvision"]
 
@@ -226,7 +226,7 @@ class _TrainingSource(_Source):
         self._asked_for: set[int] = set()
         images = order.images
         if isinstance(images, ImageFiles):
-            self.form: Form = "bytes" if images.in_shards else "path"
+            self.form: Form = _file_form(images)
         elif operators == "compiled":
             self.form = "memory"
         else:
@@ -261,7 +261,7 @@ class _TrainingSource(_Source):
             if images.in_shards:
                 self._ask_for_shards(images)
             origin, extent = needed_part(share.commands)
-            opening = [*_contents(images, image_ids), origin, extent]
+            opening = [*_contents(images, image_ids, self.form), origin, extent]
         if self.operators == "compiled":
             assert origin is not None
             window = np.full(len(origin), policy.blur_window_px)
@@ -297,13 +297,23 @@ def _addresses(images: ImageArray, image_ids: NDArray[np.int64], blur_window_px:
 _NOTHING = np.zeros(1, np.uint8)
 
 
-def _contents(images: ImageFiles, image_ids: NDArray[np.int64]) -> list[Any]:
-    """How DALI gets at images: by their content, or, for loose files, whether that is given, itself, and the name."""
-    by_pillow = images.needs_pillow[image_ids]
+def _file_form(images: ImageFiles) -> FileForm:
+    """Files are read by DALI; what lies in a shard, or must be opened by Pillow, is given by its content."""
     if images.in_shards:
-        return [[_as_ppm(images, k) if odd else images.encoded(k) for k, odd in zip(image_ids.tolist(), by_pillow)]]
-    contents = [_as_ppm(images, k) if odd else _NOTHING for k, odd in zip(image_ids.tolist(), by_pillow)]
-    return [by_pillow, contents, [images.path_bytes(k) for k in image_ids.tolist()]]
+        return "bytes"
+    return "either" if images.needs_pillow.any() else "path"
+
+
+def _contents(images: ImageFiles, image_ids: NDArray[np.int64], form: Form) -> list[Any]:
+    """How DALI gets at images, as the form of the graph wants it."""
+    if form == "path":
+        return [images.path_bytes(image_ids)]
+    by_pillow = images.needs_pillow[image_ids]
+    given = zip(image_ids.tolist(), by_pillow.tolist())
+    if form == "bytes":
+        return [[_as_ppm(images, image_id) if odd else images.encoded(image_id) for image_id, odd in given]]
+    contents = [_as_ppm(images, image_id) if odd else _NOTHING for image_id, odd in given]
+    return [by_pillow, contents, images.path_bytes(image_ids)]
 
 
 def _as_ppm(images: ImageFiles, image_id: int) -> NDArray[np.uint8]:
@@ -368,8 +378,7 @@ class EvaluationLoader:
         while done < len(parts):
             source = _EvaluationSource(images, parts[done:], resize_px, self.size)
             options = _pipeline_options(self.batch_size, self.workers, self.device)
-            form: Form = "bytes" if images.in_shards else "path"
-            pipeline = evaluation_pipeline(source, self.size, form=form, **options)
+            pipeline = evaluation_pipeline(source, self.size, form=source.form, **options)
             for _, (made,) in zip(parts[done:], _run(pipeline, source, self.device)):
                 yield to_unit_range(torch.from_dlpack(made.as_tensor()), self.device)
                 done += 1
@@ -381,12 +390,13 @@ class _EvaluationSource(_Source):
     def __init__(self, images: ImageFiles, parts: list[NDArray[np.int64]], resize_px: int, size: int) -> None:
         super().__init__(images)
         self.files, self.resize_px, self.size = images, resize_px, size
+        self.form = _file_form(images)
         self.parts = itertools.chain(parts, itertools.repeat(parts[-1]))
 
     def __call__(self) -> Sequence[Any]:
         image_ids = next(self.parts)
         resized_hw, corner = centre_of_resized(self.files.image_hw(image_ids), self.resize_px, self.size)
-        feed = [*_contents(self.files, image_ids), resized_hw.astype(np.float32), corner]
+        feed = [*_contents(self.files, image_ids, self.form), resized_hw.astype(np.float32), corner]
         return self.keep(image_ids, feed)
 
 

@@ -152,7 +152,7 @@ def test_every_format_is_opened_like_torchvision_opens_it(every_format: Path) ->
     assert len(images) == len(theirs) == len(formats()) + 4 and not images.faults
     for n, (path, _) in enumerate(theirs.samples):
         expected = default_loader(path)
-        assert str(images.path(n)) == images.name(n) == os.fsdecode(images.path_bytes(n).tobytes()) == path
+        assert str(images.path(n)) == images.name(n) == os.fsdecode(images.path_bytes(np.array([n])).tobytes()) == path
         assert images.encoded(n).tobytes() == Path(path).read_bytes() and images.size_bytes[n] == len(images.encoded(n))
         assert tuple(images.sizes[n]) == (expected.height, expected.width), path
         np.testing.assert_array_equal(np.asarray(images.open(n)), np.asarray(expected), err_msg=path)

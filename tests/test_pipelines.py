@@ -292,11 +292,11 @@ def operators_of(pipeline: Any) -> list[Any]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("form", ["HWC", "CWH", "path", "bytes"])
+@pytest.mark.parametrize("form", ["HWC", "CWH", "path", "bytes", "either"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_gpu_graph_can_be_defined_without_a_gpu(name: str, form: Form) -> None:
     """Defining checks operators and arguments; only building needs the device. Pixels never go back to the host."""
-    in_files = form in ("path", "bytes")
+    in_files = form in ("path", "bytes", "either")
     pipeline = training_pipeline(
         lambda: [],
         POLICIES[name],
