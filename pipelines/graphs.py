@@ -36,8 +36,8 @@ DataNode = Any
 
 FileForm = Literal["path", "bytes", "either"]
 Form = Literal["memory", "HWC", "CWH"] | FileForm
-"""How images enter a graph: as addresses of pixels in memory, as pixels [H, W, 3] or [3, W, H], as names of files, as the
-content of files, or as either."""
+"""How images enter a graph: as addresses of pixels in memory, as pixels [H, W, 3] or [3, W, H], as names of files, as
+the content of files, or as either."""
 
 Operators = Literal["compiled", "dali"]
 """What executes commands: ``pipelines.kernels`` or DALI's own operators."""
