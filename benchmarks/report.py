@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -100,26 +100,20 @@ def processes_apart() -> Iterator[Callable[[], Callable[..., Any]]]:
         # A process that is about to start could not be ended.
         with _ctrl_c_waits():
             executor.submit(os.getpid).result()
-        return lambda function, *arguments: executor.submit(_interruptibly, function, *arguments).result()
+        return lambda function, *arguments: executor.submit(function, *arguments).result()
 
     try:
         yield start
     except BaseException:
+        # At once and with all that they have started, whose parting words would be tracebacks.
         for process in multiprocessing.active_children():
-            process.terminate()
+            if process.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         raise
     finally:
         for executor in executors:
             executor.shutdown(cancel_futures=True)
-
-
-def _interruptibly(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Where the process is to end, what the function has started ends in order: worker processes above all."""
-    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return function(*arguments)
-    finally:
-        signal.signal(signal.SIGTERM, usual)
 
 
 @contextmanager
@@ -135,6 +129,7 @@ def _ctrl_c_waits() -> Iterator[None]:
 
 
 def _prepare_process(start_method: str) -> None:
+    os.setpgrp()
     # The main process decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Its own children, those of a DataLoader, shall start as they do by default.
