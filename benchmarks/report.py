@@ -11,6 +11,7 @@ import shlex
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -233,9 +234,10 @@ def draw_chart(figures: Sequence[Figures], about: Mapping[str, str], path: Path)
         axis.bar_label(bars, [readable(median) for median in medians], padding=6)
         axis.margins(x=0.15)
         axis.invert_yaxis()
-        axis.set_title(f"{part.title}: {part.unit}", loc="left", fontsize="medium")
+        axis.set_title(textwrap.fill(f"{part.title}: {part.unit}", 60), loc="left", fontsize="medium")
         axis.spines[["top", "right"]].set_visible(False)
-    picture.supxlabel("\n".join(about.values()), x=0.01, ha="left", fontsize="xx-small", wrap=True)
+    caption = "\n".join(f"{name}: {value}" for name, value in about.items())
+    picture.supxlabel(caption, x=0.01, ha="left", fontsize="xx-small", wrap=True)
     save_whole(path, lambda temporary: picture.savefig(temporary, format="png", dpi=150))
 
 

@@ -308,8 +308,8 @@ def measure(options: Options, console: Console) -> None:
                 costs = [call(main_thread_ms, options) for _ in range(options.repeats)]
             figures.append(
                 report.Figures(
-                    title=f"Main thread, {MAIN_THREAD_IMAGES:,} images a batch where there are as many, CPU time",
-                    unit="ms per 1,024 images",
+                    title="CPU time of the main thread",
+                    unit=f"ms per {MAIN_THREAD_IMAGES:,} images",
                     turns={name: [cost[name] for cost in costs] for name in costs[0]},
                 )
             )

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from benchmarks import exactness, report, stages, throughput, tries
+from pipelines import reference
 from pipelines.images import ImageFiles
 from stec.console import Console
 from tests.test_data_sets import CIFAR10_FILES, random_batches, write_cifar10_binary
@@ -84,8 +85,12 @@ def test_the_baselines_draw_from_our_policy(cifar10: list[str], kind: Any) -> No
     )
     assert theirs.shape == ours.shape and theirs.dtype == torch.float32
     assert float(theirs.min()) >= 0 and float(theirs.max()) <= 1
-    # Contrast within views, and colourfulness.
-    for measure in (lambda x: x.std(dim=(1, 2, 3)).mean(), lambda x: x.std(dim=1).mean()):
+    # Contrast within views, colourfulness, and, for the size of the windows, how much neighbours differ.
+    for measure in (
+        lambda x: x.std(dim=(1, 2, 3)).mean(),
+        lambda x: x.std(dim=1).mean(),
+        lambda x: x.diff(dim=-1).abs().mean(),
+    ):
         assert float(measure(theirs)) == pytest.approx(float(measure(ours)), rel=0.15)
 
 
@@ -124,12 +129,20 @@ def test_alternatives_make_the_same_views(cifar10: list[str], photographs: Image
         assert (views - next(tries.by_loader(files, 1))).abs().mean() * 255 < 0.1
 
 
-def test_exactness(cifar10: list[str], tmp_path: Path) -> None:
+def test_exactness(cifar10: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solarize, largest = reference.solarize, []
+
+    def watched(views: torch.Tensor) -> torch.Tensor:
+        largest.append(float(views.max()))
+        return solarize(views)
+
+    monkeypatch.setattr(reference, "solarize", watched)
     flags = ["--cifar10", cifar10[-1], "--views", "40", "--workers", "1"]
     (rows,) = run(exactness.main, flags, tmp_path, "--picture")["rows"].values()
     assert len(rows) == 16 and all(row["mean"] <= row["largest"] for row in rows)
     means = {(row["what"], row["operators"]): row["mean"] for row in rows}
     assert means["solarize alone", "compiled"] == means["solarize alone", "DALI's own"] == 0
+    assert largest and min(largest) > 0.9, "it is given views that are not solarized yet"
     assert 0 < means["jitter 1", "compiled"] < 0.05 < means["jitter 1", "DALI's own"]
     # The torchvision of the comparison leaves the hue as it is, too.
     assert means["jitter 0.5, hue off", "DALI's own"] < means["jitter 0.5", "DALI's own"]
