@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +67,15 @@ class Order:
                 f"{self.global_batch_size}, but there are only {self.epoch_length} training images; "
                 f"use --batch_size {max(1, self.epoch_length // num_processes)} or less."
             )
-        self._permutation = lru_cache(maxsize=2)(self._permute)
+        self._permutations: dict[int, NDArray[np.int64]] = {}
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        """The images of an epoch in their order; those of the last two epochs are kept."""
+        if epoch not in self._permutations:
+            for old in list(self._permutations)[:-1]:
+                del self._permutations[old]
+            self._permutations[epoch] = self._permute(epoch)
+        return self._permutations[epoch]
 
     def _permute(self, epoch: int) -> NDArray[np.int64]:
         random = generator(ORDER_STREAM, self.seed, epoch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import pickle
 import shutil
 import tarfile
 from pathlib import Path
@@ -254,6 +255,16 @@ def test_an_epoch_shows_each_image_once(demo_test_images: ImageArray) -> None:
         epochs.append(np.concatenate([share.image_ids for share in shares]))
         assert len(np.unique(epochs[-1])) == 2000
     assert np.mean(epochs[0] == epochs[1]) < 0.01
+
+
+def test_an_order_can_be_sent_to_a_process_that_is_not_forked(demo_test_images: ImageArray) -> None:
+    """As torchvision's workers are started on macOS, also after the order has been used."""
+    order = Order(demo_test_images, POLICIES["cifar"], seed=1, batch_size=64)
+    expected = order.share(40)
+    for _ in range(2):
+        order = pickle.loads(pickle.dumps(order))
+        np.testing.assert_array_equal(order.share(40).image_ids, expected.image_ids)
+        np.testing.assert_array_equal(order.share(40).commands.pack(), expected.commands.pack())
 
 
 def test_a_data_set_smaller_than_the_batch_is_refused(demo_test_images: ImageArray) -> None:
