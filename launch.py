@@ -1,4 +1,4 @@
-"""Command line of the S-TEC trainer: ``accelerate launch launch.py [train | eval | import | recipes] [flags]``."""
+"""Command line of the S-TEC trainer: ``accelerate launch launch.py [train | eval | index | import | ...] [flags]``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import json
 import os
 import shlex
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,13 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 
 from stec import __version__
-from stec.config import EvalConfig, ImportConfig, TrainConfig, read_config_file, with_settings
+from stec.config import EvalConfig, ImportConfig, IndexConfig, TrainConfig, read_config_file, with_settings
 from stec.errors import Interrupted, UserError
 from stec.recipes import RECIPES, flags, recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from pipelines.cache import Split
     from pipelines.images import Images
     from pipelines.loader import EvaluationLoader
     from stec.console import Console
@@ -111,7 +114,7 @@ def start(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # Filling fresh memory would only help code that reads it before writing.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cpu":
         # accelerate launch allows each process one thread unless told otherwise.
         torch.set_num_threads(own_cpus())
@@ -183,6 +186,7 @@ def run_training(config: TrainConfig) -> None:
 
     import torch
 
+    from pipelines.bad_images import BadImages
     from pipelines.index import open_data_set
     from pipelines.loader import Loader
     from pipelines.order import Order
@@ -191,16 +195,21 @@ def run_training(config: TrainConfig) -> None:
     from stec.run_folder import open_run_folder
 
     device = accelerator.device
-    data_set = engine.main_process_first(
-        accelerator,
-        lambda: open_data_set(
-            config.dataset,
-            config.data_dir,
-            limit_train=config.limit_train,
-            download=bool(config.download) and accelerator.is_main_process,
-        ),
-    )
+    with console.counting() as progress:
+        data_set = engine.main_process_first(
+            accelerator,
+            lambda: open_data_set(
+                config.dataset,
+                config.data_dir,
+                limit_train=config.limit_train,
+                download=bool(config.download) and accelerator.is_main_process,
+                progress=progress,
+            ),
+        )
+    if config.stop_gradient == 2 and not data_set.classes:
+        raise UserError(f"--stop_gradient 2 trains a probe, but --dataset {config.dataset} has no labels.")
     policy = Policy.of(config)
+    bad = BadImages(data_set.train, max_share=config.max_bad_share)
     sharing: dict[str, Any] = {
         "seed": config.seed,
         "batch_size": config.batch_size,
@@ -208,9 +217,9 @@ def run_training(config: TrainConfig) -> None:
         "num_processes": accelerator.num_processes,
         "accumulate": config.accumulate,
     }
-    order = Order(data_set.train, policy, **sharing)
+    order = Order(data_set.train, policy, **sharing, bad=bad, shuffle_window=config.shuffle_window)
     probe_order = None
-    if data_set.labelled is not data_set.train:
+    if data_set.labelled is not None and data_set.labelled is not data_set.train:
         # As in the official code: one view of a labelled image beside each unlabelled one, not blurred or solarized.
         probe_order = Order(
             data_set.labelled,
@@ -222,11 +231,23 @@ def run_training(config: TrainConfig) -> None:
         )
         if config.stop_gradient == 2:
             order, probe_order = probe_order, None
-    loader = Loader(order, backend=config.backend, device=device, workers=workers(config), probe_order=probe_order)
+    loader = Loader(
+        order,
+        backend=config.backend,
+        device=device,
+        workers=workers(config),
+        probe_order=probe_order,
+        # DALI knows no bfloat16; float16 holds [0, 1] more finely.
+        half=device.type == "cuda" and precision != "no",
+    )
+    labelled, test = (
+        None if images is None else evaluation_loader(config, images, accelerator)
+        for images in (data_set.labelled, data_set.test)
+    )
     data = engine.Data(
         training=loader,
-        labelled=evaluation_loader(config, data_set.labelled, accelerator),
-        test=evaluation_loader(config, data_set.test, accelerator),
+        labelled=labelled,
+        test=test,
         classes=len(data_set.classes),
     )
     environment = {
@@ -242,10 +263,16 @@ def run_training(config: TrainConfig) -> None:
     }
     model = engine.initial_model(config, data.classes)
     folder, resumed, notes = engine.on_main_process(accelerator, lambda: open_run_folder(config, environment))
+    bad.list_in(folder.bad_images, say=lambda text: print(text, file=sys.stderr))
     console.facts(
         title(config),
         [
-            ("data", f"{config.dataset}: {len(data_set.train)} training images, {len(data_set.test)} test images"),
+            (
+                "data",
+                f"{config.dataset}: {len(data_set.train)} training images"
+                + (f" ({bad.count} of them bad)" if bad.count else "")
+                + (f", {len(data_set.test)} test images" if data_set.test is not None else ", no labels"),
+            ),
             ("encoder", f"{config.arch}, width {config.width}"),
             (
                 "training",
@@ -298,7 +325,8 @@ def show_results(console: Console, results: dict[str, float]) -> None:
         ["share of time waiting for data", "-", percent("wait_share")],
     ]
     measured = [row for row in rows if row[1:] != ["-", "-"]]
-    console.table("Results on the test images", ["", "before training", "after training"], measured)
+    heading = "Results on the test images" if "probe_after" in results else "Results"
+    console.table(heading, ["", "before training", "after training"], measured)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -306,8 +334,6 @@ def evaluate(arguments: list[str]) -> None:
     config = parse(EvalConfig, arguments, name="eval")
     config.validate()
     accelerator, console, precision = start(config.mixed_precision)
-
-    import torch
 
     from pipelines.index import open_test_images
     from stec import engine
@@ -317,12 +343,16 @@ def evaluate(arguments: list[str]) -> None:
     from stec.run_folder import write_json
 
     state, settings = read_weights_and_settings(config.ckpt_path)
-    images, classes = engine.main_process_first(
-        accelerator,
-        lambda: open_test_images(
-            config.dataset, config.data_dir, download=bool(config.download) and accelerator.is_main_process
-        ),
-    )
+    with console.counting() as progress:
+        images, classes = engine.main_process_first(
+            accelerator,
+            lambda: open_test_images(
+                config.dataset,
+                config.data_dir,
+                download=bool(config.download) and accelerator.is_main_process,
+                progress=progress,
+            ),
+        )
     known_arch = settings["arch"] if settings.get("arch") in DEFAULT_HIDDEN_MLP else "resnet18"
     model = Model(
         arch=config.arch or known_arch,
@@ -337,6 +367,7 @@ def evaluate(arguments: list[str]) -> None:
     loader = evaluation_loader(config, images, accelerator)
     console.say(f"{config.ckpt_path} on the {len(loader)} test images of {config.dataset}, precision {precision}")
     with console.waiting("evaluating"):
+        assert model.probe is not None
         results = evaluate_probe(model.probe, extract_features(model.encoder, loader, accelerator))
     if config.json is not None and accelerator.is_main_process:
         write_json(config.json, {"dataset": config.dataset, "ckpt_path": str(config.ckpt_path), **results})
@@ -344,6 +375,77 @@ def evaluate(arguments: list[str]) -> None:
     console.say(f"top5_accuracy {results['top5_accuracy']:.4f}")
     console.say(f"accuracy {results['accuracy']:.4f}")
     accelerator.end_training()
+
+
+def index(arguments: list[str]) -> None:
+    """Index every split of a data set of image files or shards, and tell what it holds and which images are bad."""
+    config = parse(IndexConfig, arguments, name="index")
+    if config.bad.is_dir() or not config.bad.parent.is_dir():
+        raise UserError(f"--bad {config.bad} cannot be written; name a file in an existing folder.")
+
+    from pipelines.cache import cache_file
+    from pipelines.index import check_labels, splits_below
+    from pipelines.splits import read_split, verified
+    from stec.console import Console
+    from stec.run_folder import write_text
+
+    console = Console(enabled=is_main_process())
+    splits: dict[str, Split] = {}
+    facts = []
+    with console.counting() as progress:
+        for name, (root, kind) in splits_below(config.data_dir).items():
+            started = time.perf_counter()
+            split = read_split(root, kind, progress)
+            if config.verify == "full":
+                split = verified(split, kind, progress)
+            check_labels(split)
+            kept = cache_file(root, kind)
+            facts.append(
+                {
+                    **index_facts(split),
+                    "seconds": f"{time.perf_counter() - started:.1f}",
+                    "index": str(kept) if kept.exists() else f"{kept} could not be written",
+                }
+            )
+            splits[name] = split
+    rows = [[fact, *(of_split[fact] for of_split in facts)] for fact in facts[0]]
+    console.table(f"Index of {config.data_dir}", ["", *splits], rows)
+    for split in splits.values():
+        for remark in split.remarks:
+            console.say(f"{remark}.")
+    bad = [(split.images.name(n), why) for split in splits.values() for n, why in split.images.faults.items()]
+    for name, why in bad[:10]:
+        console.say(f"Bad image: {name} ({why})")
+    if config.verify == "full":
+        # A name may hold anything but a zero byte; a line of the list holds one name.
+        lines = (f"{name}\t{why}".translate({10: " ", 13: " "}) + "\n" for name, why in bad)
+        write_text(config.bad, "".join(lines))
+        console.say(f"{len(bad)} bad images are listed in {config.bad}.")
+    elif len(bad) > 10:
+        console.say(f"... and {len(bad) - 10} more; --verify full lists them all.")
+
+
+def index_facts(split: Split) -> dict[str, str]:
+    """What ``launch.py index`` tells about a split."""
+    import numpy as np
+
+    images = split.images
+    good = np.setdiff1d(np.arange(len(images)), list(images.faults))
+    odd = good[images.needs_pillow[good]]
+    kinds = Counter(Path(images.name(n)).suffix.lower() for n in odd.tolist()).most_common()
+    by_area = images.sizes[good][np.argsort(images.sizes[good].prod(axis=1), kind="stable")]
+    smallest, median, largest = (f"{height} x {width}" for height, width in by_area[[0, len(by_area) // 2, -1]])
+    return {
+        "layout": split.layout,
+        "images": str(len(images)),
+        "classes": str(len(split.classes)) if split.classes else "no labels",
+        "bytes": str(images.size_bytes.sum()),
+        "smallest image, px": smallest,
+        "median image, px": median,
+        "largest image, px": largest,
+        "decoded by Pillow": ", ".join(f"{count} {kind}" for kind, count in kinds) or "0",
+        "bad images": str(len(images.faults)),
+    }
 
 
 def import_checkpoint(arguments: list[str]) -> None:
@@ -374,6 +476,7 @@ def list_recipes(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
+    "index": index,
     "import": import_checkpoint,
     "recipes": list_recipes,
 }
@@ -399,7 +502,8 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.exit_code
     except KeyboardInterrupt:
         if is_main_process():
-            print("Stopped at once; a run goes on from its last checkpoint by --resume auto.", file=sys.stderr)
+            how_to_go_on = "; a run goes on from its last checkpoint by --resume auto" * (name == "train")
+            print(f"Stopped at once{how_to_go_on}.", file=sys.stderr)
         return 130
     return 0
 

@@ -2,138 +2,267 @@
 
     python -m benchmarks.exactness --cifar10 DATA --stl10 DATA --imagenet DATA/imagenet
 
-Prints a table in 1/255 of full scale, over all pixels of 1,000 views a row, and saves a picture of the worst views.
+Differences in 1/255 of full scale over all pixels of 1,000 views a row, for the compiled operators of CPUs and for
+DALI's own, which are what a GPU executes; where there is a GPU, on that, too.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.transforms import functional as F
 
+from benchmarks import report
 from pipelines import reference
 from pipelines.images import Images
 from pipelines.index import open_data_set
-from pipelines.loader import Backend, Loader
-from pipelines.order import Order
+from pipelines.loader import Loader
+from pipelines.order import Order, Share
 from stec.commands import VIEWS, Policy
 from stec.config import DataSetName, TrainConfig
 from stec.console import Console
 from stec.errors import UserError
+from stec.run_folder import write_json
 
 BATCH_SIZE = 50
+CPU = torch.device("cpu")
+AMPLIFIED = 10
+"""Factor of the differences in the picture."""
+PERCENTILES = (50, 95, 99)
+COLUMNS = ("", "mean", *(f"{share} %" for share in PERCENTILES), "largest", "worst view", "limit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Compare the two executors; give the data sets that you have."""
+    """Compare the executors of commands; give the data sets that you have, without any it is the demo set."""
 
     cifar10: Path | None = None
     """Folder of CIFAR-10 (32 px, jitter strength 0.5)."""
     stl10: Path | None = None
-    """Folder of STL-10 (96 px, jitter strength 1)."""
+    """Folder of STL-10 (96 px, jitter strength 1, blur, solarization)."""
     imagenet: Path | None = None
-    """Folder of ImageNet (224 px, jitter strength 1)."""
+    """Folder of ImageNet (224 px, jitter strength 1, blur, solarization)."""
     views: int = 1000
     """Views compared a row."""
+    workers: int = report.cores()
+    """DALI threads; default: all cores."""
+    json: Path | None = None
+    """Also write the figures here."""
     picture: Path | None = None
-    """Save the worst views of the whole policies here, as a PNG: torchvision, DALI, their difference."""
+    """Save the worst views of the whole policies here, as a PNG: torchvision's, ours, their difference."""
+
+    def check(self) -> None:
+        """Raise UserError for what cannot be measured."""
+        for name, value in {"views": self.views, "workers": self.workers}.items():
+            if value < 1:
+                raise UserError(f"--{name} {value} must be at least 1.")
+        report.check_writable(self.json, self.picture)
 
 
-def policies(full: Policy) -> dict[str, Policy]:
-    """What is compared, by name: one part at a time, then everything that the data set's recipe does."""
-    window = replace(full, p_color_jitter=0.0, p_grayscale=0.0, p_blur=0.0, p_solarize=0.0)
-    rows = {
-        "window and flip": window,
-        f"jitter {full.jitter_strength}": replace(window, p_color_jitter=1.0),
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared in a row."""
+
+    policy: Policy
+    limit: float | None = None
+    """What the mean of DALI's own operators may be, in 1/255; None: no promise."""
+    hue: bool = True
+    given_input: Callable[[Tensor], Tensor] | None = None
+    """Expected views, from our own views of the same policy without this part; None: torchvision's views."""
+    largest: float | None = None
+    """What no difference may exceed."""
+
+
+class WithoutHue(Order):
+    """Commands that leave the hue as it is."""
+
+    def share(self, step: int) -> Share:
+        share = super().share(step)
+        still = np.zeros_like(share.commands.hue_turns)
+        return replace(share, commands=replace(share.commands, hue_turns=still))
+
+
+def comparisons(full: Policy) -> dict[str, Comparison]:
+    """By name: one part at a time on every view, then everything that the data set's recipe does.
+
+    Grey and solarization "alone" are compared on our own cropped views, the others from the source image on.
+    """
+    plain = replace(full, p_color_jitter=0.0, p_grayscale=0.0, p_blur=0.0, p_solarize=0.0)
+    jitter = replace(plain, p_color_jitter=1.0)
+    return {
+        "crop and flip": Comparison(policy=plain, limit=0.3),
+        "jitter 0.5": Comparison(policy=replace(jitter, jitter_strength=0.5), limit=3.6),
+        "jitter 1": Comparison(policy=replace(jitter, jitter_strength=1.0), limit=4.5),
+        f"jitter {full.jitter_strength:g}, hue off": Comparison(policy=jitter, limit=2.5, hue=False),
+        # Pillow rounds to 8 bits, and its weights to 16.
+        "grey alone": Comparison(policy=replace(plain, p_grayscale=1.0), given_input=_grey, limit=0.5, largest=0.51),
+        "blur": Comparison(policy=replace(plain, p_blur=1.0), limit=0.5),
+        "solarize alone": Comparison(
+            policy=replace(plain, p_solarize=1.0), given_input=reference.solarize, limit=0.0, largest=0.0
+        ),
+        "whole policy": Comparison(policy=full),
     }
-    rows["grey"] = replace(window, p_grayscale=1.0)
-    if full.p_blur > 0:
-        rows["blur"] = replace(window, p_blur=1.0)
-        rows["solarize"] = replace(window, p_solarize=1.0)
-    return {**rows, "whole policy": full}
 
 
-def compare(images: Images, policy: Policy, views: int) -> tuple[Tensor, Tensor]:
-    """[views, 3, H, W] by DALI and by torchvision."""
-    order = Order(images, policy, seed=1, batch_size=BATCH_SIZE)
-    steps = -(-views // (BATCH_SIZE * VIEWS))
-    made = []
-    backends: tuple[Backend, ...] = ("dali", "torchvision")
-    for backend in backends:
-        loader = Loader(order, backend=backend, device=torch.device("cpu"), workers=2)
-        batches = itertools.islice(loader.batches(0), steps)
-        made.append(torch.cat([batch.views.flatten(0, 1).clone() for batch in batches])[:views])
-    return made[0], made[1]
+def _grey(views: Tensor) -> Tensor:
+    """Pillow's grey of views [..., 3, H, W] that hold 8-bit values."""
+    pixels = views.mul(255).round().byte().movedim(-3, -1).numpy()
+    grey = [np.asarray(F.rgb_to_grayscale(Image.fromarray(view), num_output_channels=3)) for view in pixels]
+    return torch.from_numpy(np.stack(grey)).movedim(-1, -3) / 255
 
 
-def row(name: str, ours: Tensor, theirs: Tensor) -> list[str]:
-    difference = (ours - theirs).abs().mul(255).flatten()
-    by_view = (ours - theirs).abs().mul(255).mean(dim=(1, 2, 3)).numpy()
-    shares = np.percentile(difference.numpy(), [50, 95, 99])
+def make_views(images: Images, policy: Policy, options: Options, *, hue: bool = True, **loader: Any) -> Tensor:
+    """[views, 3, H, W] on the CPU, of the same commands whatever ``loader`` says."""
+    batch_size = min(BATCH_SIZE, len(images))
+    order = (Order if hue else WithoutHue)(images, policy, seed=1, batch_size=batch_size)
+    batches = Loader(order, **{"device": CPU, "workers": options.workers, **loader}).batches(0)
+    steps = -(-options.views // (batch_size * VIEWS))
+    made = [batch.views.flatten(0, 1).cpu().clone() for batch in itertools.islice(batches, steps)]
+    return torch.cat(made)[: options.views]
+
+
+def executors() -> dict[str, dict[str, Any]]:
+    """Settings of the loaders that are compared with torchvision's, by what the table calls them."""
+    found: dict[str, dict[str, Any]] = {
+        "compiled": {"backend": "dali", "operators": "compiled"},
+        "DALI's own": {"backend": "dali", "operators": "dali"},
+    }
+    if torch.cuda.is_available():
+        found["DALI's own, GPU"] = {"backend": "dali", "operators": "dali", "device": torch.device("cuda")}
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Differences between two executors in 1/255."""
+
+    what: str
+    operators: str
+    mean: float
+    percentiles: tuple[float, ...]
+    largest: float
+    worst_view_mean: float
+    limit: float | None
+    kept: bool | None
+    """Whether mean and largest are within what is promised."""
+
+    @classmethod
+    def of(cls, what: str, operators: str, comparison: Comparison, ours: Tensor, theirs: Tensor) -> Row:
+        difference = (ours - theirs).abs().mul(255)
+        mean, largest = float(difference.double().mean()), float(difference.max())
+        kept = None if comparison.limit is None else mean <= comparison.limit
+        if comparison.largest is not None:
+            kept = largest <= comparison.largest
+        return cls(
+            what=what,
+            operators=operators,
+            mean=mean,
+            percentiles=tuple(np.percentile(difference.numpy(), PERCENTILES).tolist()),
+            largest=largest,
+            worst_view_mean=float(difference.mean(dim=(1, 2, 3)).max()),
+            limit=comparison.limit,
+            kept=kept,
+        )
+
+    def cells(self) -> list[str]:
+        return [
+            self.what,
+            f"{self.mean:.4f}" if self.mean < 0.01 else f"{self.mean:.2f}",
+            *(f"{value:.1f}" for value in self.percentiles),
+            f"{self.largest:.1f}",
+            f"{self.worst_view_mean:.1f}",
+            "" if self.limit is None else f"{self.limit:g}" if self.kept else f"{self.limit:g} EXCEEDED",
+        ]
+
+
+Pair = tuple[str, Tensor, Tensor]
+"""A label, torchvision's view and ours."""
+
+
+def compare(images: Images, full: Policy, options: Options) -> Iterator[tuple[Row, list[Pair]]]:
+    """The rows of a data set, each with its worst views if it is of the whole policy."""
+    for what, comparison in comparisons(full).items():
+        policy, given_input = comparison.policy, comparison.given_input
+        if given_input is None:
+            # In this process: forking beside DALI's threads may deadlock.
+            theirs = make_views(images, policy, options, hue=comparison.hue, backend="torchvision", workers=0)
+        for operators, settings in executors().items():
+            ours = make_views(images, policy, options, hue=comparison.hue, **settings)
+            if given_input is not None:
+                plain = replace(policy, p_grayscale=0.0, p_solarize=0.0)
+                theirs = given_input(make_views(images, plain, options, **settings))
+            row = Row.of(what, operators, comparison, ours, theirs)
+            yield row, worst_views(f"{full.size} px, {operators}", ours, theirs) if policy == full else []
+
+
+def worst_views(label: str, ours: Tensor, theirs: Tensor, count: int = 3) -> list[Pair]:
+    by_view = (ours - theirs).abs().mean(dim=(1, 2, 3))
     return [
-        name,
-        f"{difference.mean():.2f}",
-        *(f"{share:.1f}" for share in shares),
-        f"{difference.max():.0f}",
-        f"{by_view.max():.1f}",
+        (f"{label}, mean {by_view[n] * 255:.1f}/255", theirs[n], ours[n])
+        for n in by_view.topk(min(count, len(ours)))[1]
     ]
 
 
-def main() -> int:
-    options = tyro.cli(Options, prog="python -m benchmarks.exactness", use_underscores=True)
-    console, worst = Console(enabled=True), []
-    columns = ["", "mean", "median", "95 %", "99 %", "largest", "worst view's mean"]
-    try:
-        names: tuple[DataSetName, ...] = ("cifar10", "stl10", "imagenet")
-        for name in names:
-            data_dir = getattr(options, name)
-            if data_dir is None:
-                continue
-            images = open_data_set(name, data_dir).train
-            switch: Literal[0, 1] = 0 if name == "cifar10" else 1
-            full = Policy.of(TrainConfig(dataset=name, use_gaussian_blur=switch, use_solarization=switch))
-            rows = []
-            for what, policy in policies(full).items():
-                ours, theirs = compare(images, policy, options.views)
-                rows.append(row(what, ours, theirs))
-                if what == "solarize":
-                    plain, _ = compare(images, replace(policy, p_solarize=0.0), options.views)
-                    rows.append(row("solarize, given its input", ours, reference.solarize(plain)))
-                if what == "whole policy":
-                    worst += worst_views(ours, theirs)
-            title = f"{name}, {full.size} px, {options.views} views: |DALI - torchvision| in 1/255"
-            console.table(title, columns, rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.picture is not None and worst:
+def save_picture(pairs: Sequence[Pair], path: Path, cell: int = 160, text: int = 14) -> None:
+    """A row a pair: torchvision's view, ours, their difference amplified."""
+    canvas = Image.new("RGB", (3 * cell, len(pairs) * (cell + text) + text), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, heading in enumerate(("torchvision", "ours", f"difference x {AMPLIFIED}")):
+        draw.text((k * cell + 4, 1), heading, fill="black")
+    for n, (label, theirs, ours) in enumerate(pairs):
+        top = text + n * (cell + text)
+        draw.text((4, top + 1), label, fill="black")
+        for k, view in enumerate((theirs, ours, ((theirs - ours).abs() * AMPLIFIED).clamp(max=1))):
+            pixels = Image.fromarray((view * 255).round().byte().permute(1, 2, 0).numpy())
+            canvas.paste(pixels.resize((cell, cell), Image.Resampling.NEAREST), (k * cell, top + text))
+    report.save_whole(path, lambda temporary: canvas.save(temporary, format="PNG"))
+
+
+def measure(options: Options, console: Console) -> None:
+    options.check()
+    worst: list[Pair] = []
+    found: dict[str, list[Row]] = {}
+    data_dirs: Mapping[DataSetName, Path | None] = {
+        "cifar10": options.cifar10,
+        "stl10": options.stl10,
+        "imagenet": options.imagenet,
+    }
+    given: dict[DataSetName, Path | None] = {name: path for name, path in data_dirs.items() if path is not None}
+    for name, data_dir in (given or {"demo": None}).items():
+        images = open_data_set(name, data_dir).train
+        switch: Literal[0, 1] = 0 if name == "cifar10" else 1
+        full = Policy.of(TrainConfig(dataset=name, use_gaussian_blur=switch, use_solarization=switch))
+        found[name] = []
+        with console.waiting(f"{name}: comparing"):
+            for row, pairs in compare(images, full, options):
+                found[name].append(row)
+                worst += pairs
+        for operators in executors():
+            title = (
+                f"{name}, {full.size} px, {operators} operators, {options.views} views: |ours - torchvision| in 1/255"
+            )
+            console.table(title, COLUMNS, [row.cells() for row in found[name] if row.operators == operators])
+    console.facts("", list(report.machine().items()))
+    if options.json is not None:
+        rows = {name: [vars(row) for row in of_data_set] for name, of_data_set in found.items()}
+        write_json(options.json, {"machine": report.machine(), "unit": "1/255", "views": options.views, "rows": rows})
+    if options.picture is not None:
         save_picture(worst, options.picture)
-        console.say(f"{options.picture}: columns are torchvision, DALI, their difference")
-    return 0
 
 
-def worst_views(ours: Tensor, theirs: Tensor, count: int = 4) -> list[tuple[Tensor, Tensor]]:
-    by_view = (ours - theirs).abs().mean(dim=(1, 2, 3))
-    return [(theirs[n], ours[n]) for n in by_view.topk(count).indices]
-
-
-def save_picture(pairs: list[tuple[Tensor, Tensor]], path: Path, cell: int = 128) -> None:
-    """A row a pair: torchvision's view, DALI's, their difference."""
-    canvas = Image.new("RGB", (3 * cell, len(pairs) * cell))
-    for n, (theirs, ours) in enumerate(pairs):
-        for k, view in enumerate((theirs, ours, (theirs - ours).abs())):
-            pixels = (view * 255).round().byte().permute(1, 2, 0).numpy()
-            canvas.paste(Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST), (k * cell, n * cell))
-    canvas.save(path)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, prog="python -m benchmarks.exactness", args=arguments, use_underscores=True)
+    return report.run(lambda: measure(options, Console(enabled=True)))
 
 
 if __name__ == "__main__":

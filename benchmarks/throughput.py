@@ -2,181 +2,323 @@
 
     python -m benchmarks.throughput --dataset cifar10 --data_dir DATA
 
-Contenders take turns, so that a machine whose speed drifts treats them alike. Printed are the median and the range over
-the turns, and the ratio to the official-style baseline.
+The policy is that of the data set's recipe. Each contender has a process of its own, and they take turns. ``taskset``
+limits the cores that all of them share.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
+import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+from unittest.mock import patch
 
 import numpy as np
 import torch
-import torchvision
 import tyro
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
 
-from pipelines.images import Images
+from benchmarks import report
+from pipelines import loader
+from pipelines.images import ImageArray, ImageFiles, Images
 from pipelines.index import open_data_set
-from pipelines.loader import Loader
+from pipelines.loader import Loader, resolve_backend
 from pipelines.order import Order
 from stec.commands import Policy
-from stec.config import DataSetName, TrainConfig
+from stec.config import DATA_SETS, DataSetName, TrainConfig
 from stec.console import Console
 from stec.errors import UserError
-from stec.run_folder import write_json
+
+Contender = Literal["official", "v2", "torchvision", "dali", "compiled"]
+NAMES: dict[Contender, str] = {
+    "official": "official-style: torchvision on Pillow images",
+    "v2": "official-style: torchvision v2 on tensors",
+    "torchvision": "our commands, by torchvision",
+    "dali": "our commands, by DALI's operators",
+    "compiled": "our commands, by compiled operators in DALI",
+}
+MAIN_THREAD_IMAGES = 1024
+WARM_UP_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Measure the data pipeline."""
+class PipelineOptions(report.Output):
+    """What is measured, for all benchmarks of the pipeline."""
 
     dataset: DataSetName = "demo"
     """Data set to read."""
     data_dir: Path | None = None
     """Folder that holds the data set."""
-    batch_size: int = 256
-    """Images per batch."""
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    """DALI threads, or worker processes of the others."""
-    blur_and_solarize: bool = False
-    """Add the blur and solarization of the STL-10 and ImageNet recipes."""
+    batch_size: int | None = None
+    """Images per batch; default: 256, and 64 for views of 224 px."""
+    workers: int = report.cores()
+    """DALI threads, or worker processes of the others; default: all cores."""
     repeats: int = 5
-    """Turns that each contender gets."""
+    """Turns that each contender gets, after one for warming up."""
     seconds: float = 3.0
     """Length of a turn."""
-    json: Path | None = None
-    """Also write the figures here."""
+
+    def check(self) -> None:
+        """Raise UserError for what cannot be measured."""
+        limits = {"batch_size": self.batch_size, "workers": self.workers, "repeats": self.repeats}
+        for name, value in limits.items():
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value} must be at least 1.")
+        if not self.seconds > 0:
+            raise UserError(f"--seconds {self.seconds} must be more than 0.")
+        report.check(self)
+
+    def order(self, batch_size: int | None = None) -> Order:
+        """The data set's images with the policy of its recipe."""
+        config = TrainConfig(dataset=self.dataset)
+        # Of the recipes, those with jitter 1 on real images blur and solarize, too.
+        if self.dataset != "demo" and DATA_SETS[self.dataset].jitter_strength == 1:
+            config = replace(config, use_gaussian_blur=1, use_solarization=1)
+        policy = Policy.of(config)
+        default = 64 if policy.size == 224 else 256
+        return Order(
+            open_data_set(self.dataset, self.data_dir).train,
+            policy,
+            seed=0,
+            batch_size=batch_size or self.batch_size or default,
+        )
 
 
-class OfficialStyle(Dataset[tuple[Tensor, Tensor, int]]):
-    """Two views by torchvision's own random transforms on Pillow images, an image at a time."""
+@dataclass(frozen=True, kw_only=True)
+class Options(PipelineOptions):
+    """Measure the data pipeline against official-style ones."""
 
-    def __init__(self, images: Images, policy: Policy) -> None:
+    contenders: tuple[Contender, ...] = get_args(Contender)
+    """Which to measure; ratios are to the first."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where views are wanted. On cuda all but "dali" are made on the CPU and copied."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.contenders:
+            raise UserError(f"--contenders needs at least one of {', '.join(NAMES)}.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda needs a GPU that torch can use, and there is none; use --device cpu.")
+        if {"dali", "compiled"} & set(self.contenders):
+            resolve_backend("dali")
+
+
+class RandomViews(Dataset[tuple[Tensor, Tensor]]):
+    """Two views of an image by torchvision's own random transforms."""
+
+    def __init__(self, images: Images, policy: Policy, kind: Literal["official", "v2"]) -> None:
+        self.images, self.open = images, images.open if kind == "official" else partial(_open_tensor, images)
+        # Both namespaces have the same names.
+        t: Any = transforms if kind == "official" else v2
         s = policy.jitter_strength
+        antialias = {"antialias": True} if kind == "v2" else {}
         steps: list[Any] = [
-            transforms.RandomResizedCrop(policy.size, policy.area, policy.aspect_ratio),
-            transforms.RandomHorizontalFlip(policy.p_flip),
-            transforms.RandomApply([transforms.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], policy.p_color_jitter),
-            transforms.RandomGrayscale(policy.p_grayscale),
-            transforms.ToTensor(),
+            t.RandomResizedCrop(policy.size, policy.area, policy.aspect_ratio, **antialias),
+            t.RandomHorizontalFlip(policy.p_flip),
+            t.RandomApply([t.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], policy.p_color_jitter),
+            t.RandomGrayscale(policy.p_grayscale),
+            t.ToTensor() if kind == "official" else v2.ToDtype(torch.float32, scale=True),
         ]
         if policy.p_blur > 0:
-            blur = transforms.GaussianBlur(policy.blur_window_px, policy.sigma_px)
-            steps.append(transforms.RandomApply([blur], policy.p_blur))
+            steps.append(t.RandomApply([t.GaussianBlur(policy.blur_window_px, policy.sigma_px)], policy.p_blur))
         if policy.p_solarize > 0:
-            steps.append(transforms.RandomSolarize(0.5, policy.p_solarize))
-        self.images, self.transform = images, transforms.Compose(steps)
+            steps.append(t.RandomSolarize(0.5, policy.p_solarize))
+        self.transform = t.Compose(steps)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, int]:
-        image = self.images.open(n)
-        return self.transform(image), self.transform(image), int(self.images.labels[n])
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
+        image = self.open(n)
+        return self.transform(image), self.transform(image)
 
 
-def contenders(options: Options) -> dict[str, Callable[[], Iterator[Any]]]:
-    """Endless sources of batches by name; the first is the baseline."""
-    data_set = open_data_set(options.dataset, options.data_dir)
-    switch: Literal[0, 1] = 1 if options.blur_and_solarize else 0
-    policy = Policy.of(TrainConfig(dataset=options.dataset, use_gaussian_blur=switch, use_solarization=switch))
-    order = Order(data_set.train, policy, seed=0, batch_size=options.batch_size)
+def _open_tensor(images: Images, n: int) -> Tensor:
+    """[3, H, W] uint8."""
+    if isinstance(images, ImageArray):
+        return torch.from_numpy(np.array(images.upright(slice(n, n + 1))[0].transpose(2, 0, 1), order="C"))
+    return decode_image(torch.from_numpy(images.encoded(n).copy()), mode=ImageReadMode.RGB)
 
-    def official() -> Iterator[Any]:
+
+# --- What runs in a contender's process, which keeps the data set from turn to turn ---
+
+
+@cache
+def order_of(options: Options, batch_size: int | None = None) -> Order:
+    return options.order(batch_size)
+
+
+def views_of(contender: Contender, options: Options) -> Iterator[Sequence[Tensor]]:
+    """Endless batches of views, [N, V, 3, H, W] or V times [N, 3, H, W], float32 on the device."""
+    order, device = order_of(options), torch.device(options.device)
+    if contender in ("official", "v2"):
+        images = order.images
+        batches: Any = DataLoader(
+            RandomViews(images, order.policy, contender),
+            batch_size=order.batch_size,
+            sampler=RandomSampler(range(len(images)), replacement=True, num_samples=sys.maxsize),
+            num_workers=options.workers,
+            pin_memory=device.type == "cuda",
+        )
+    else:
+        backend: Any = "torchvision" if contender == "torchvision" else "dali"
+        # Compiled operators leave the GPU to others.
+        on = device if contender == "dali" else torch.device("cpu")
+        operators: Any = None if contender == "torchvision" else contender
+        ours = Loader(order, backend=backend, device=on, workers=options.workers, operators=operators)
+        batches = ([batch.views] for batch in ours.batches(0))
+    return ([views.to(device, non_blocking=True) for views in batch] for batch in batches)
+
+
+def images_per_second(start: Callable[[], Iterator[Any]], options: PipelineOptions) -> float:
+    """One turn of a pipeline that lives as long as this takes: nothing works ahead in other contenders' turns.
+
+    Time is counted in rounds of as many batches as there are workers: worker processes tend to finish theirs together.
+    """
+    batches = start()
+    for _ in range(options.workers + 2):
+        next(batches)
+    _wait_for_gpu()
+    count, elapsed, started = 0, 0.0, time.perf_counter()
+    while elapsed < options.seconds:
+        count += sum(len(next(batches)[0]) for _ in range(options.workers))
+        _wait_for_gpu()
+        elapsed = time.perf_counter() - started
+    del batches
+    gc.collect()
+    return count / elapsed
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def views_turn(contender: Contender, options: Options) -> float:
+    return images_per_second(partial(views_of, contender, options), options)
+
+
+def dali_decoding_turn(part: Any, options: Options) -> float:
+    from benchmarks import decoding
+
+    order, threads = order_of(options), options.workers
+    return images_per_second(partial(decoding.batches, order, part, threads=threads, execute=False), options)
+
+
+def pillow_decoding_turn(options: Options) -> float:
+    images = order_of(options).images
+    count, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < options.seconds:
+        images.open(count % len(images))
+        count += 1
+    return count / elapsed
+
+
+def main_thread_ms(options: Options) -> dict[str, float]:
+    """CPU time that the thread that trains spends on its batches, in ms per 1,024 images: medians of some steps."""
+    order = order_of(options, min(MAIN_THREAD_IMAGES, len(order_of(options).images)))
+    operators: Any = "dali" if options.device == "cuda" else "compiled"
+    spent: dict[str, list[float]] = {name: [] for name in ("source", "run", "step")}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            started = time.thread_time()
+            result = function(*arguments)
+            spent[name].append(time.thread_time() - started)
+            return result
+
+        return call
+
+    def timed_run(*arguments: Any) -> Iterator[Any]:
+        step = timed("run", partial(next, untimed_run(*arguments)))
         while True:
-            yield from DataLoader(
-                OfficialStyle(data_set.train, policy),
-                batch_size=options.batch_size,
-                shuffle=True,
-                drop_last=True,
-                num_workers=options.workers,
-            )
+            yield step()
 
-    def ours(backend: Any) -> Callable[[], Iterator[Any]]:
-        loader = Loader(order, backend=backend, device=torch.device("cpu"), workers=options.workers)
-        return lambda: loader.batches(0)
+    def feed(source: loader._TrainingSource) -> Sequence[Any]:
+        fed: Sequence[Any] = timed_feed(source)
+        return fed
 
+    untimed_run, timed_feed = loader._run, timed("source", loader._TrainingSource.__call__)
+    with patch.object(loader, "_run", timed_run), patch.object(loader._TrainingSource, "__call__", feed):
+        ours = Loader(
+            order, backend="dali", device=torch.device(options.device), workers=options.workers, operators=operators
+        )
+        step = timed("step", partial(next, ours.batches(0)))
+        started = time.perf_counter()
+        while len(spent["step"]) < WARM_UP_STEPS + 3 or time.perf_counter() - started < options.seconds:
+            step()
+    per_1024 = 1000 * MAIN_THREAD_IMAGES / order.batch_size
+    source_ms, run_ms, step_ms = (per_1024 * float(np.median(values[WARM_UP_STEPS:])) for values in spent.values())
     return {
-        "official-style transforms": official,
-        "commands, torchvision": ours("torchvision"),
-        "commands, DALI": ours("dali"),
+        "sum": step_ms,
+        "drawing commands and feeding DALI": source_ms,
+        "DALI's own part": run_ms - source_ms,
+        "outputs to a batch": step_ms - run_ms,
     }
 
 
-def images_per_second(batches: Iterator[Any], options: Options) -> float:
-    """One turn: as many batches as fit into ``options.seconds``, after some that fill the queues."""
-    for _ in range(4):
-        next(batches)
-    count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < options.seconds:
-        next(batches)
-        count += 1
-    return count * options.batch_size / (time.perf_counter() - started)
+def measure(options: Options, console: Console) -> None:
+    options.check()
+    order = options.order()
+    in_files = isinstance(order.images, ImageFiles)
+    with report.processes_apart() as start:
+        turns: dict[str, Callable[[], float]] = {}
+
+        def add(name: str, turn: Callable[..., float], *arguments: Any) -> None:
+            turns[name] = partial(start(), turn, *arguments, options)
+
+        for contender in options.contenders:
+            add(NAMES[contender], views_turn, contender)
+        ours = {"dali", "compiled"} & set(options.contenders)
+        decoding = ("whole images, Pillow, one core", "whole images, DALI", "the needed part, DALI")
+        if in_files:
+            add(decoding[0], pillow_decoding_turn)
+            if ours:
+                add(decoding[1], dali_decoding_turn, "the whole image")
+                add(decoding[2], dali_decoding_turn, "the union of both windows")
+        taken = report.take_turns(turns, repeats=options.repeats, console=console)
+        title = f"{options.dataset}, {order.policy.size} px, batch {order.batch_size}, {options.workers} worker(s)"
+        figures = [
+            report.Figures(
+                title=f"{title}, two views each on {options.device}",
+                unit="images/s",
+                turns={name: values for name, values in taken.items() if name not in decoding},
+            )
+        ]
+        remarks = []
+        if in_files:
+            alone = {name: values for name, values in taken.items() if name in decoding}
+            figures.append(report.Figures(title=f"{title}, decoding alone", unit="images/s", turns=alone))
+            fastest = NAMES["compiled" if "compiled" in ours else "dali"]
+            if ours and options.device == "cpu":
+                share = np.median(taken[fastest]) / np.median(taken[decoding[2]])
+                remarks.append(f"Decoding's share of the time of {fastest}: {share:.0%}.")
+        if ours:
+            call = start()
+            with console.waiting("main thread"):
+                costs = [call(main_thread_ms, options) for _ in range(options.repeats)]
+            figures.append(
+                report.Figures(
+                    title="CPU time of the main thread",
+                    unit=f"ms per {MAIN_THREAD_IMAGES:,} images",
+                    turns={name: [cost[name] for cost in costs] for name in costs[0]},
+                )
+            )
+    report.publish(figures, options, console, remarks)
 
 
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        if (cpuinfo.exists())
-        else []
-    )
-    return names[0] if names else platform.processor()
-
-
-def main() -> int:
-    options = tyro.cli(Options, prog="python -m benchmarks.throughput", use_underscores=True)
-    try:
-        sources = contenders(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    turns: dict[str, list[float]] = {name: [] for name in sources}
-    for _ in range(options.repeats):
-        for name, start in sources.items():
-            batches = start()
-            turns[name].append(images_per_second(batches, options))
-            del batches
-
-    import nvidia.dali as dali
-
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, DALI {dali.__version__}"
-    console = Console(enabled=True)
-    console.say(f"{processor()}, {options.workers} core(s); {versions}, NumPy {np.__version__}")
-    console.say(f"python -m benchmarks.throughput {' '.join(sys.argv[1:])}")
-    baseline = statistics.median(next(iter(turns.values())))
-    console.table(
-        f"{options.dataset}, batch {options.batch_size}: images/s, two views each",
-        ["", "median", "lowest", "highest", "ratio"],
-        [
-            [
-                name,
-                f"{statistics.median(v):,.0f}",
-                f"{min(v):,.0f}",
-                f"{max(v):,.0f}",
-                f"{statistics.median(v) / baseline:.1f}",
-            ]
-            for name, v in turns.items()
-        ],
-    )
-    if options.json is not None:
-        write_json(
-            options.json,
-            {"command": sys.argv, "processor": processor(), "versions": versions, "images_per_second": turns},
-        )
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, prog="python -m benchmarks.throughput", args=arguments, use_underscores=True)
+    return report.run(lambda: measure(options, Console(enabled=True)))
 
 
 if __name__ == "__main__":

@@ -1,180 +1,135 @@
-"""Folders of image files, one folder a class: which files there are, and how large each image is.
-
-The sizes come from the files' headers, once; they are kept in a cache that notices when files were added or removed. A
-file that was overwritten in place by an image of another size is noticed when it is decoded.
-"""
+"""Which image files lie below a folder, one folder a class or without labels, and what their headers say."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import zipfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
+from stat import S_ISDIR
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from pipelines.images import ImageFiles, cache_folder
+from pipelines.headers import FOUND, Found, read_header, reason
+from pipelines.images import UNLABELLED, Names
 from stec.errors import UserError
 
-CACHE_VERSION = 1
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """What torchvision's ImageFolder takes for an image."""
 
-
-SPLITS = ("train", "val")
-
-
-def read_folder(data_dir: Path, split: str) -> tuple[ImageFiles, tuple[str, ...]]:
-    """The split ``train`` or ``val`` below ``data_dir`` and its classes, in the order of torchvision's ImageFolder.
-
-    Raises UserError where the split is missing or lies elsewhere, a class is empty, or a file is not the image that its
-    name promises. Files with other names are left alone.
-    """
-    root = data_dir / split
-    if not root.is_dir():
-        raise UserError(_where_instead(data_dir))
-    classes = _class_names(root)
-    return _index(root, classes), classes
-
-
-def _where_instead(data_dir: Path) -> str:
-    needed = " and ".join(SPLITS)
-    candidates = [data_dir.resolve().parent]
-    if data_dir.is_dir():
-        candidates += sorted(path for path in data_dir.iterdir() if path.is_dir())
-    for candidate in candidates:
-        if all((candidate / split).is_dir() for split in SPLITS):
-            return f"--data_dir {data_dir} does not hold {needed}, but {candidate} does; use --data_dir {candidate}."
-    return f"--data_dir {data_dir} must hold the folders {needed}, each with a folder of images per class."
-
-
-def _class_names(root: Path) -> tuple[str, ...]:
-    names = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
-    if not names:
-        raise UserError(f"{root} holds no class folders; put each class's images into a folder of its own.")
-    return names
+Layout = Literal["class folders", "loose images", "shards"]
+Stamp = tuple[int, int]
+"""When a file or directory was changed, in ns, and a file's size: another stamp, another content."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Listing:
-    """What lies below a root: directories with their times of change, image files with their class."""
+class Listing:
+    """What lies below a root, before any image is looked at."""
 
-    directories: tuple[str, ...]
-    changed_ns: NDArray[np.int64]
-    paths: tuple[str, ...]
+    layout: Layout
+    files: Names
+    """Image files or shards, relative to the root."""
     labels: NDArray[np.int64]
+    """[files] int64; of shards, whose labels lie inside, UNLABELLED."""
+    classes: tuple[str, ...]
+    watched: dict[str, Stamp]
+    """What tells that the listing is out of date: directories and shards relative to the root."""
 
 
-def _index(root: Path, classes: tuple[str, ...]) -> ImageFiles:
-    """The images below ``root``, from the cache where nothing has changed since."""
-    cache = _cache_file(root)
-    images = _read_cache(cache, root)
-    if images is None:
-        listing = _list_images(root, classes)
-        images = ImageFiles(
-            root=root, paths=listing.paths, sizes=_read_sizes(root, listing.paths), labels=listing.labels
+def list_class_folders(root: Path) -> Listing:
+    """Images, classes and labels in the order of torchvision's ImageFolder.
+
+    Raises UserError where there is no class, or an empty one. Files with other names are left alone.
+    """
+    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
+    if not classes:
+        raise UserError(
+            f"{root} holds neither class folders nor shards (*.tar); put each class's images into a folder of its own."
         )
-        _write_cache(cache, images, listing)
-    return images
-
-
-def _list_images(root: Path, classes: tuple[str, ...]) -> _Listing:
-    directories, changed_ns = ["."], [root.stat().st_mtime_ns]
-    paths: list[str] = []
+    watched = {".": stamp(root)}
+    names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        before = len(paths)
-        for directory, _, files in sorted(os.walk(root / name, followlinks=True)):
-            relative = os.path.relpath(directory, root)
-            directories.append(relative)
-            changed_ns.append(Path(directory).stat().st_mtime_ns)
-            paths += [f"{relative}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
-        if len(paths) == before:
+        of_class = image_files(root, name, watched)
+        if not of_class:
             raise UserError(f"{root / name} holds no image ({', '.join(EXTENSIONS)}); fill it or delete the folder.")
-        labels += [label] * (len(paths) - before)
-    return _Listing(
-        directories=tuple(directories),
-        changed_ns=np.array(changed_ns, np.int64),
-        paths=tuple(paths),
+        names += of_class
+        labels += [label] * len(of_class)
+    return Listing(
+        layout="class folders",
+        files=Names.of([os.fsencode(name) for name in names]),
         labels=np.array(labels, np.int64),
+        classes=classes,
+        watched=watched,
     )
 
 
-def _read_sizes(root: Path, paths: tuple[str, ...]) -> NDArray[np.int64]:
-    """[N, 2]: heights and widths in px, read from the files' headers by as many processes as there are CPUs."""
-    files = [str(root / path) for path in paths]
-    if len(files) < 2000:
-        sizes = [_read_size(file) for file in files]
-    else:
-        # Fork would copy the threads' locks of libraries that are loaded by now.
-        with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
-            sizes = list(pool.map(_read_size, files, chunksize=256))
-    for file, size in zip(files, sizes):
-        if isinstance(size, str):
-            raise UserError(f"{file} is not a readable image ({size}); delete it or fetch it again.")
-    return np.array(sizes, np.int64).reshape(-1, 2)
-
-
-def _read_size(file: str) -> tuple[int, int] | str:
-    """Height and width of an image, or why it has none."""
-    try:
-        with Image.open(file) as image:
-            return image.height, image.width
-    except (OSError, Image.DecompressionBombError) as error:
-        return str(error).replace(f"'{file}'", "the file")
-
-
-def _cache_file(root: Path) -> Path:
-    return cache_folder() / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:24]}.npz"
-
-
-def _read_cache(cache: Path, root: Path) -> ImageFiles | None:
-    """The cached index of ``root``, or None where there is none, or a directory has changed since it was written."""
-    try:
-        with np.load(cache, allow_pickle=False) as arrays:
-            if int(arrays["version"]) != CACHE_VERSION or str(arrays["root"]) != str(root.resolve()):
-                return None
-            directories = list(_split(arrays["directories"]))
-            changed_ns = [(root / directory).stat().st_mtime_ns for directory in directories]
-            if not np.array_equal(arrays["changed_ns"], changed_ns):
-                return None
-            return ImageFiles(
-                root=root, paths=tuple(_split(arrays["paths"])), sizes=arrays["sizes"], labels=arrays["labels"]
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def _write_cache(cache: Path, images: ImageFiles, listing: _Listing) -> None:
-    """Write the index to a temporary name and rename it. A cache that cannot be written is done without."""
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.npz")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            temporary,
-            version=CACHE_VERSION,
-            root=str(images.root.resolve()),
-            directories=_join(listing.directories),
-            changed_ns=listing.changed_ns,
-            paths=_join(images.paths),
-            sizes=images.sizes,
-            labels=images.labels,
+def list_loose_images(root: Path) -> Listing:
+    """All images anywhere below ``root``, without labels. Raises UserError where there is none."""
+    watched: dict[str, Stamp] = {}
+    names = image_files(root, ".", watched)
+    if not names:
+        raise UserError(
+            f"{root} holds neither images ({', '.join(EXTENSIONS)}) nor shards (*.tar); name another folder."
         )
-        temporary.replace(cache)
+    return Listing(
+        layout="loose images",
+        files=Names.of([os.fsencode(name) for name in names]),
+        labels=np.full(len(names), UNLABELLED, np.int64),
+        classes=(),
+        watched=watched,
+    )
+
+
+def image_files(root: Path, top: str, watched: dict[str, Stamp]) -> list[str]:
+    """Names relative to ``root`` of the images in and below ``top``, in ImageFolder's order.
+
+    ``watched`` receives the directories that they were looked for in. Raises UserError where one cannot be read.
+    """
+    found = []
+    watched[top] = stamp(root / top)
+    for directory, subdirectories, files in os.walk(root / top, followlinks=True, onerror=_raise):
+        relative = os.path.relpath(directory, root)
+        # Before they are listed: what is added in between is noticed the next time.
+        for name in subdirectories:
+            watched[os.path.normpath(f"{relative}/{name}")] = stamp(Path(directory, name))
+        prefix = "" if relative == "." else f"{relative}/"
+        found.append((directory, [prefix + name for name in sorted(files) if name.lower().endswith(EXTENSIONS)]))
+    return [name for _, names in sorted(found) for name in names]
+
+
+def _raise(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be listed ({error.strerror}); make it readable or delete it.")
+
+
+def stamp(path: Path) -> Stamp:
+    """The stamp of a file or directory, also of one that is not there."""
+    try:
+        status = path.stat()
     except OSError:
-        temporary.unlink(missing_ok=True)
+        return 0, -1
+    # What a file system calls the size of a directory means nothing.
+    return status.st_mtime_ns, 0 if S_ISDIR(status.st_mode) else status.st_size
 
 
-def _join(names: tuple[str, ...]) -> NDArray[np.uint8]:
-    """Names as one array of bytes: no file name holds a zero byte."""
-    return np.frombuffer(os.fsencode("\0".join(names)), np.uint8)
-
-
-def _split(joined: NDArray[np.uint8]) -> Iterator[str]:
-    return iter(os.fsdecode(joined.tobytes()).split("\0"))
+def read_files(root: Path, names: Sequence[bytes]) -> Found:
+    """What the headers of files say that are an image each."""
+    prefix = os.path.join(os.fsencode(root), b"")  # noqa: PTH118 - paths as bytes
+    rows, faults = [], {}
+    for n, name in enumerate(names):
+        size_bytes = 0
+        header: tuple[int, int, bool] | str
+        try:
+            with open(prefix + name, "rb") as file:  # noqa: PTH123
+                size_bytes = os.fstat(file.fileno()).st_size
+                header = read_header(file)
+        except OSError as error:
+            header = reason(error)
+        if isinstance(header, str):
+            faults[n] = header
+            header = 1, 1, True
+        height, width, needs_pillow = header
+        rows.append((0, size_bytes, height, width, UNLABELLED, needs_pillow))
+    return Found(rows=np.array(rows, FOUND), faults=faults)

@@ -1,16 +1,22 @@
-"""DALI graph functions: images and commands in, views out; one function for CPU and GPU.
+"""DALI graphs: images and commands in, views out.
 
-An image in a file is decoded once, and only the part that its views need. Stages of a view, in this order:
+One function defines the graph for either device; what differs is the operator that executes a command:
 
-1. window: cut from the source and resized to the view's size; mirrored by a swapped region of interest. Cutting before
-   resizing keeps the filter from seeing past the window, as in torchvision.
-2. blur, on those that are blurred. The official order is colour, then blur; both are linear, so they commute but for
-   clamping, and blurring here works on 8-bit values.
-3. colour: jitter and grey as one affine map (``stec.geometry.colour_maps``) to floats, clamped to [0, 1].
-4. solarization: ``min(x, limit - x)``.
+* on a CPU the compiled function of ``pipelines.kernels``, a single operator from window to float;
+* on a GPU DALI's own operators, in these stages:
 
-Up to the blur pixels are 8 bits; they leave the graph as float32 on the device that wants them, so that nothing is left
-to be done for the thread that trains.
+  1. window: cut from the source and resized to the view's size; mirrored by a swapped region of interest. Cutting
+     before resizing keeps the filter from seeing past the window, as in torchvision.
+  2. blur, on those that are blurred. The official order is colour, then blur; both are almost linear, so they nearly
+     commute, and blurring here works on 8-bit values.
+  3. colour: jitter and grey as an affine map, a turn of the hue and a second affine map, clamped to [0, 1].
+  4. solarization: ``min(x, limit - x)``.
+
+``operators`` are DALI's on both devices for tests and benchmarks: they hold the GPU's stages against torchvision where
+there is no GPU.
+
+An image in a file is decoded once, and only the part that its views need. Views leave the graph as floats on the device
+that wants them, so that nothing is left to be done for the thread that trains.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali import fn, math, ops, pipeline_def, types
 
 from stec.commands import Commands, Policy
 from stec.geometry import colour_maps
@@ -28,17 +34,22 @@ from stec.geometry import colour_maps
 DataNode = Any
 """A node of a DALI graph; DALI's own types lack what it adds at run time."""
 
-Form = Literal["HWC", "CWH", "file"]
-"""How images enter a graph: as pixels [H, W, 3], as pixels [3, W, H], or as files that hold encoded images."""
+FileForm = Literal["path", "bytes", "either"]
+Form = Literal["memory", "HWC", "CWH"] | FileForm
+"""How images enter a graph: as addresses of pixels in memory, as pixels [H, W, 3] or [3, W, H], as names of files, as
+the content of files, or as either."""
+
+Operators = Literal["compiled", "dali"]
+"""What executes commands: ``pipelines.kernels`` or DALI's own operators."""
 
 WINDOW_ARGUMENTS = ("anchor", "shape", "roi_start", "roi_end")
-COLOUR_ARGUMENTS = ("colour_matrix", "mean_weights")
+COLOUR_ARGUMENTS = ("matrix_before", "mean_weights_before", "hue_turns", "matrix_after", "mean_weights_after")
 BLUR_ARGUMENTS = ("sigma_px", "blur_window_px")
 SOLARIZE_ARGUMENTS = ("solarize_limit",)
 
 
 def argument_names(policy: Policy) -> tuple[str, ...]:
-    """Names of the per-view arguments that the graph of this policy takes: stages that never happen are left out."""
+    """Names of the per-view arguments that DALI's operators take: stages that never happen are left out."""
     names: tuple[str, ...] = WINDOW_ARGUMENTS
     if policy.p_blur > 0:
         names += BLUR_ARGUMENTS
@@ -59,7 +70,7 @@ def needed_part(commands: Commands) -> tuple[NDArray[np.int32], NDArray[np.int32
 def view_arguments(
     commands: Commands, policy: Policy, origin: NDArray[np.int32] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Operator arguments that execute ``commands``, each [N, V, ...], for the names of ``argument_names``.
+    """Arguments of DALI's operators that execute ``commands``, each [N, V, ...], for the names of ``argument_names``.
 
     ``origin`` [N, 2] is the top-left of the part of the image that enters the graph, in source px (None: all of it).
     """
@@ -77,22 +88,29 @@ def view_arguments(
         # Three sigmas to each side hold 99.7 % of the kernel; the official kernel is never wider than its own limit.
         reach = np.minimum(np.ceil(3 * commands.sigma_px), policy.blur_window_px // 2)
         arguments["blur_window_px"] = (2 * reach + 1).astype(np.int32)
-    if "colour_matrix" in names:
-        matrix, mean_weights = colour_maps(commands)
-        # The factor 1/255 brings 8 bits to [0, 1].
-        arguments["colour_matrix"] = matrix / np.float32(255)
-        arguments["mean_weights"] = mean_weights[..., None, :] / np.float32(255)
+    if "hue_turns" in names:
+        for part in ("before", "after"):
+            matrix, mean_weights = colour_maps(commands, part)
+            # The first map brings 8 bits to [0, 1].
+            scale = np.float32(1 / 255 if part == "before" else 1)
+            arguments[f"matrix_{part}"] = matrix * scale
+            arguments[f"mean_weights_{part}"] = mean_weights[..., None, :] * scale
+        arguments["hue_turns"] = commands.hue_turns[..., None, None, None]
     if "solarize_limit" in names:
         # min(x, 2 - x) leaves every x in [0, 1] as it is.
-        arguments["solarize_limit"] = np.where(commands.solarize, 1, 2).astype(np.float32)
+        arguments["solarize_limit"] = np.where(commands.solarize, 1, 2).astype(np.float32)[..., None, None, None]
     return arguments
 
 
-def execute(image: DataNode, size: int, arguments: dict[str, DataNode]) -> DataNode:
-    """One view of ``image`` [H, W, 3] uint8 on either device: [size, size, 3] float32 in [0, 1].
+def execute(image: DataNode, size: int, arguments: dict[str, DataNode], device: str) -> DataNode:
+    """One view of ``image`` [H, W, 3] uint8 by DALI's operators: [size, size, 3] float32 in [0, 1].
 
-    ``arguments`` are on the host.
+    ``arguments`` are on the host: most operators want them there. Those that arithmetic needs move to ``device``.
     """
+
+    def here(name: str) -> DataNode:
+        return arguments[name].gpu() if device == "gpu" else arguments[name]
+
     window = fn.slice(image, arguments["anchor"], arguments["shape"], axes=[0, 1])
     view: DataNode = fn.resize(
         window,
@@ -104,14 +122,14 @@ def execute(image: DataNode, size: int, arguments: dict[str, DataNode]) -> DataN
     )
     if "sigma_px" in arguments:
         view = _blur(view, arguments["sigma_px"], arguments["blur_window_px"])
-    if "colour_matrix" in arguments:
-        mean = fn.reductions.mean(view, axes=[0, 1], keep_dims=True)
-        offset = fn.coord_transform(mean, M=arguments["mean_weights"])
-        view = math.clamp(fn.coord_transform(view, M=arguments["colour_matrix"]) + offset, 0.0, 1.0)
+    if "hue_turns" in arguments:
+        view = _map_colours(view, arguments["matrix_before"], arguments["mean_weights_before"])
+        view = _turn_hue(view, here("hue_turns"), device)
+        view = _map_colours(view, arguments["matrix_after"], arguments["mean_weights_after"])
     else:
         view = view / 255.0
     if "solarize_limit" in arguments:
-        view = math.min(view, arguments["solarize_limit"] - view)
+        view = math.min(view, here("solarize_limit") - view)
     return view
 
 
@@ -124,78 +142,188 @@ def _blur(view: DataNode, sigma_px: DataNode, window_px: DataNode) -> DataNode:
     return blurred
 
 
+def _map_colours(view: DataNode, matrix: DataNode, mean_weights: DataNode) -> DataNode:
+    """``matrix @ rgb + mean_weights @ mean``, clamped to [0, 1]; the mean is the view's own."""
+    mean = fn.reductions.mean(view, axes=[0, 1], keep_dims=True)
+    # The offset is a sum and not an argument of the operator: it is on the device, arguments must be on the host.
+    offset = fn.coord_transform(mean, M=mean_weights)
+    return math.clamp(fn.coord_transform(view, M=matrix) + offset, 0.0, 1.0)
+
+
+def _turn_hue(view: DataNode, turns: DataNode, device: str) -> DataNode:
+    """HSV's hue turned, value and saturation kept (Smith 1978, "Color Gamut Transform Pairs"), without its six cases.
+
+    With k = (n + 6 hue) mod 6 and n = 5, 3, 1 for red, green and blue, a colour is
+    ``value - chroma * clamp(min(k, 4 - k), 0, 1)``.
+    """
+    value = fn.reductions.max(view, axes=[2], keep_dims=True)
+    chroma = value - fn.reductions.min(view, axes=[2], keep_dims=True)
+    divisor = math.max(chroma, 1e-6)
+    red, green, blue = view[:, :, 0:1], view[:, :, 1:2], view[:, :, 2:3]
+    is_red, is_green = fn.cast(red == value, dtype=types.FLOAT), fn.cast(green == value, dtype=types.FLOAT)
+    from_red, from_green, from_blue = (
+        (green - blue) / divisor,
+        2.0 + (blue - red) / divisor,
+        4.0 + (red - green) / divisor,
+    )
+    sixths = is_red * from_red + (1.0 - is_red) * (is_green * from_green + (1.0 - is_green) * from_blue)
+    channels = types.Constant(np.array([[[5, 3, 1]]], np.float32), device=device)
+    k = channels + (sixths + 6.0 * turns)
+    k = k - 6.0 * math.floor(k / 6.0)
+    return value - chroma * math.clamp(math.min(k, 4.0 - k), 0.0, 1.0)
+
+
+class _Compiled(ops.python_op_factory("CompiledViews", "NumbaFuncImpl", "NumbaFuncImpl", generated=False)):  # type: ignore[misc]
+    """DALI's operator for compiled functions, given their addresses.
+
+    DALI's Numba plugin would compile anew at every start (4 s) and load CUDA's part of Numba; the functions of
+    ``pipelines.kernels`` come compiled from the disk.
+    """
+
+    def __init__(self, views: int, size: int, form: Form) -> None:
+        from pipelines import kernels
+
+        super().__init__(device="cpu")
+        in_memory = form == "memory"
+        self.arguments = {
+            "setup_fn": kernels.shape_function(views, size),
+            "run_fn": kernels.views_of_memory() if in_memory else kernels.views_of_decoded(),
+            "out_types": [types.FLOAT],
+            "outs_ndim": [4],
+            "in_types": [types.INT64, types.FLOAT] if in_memory else [types.UINT8, types.INT64, types.FLOAT],
+            "ins_ndim": [1, 2] if in_memory else [3, 1, 2],
+            "batch_processing": False,
+        }
+
+    def __call__(self, *inputs: DataNode) -> DataNode:
+        return super().__call__(*inputs, **self.arguments)
+
+
 def training_pipeline(
-    source: Callable[[], Sequence[Any]], policy: Policy, *, form: Form, views: int, device: str, **pipeline_options: Any
+    source: Callable[[], Sequence[Any]],
+    policy: Policy,
+    *,
+    form: Form,
+    views: int,
+    device: str,
+    operators: Operators,
+    pixels_on_device: Callable[[], Any] | None = None,
+    half: bool = False,
+    largest_hw: tuple[int, int] | None = None,
+    **pipeline_options: Any,
 ) -> Any:
     """A pipeline that makes ``views`` views of each image that ``source`` hands over, a batch at a time.
 
-    ``source`` returns: the inputs of ``open_image``; then for each view the arguments of ``argument_names``; then the
-    packed commands [N, V, 20] and the record [N, 4] (epoch, position, image id, label), both of which pass through
-    untouched. The pipeline returns the views [N, V, size, size, 3] float32 in [0, 1] on ``device``, the commands, the
-    record and, for files, the images' shapes [N, 3] as stored.
+    ``source`` returns, one after the other,
+
+    * for the form ``memory``, [N, 5] int64: addresses of pixels, strides of rows, columns and colours, and the width of
+      the blur kernel; else the inputs of ``open_image``;
+    * for compiled operators on decoded images, [N, 3] int64: top-left of the part that is decoded, width of the blur
+      kernel; for DALI's operators the arguments of ``argument_names``, for each view;
+    * the packed commands [N, V, 20] and the record [N, 4] (epoch, position, image id, label), which pass untouched.
+
+    ``pixels_on_device`` hands over the pixels of the forms HWC and CWH in its place, where they are on the GPU already.
+    ``largest_hw`` is what the GPU's decoders prepare their memory for.
+
+    The pipeline returns the views [N, V, size, size, 3] in [0, 1] on ``device``, float32 or with ``half`` float16; the
+    commands; the record; and, for files, the images' shapes [N, 3] as stored.
     """
     names = argument_names(policy)
-    opening = 3 if form == "file" else 1
+    opening = (
+        {"memory": 1, "HWC": 1, "CWH": 1, "path": 3, "bytes": 3, "either": 5}[form] if pixels_on_device is None else 0
+    )
+    placing = {"compiled": 0 if form == "memory" else 1, "dali": views * len(names)}[operators]
 
     @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
     def pipeline() -> tuple[DataNode, ...]:
-        count = opening + views * len(names) + 2
-        inputs = fn.external_source(source, num_outputs=count, batch=True, no_copy=True)
-        image, *stored_shape = open_image(inputs[:opening], form, device)
-        arguments = inputs[opening:-2]
-        made = [
-            execute(image, policy.size, dict(zip(names, arguments[v * len(names) : (v + 1) * len(names)])))
-            for v in range(views)
-        ]
-        return fn.stack(*made), inputs[-2], inputs[-1], *stored_shape
+        inputs = fn.external_source(source, num_outputs=opening + placing + 2, batch=True, no_copy=True)
+        arguments, packed, record = inputs[opening:-2], inputs[-2], inputs[-1]
+        # All that depends on form, device and operators is decided here, while the graph is defined.
+        if form == "memory":
+            return _Compiled(views, policy.size, form)(inputs[0], packed), packed, record
+        images = inputs[:opening]
+        if pixels_on_device is not None:
+            images = [fn.external_source(pixels_on_device, batch=True, no_copy=True, device="gpu")]
+        image, *stored_shape = open_image(images, form, device, largest_hw)
+        if operators == "compiled":
+            made = _Compiled(views, policy.size, form)(image, arguments[0], packed)
+        else:
+            by_view = [arguments[v * len(names) : (v + 1) * len(names)] for v in range(views)]
+            made = fn.stack(*(execute(image, policy.size, dict(zip(names, given)), device) for given in by_view))
+        if half:
+            made = fn.cast(made, dtype=types.FLOAT16)
+        return made, packed, record, *stored_shape
 
     return pipeline()
 
 
-def open_image(inputs: Sequence[DataNode], form: Form, device: str) -> tuple[DataNode, ...]:
-    """An image [H, W, 3] uint8 on ``device``, from pixels, or from a path and the part to decode (top-left, size).
+def open_image(
+    inputs: Sequence[DataNode], form: Form, device: str, largest_hw: tuple[int, int] | None = None
+) -> tuple[DataNode, ...]:
+    """An image [H, W, 3] uint8 on ``device``.
 
-    For a file also the shape [3] of the whole image as it is stored now, which the commands rely on.
+    ``inputs`` of pixels are the pixels; of a file, those of ``_encoded`` and the part to decode (top-left, size). For a
+    file also the shape [3] of the whole image as it is stored now, which the commands rely on.
     """
-    # Decided while the graph is defined: a data set has one form.
-    if form == "file":
-        path, origin, extent = inputs
+    if form in ("HWC", "CWH"):
+        image = fn.transpose(inputs[0], perm=[2, 1, 0]) if form == "CWH" else inputs[0]
+        return (fn.reshape(image, layout="HWC"),)
+    *given, origin, extent = inputs
+    encoded = _encoded(given, form)
+    stored_shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+    # DALI 2.4's image_slice crashes the process where a sample is no image or smaller than its slice; reading the
+    # header first makes the former an error, and this makes the latter something to be noticed afterwards.
+    origin = math.min(origin, stored_shape[:2] - 1)
+    extent = math.min(extent, stored_shape[:2] - origin)
+    on_gpu = device == "gpu"
+    height, width = largest_hw or (0, 0)
+    hints: dict[str, Any] = {"preallocate_height_hint": height, "preallocate_width_hint": width} if on_gpu else {}
+    # Without the EXIF rotation, as torchvision's ImageFolder: the commands are for the image as it is stored.
+    image = fn.decoders.image_slice(
+        encoded,
+        origin,
+        extent,
+        axes=[0, 1],
+        normalized_anchor=False,
+        normalized_shape=False,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        **hints,
+    )
+    return image, stored_shape
+
+
+def _encoded(given: Sequence[DataNode], form: Form) -> DataNode:
+    """The content of a file: it is given, or its name is, or whether it is, itself, and the name."""
+    if form == "bytes":
+        return given[0]
+    if form == "path":
+        return fn.io.file.read(given[0], dont_use_mmap=True)
+    is_given, content, path = given
+    # A per-sample condition.
+    if is_given:
+        encoded = content
+    else:
         encoded = fn.io.file.read(path, dont_use_mmap=True)
-        stored_shape = fn.peek_image_shape(encoded, adjust_orientation=False)
-        # DALI 2.4's image_slice crashes the process where a sample is no image or smaller than its slice; reading the
-        # header first makes the former an error, and this makes the latter something to be noticed afterwards.
-        origin = math.min(origin, stored_shape[:2] - 1)
-        extent = math.min(extent, stored_shape[:2] - origin)
-        # Without the EXIF rotation, as torchvision's ImageFolder: the commands are for the image as it is stored.
-        image = fn.decoders.image_slice(
-            encoded,
-            origin,
-            extent,
-            axes=[0, 1],
-            normalized_anchor=False,
-            normalized_shape=False,
-            device="mixed" if device == "gpu" else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,
-        )
-        return image, stored_shape
-    image = inputs[0].gpu() if device == "gpu" else inputs[0]
-    image = fn.transpose(image, perm=[2, 1, 0]) if form == "CWH" else image
-    return (fn.reshape(image, layout="HWC"),)
+    return encoded
 
 
-def evaluation_pipeline(source: Callable[[], Sequence[Any]], size: int, *, device: str, **pipeline_options: Any) -> Any:
+def evaluation_pipeline(
+    source: Callable[[], Sequence[Any]], size: int, *, form: FileForm, device: str, **pipeline_options: Any
+) -> Any:
     """A pipeline that resizes images from files and cuts out a square.
 
-    ``source`` returns paths, sizes to resize to [N, 2] and top-left corners of the square [N, 2]. The pipeline returns
-    images [N, size, size, 3] uint8 on ``device``.
+    ``source`` returns the inputs of a file as in ``open_image``, less the part to decode; sizes to resize to [N, 2] and
+    top-left corners of the square [N, 2]. The pipeline returns images [N, size, size, 3] uint8 on ``device``.
     """
+    opening = {"path": 1, "bytes": 1, "either": 3}[form]
 
-    @pipeline_def(exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
+    @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
     def pipeline() -> DataNode:
-        path, resized_hw, corner = fn.external_source(source, num_outputs=3, batch=True, no_copy=True)
+        *given, resized_hw, corner = fn.external_source(source, num_outputs=opening + 2, batch=True, no_copy=True)
         image = fn.decoders.image(
-            fn.io.file.read(path, dont_use_mmap=True),
+            _encoded(given, form),
             device="mixed" if device == "gpu" else "cpu",
             output_type=types.RGB,
             adjust_orientation=False,

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import mmap
 import os
-from dataclasses import dataclass
+import tarfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stec.errors import UserError
+from pipelines.headers import MAX_PIXELS, open_lazily, reason
+from stec.errors import BadImage, UserError
+
+__all__ = ["MAX_PIXELS", "UNLABELLED", "ImageArray", "ImageFiles", "Images", "Names"]
 
 UNLABELLED = -1
+MAPS = 256
+"""Shards whose memory maps are kept open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,60 +60,185 @@ class ImageArray:
         return ImageArray(pixels=self.pixels[:count], labels=self.labels[:count], layout=self.layout)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageFiles:
-    """Encoded images, each a file below ``root``."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Names:
+    """File names as bytes, end to end: a million of them load in one read."""
 
-    root: Path
-    paths: tuple[str, ...]
-    """N paths relative to ``root``."""
-    sizes: NDArray[np.int64]
-    """[N, 2] int64: height and width in px as stored, before any EXIF rotation."""
-    labels: NDArray[np.int64]
-    """[N] int64, 0 to the number of classes - 1, or UNLABELLED."""
+    blob: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    """[N + 1]: where each name begins, and the last one ends."""
+
+    @classmethod
+    def of(cls, names: Sequence[bytes]) -> Names:
+        offsets = np.zeros(len(names) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, names), np.int64, len(names)), out=offsets[1:])
+        return cls(blob=np.frombuffer(b"".join(names), np.uint8), offsets=offsets)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.offsets) - 1
+
+    def __getitem__(self, n: int) -> bytes:
+        return self.blob[self.offsets.item(n) : self.offsets.item(n + 1)].tobytes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFiles:
+    """N encoded images in files below ``root``: each a file of its own, or many to a file (a tar shard)."""
+
+    root: Path
+    files: Names
+    """Names of the files relative to ``root``."""
+    file_of: NDArray[np.int32]
+    """[N] int32: which of the files an image lies in."""
+    offset: NDArray[np.int64]
+    """[N] int64: the image's first byte in that file."""
+    size_bytes: NDArray[np.int64]
+    """[N] int64: how many bytes it has."""
+    sizes: NDArray[np.int64]
+    """[N, 2] int64: height and width in px as stored, before any EXIF rotation; 1 x 1 where the image has a fault."""
+    labels: NDArray[np.int64]
+    """[N] int64, 0 to the number of classes - 1, or UNLABELLED."""
+    needs_pillow: NDArray[np.bool_]
+    """[N] bool: not known to come out of DALI as it comes out of Pillow."""
+    faults: Mapping[int, str] = field(default_factory=dict)
+    """Why images cannot be used that the index found to be unreadable, by image id."""
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Memory maps would be pickled with their content; the other side opens its own.
+        return {name: value for name, value in self.__dict__.items() if name != "_maps"}
 
     def image_hw(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """[N, 2]: height and width in px of the images named by ``image_ids``."""
         return self.sizes[image_ids]
 
-    def file(self, image_id: int) -> Path:
-        return self.root / self.paths[image_id]
+    @cached_property
+    def in_shards(self) -> bool:
+        """Whether images are parts of larger files."""
+        # A tar archive begins with a header: no image in one has offset 0.
+        return bool(self.offset.any())
+
+    @property
+    def shard_of(self) -> NDArray[np.int32]:
+        """[N] int32: the shard of each image, for an order that reads shard after shard."""
+        return self.file_of
+
+    def path(self, image_id: int) -> Path:
+        """The file that is the image, or the shard that holds it."""
+        return Path(os.fsdecode(self._path(image_id)))
+
+    def path_bytes(self, image_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """[N, longest] uint8: the same as DALI's file reader takes it, filled up with zeros."""
+        names = np.array([self._path(image_id) for image_id in image_ids.tolist()], np.bytes_)
+        return names.view(np.uint8).reshape(len(names), -1)
+
+    def name(self, image_id: int) -> str:
+        """What a person calls the image: its path, or ``shard.tar: member``."""
+        path = self.path(image_id)
+        if not self.in_shards:
+            return str(path)
+        end = int(self.offset[image_id])
+        try:
+            header = tarfile.TarInfo.frombuf(self._map(image_id)[end - 512 : end].tobytes(), "utf-8", "surrogateescape")
+        except (OSError, ValueError, tarfile.HeaderError):
+            return f"{path}: image at byte {end}"
+        return f"{path}: {header.name}"
+
+    def encoded(self, image_id: int) -> NDArray[np.uint8]:
+        """The encoded bytes [size_bytes]; of an image in a shard without a copy.
+
+        Raises BadImage if they are gone, and UserError if it is the disk that is.
+        """
+        try:
+            if not self.in_shards:
+                return np.fromfile(os.fsdecode(self._path(image_id)), np.uint8)
+            first, size = int(self.offset[image_id]), int(self.size_bytes[image_id])
+            content = self._map(image_id)[first : first + size]
+        except (OSError, ValueError) as error:
+            path = self.path(image_id)
+            if isinstance(error, FileNotFoundError | ValueError) and os.path.isdir(path.parent):  # noqa: PTH112
+                raise self._bad(image_id, reason(error)) from error
+            # No fault of the image: taken out of use, it would be missing where the run goes on.
+            raise UserError(
+                f"{path} cannot be read ({reason(error)}); bring its disk back, and go on by --resume auto.", local=True
+            ) from error
+        if len(content) < size:
+            raise self._bad(image_id, "its shard is shorter than when it was indexed")
+        return content
 
     def open(self, image_id: int) -> Image.Image:
         """One image in RGB, not rotated by its EXIF tag, as torchvision's ImageFolder opens it.
 
-        Raises UserError where the file cannot be read, or is not of the size that it was indexed with.
+        Raises BadImage where it cannot be read, or is not of the size that it was indexed with, and UserError where
+        its disk is gone.
         """
-        file = self.file(image_id)
+        if image_id in self.faults:
+            raise self._bad(image_id, self.faults[image_id])
+        height, width = self.sizes[image_id].tolist()
+        content = io.BytesIO(self.encoded(image_id).data)
         try:
-            with Image.open(file) as image:
-                if (image.height, image.width) != tuple(self.sizes[image_id]):
-                    raise UserError(
-                        f"{file} has {image.height} x {image.width} pixels but had {self.sizes[image_id][0]} x "
-                        f"{self.sizes[image_id][1]} when it was indexed; delete the index in {cache_folder()}.",
-                        local=True,
-                    )
-                return image.convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"{file} cannot be read ({error}); delete it or fetch it again.", local=True) from error
+            with open_lazily(content) as image:
+                if (image.height, image.width) == (height, width):
+                    return image.convert("RGB")
+                now = f"{image.height} x {image.width}"
+        except Exception as error:  # Pillow's decoders meet foreign bytes: what they raise has no common base.
+            raise self._bad(image_id, reason(error)) from error
+        raise self._bad(image_id, f"it has {now} pixels but had {height} x {width} when it was indexed")
+
+    def read_ahead(self, shard: int) -> None:
+        """Have the system read a whole shard into its cache, as far as it sees fit, without waiting for it."""
+        if hasattr(os, "posix_fadvise"):
+            # A shard that is gone is told when its images are needed.
+            with suppress(OSError):
+                descriptor = os.open(self._prefix + self.files[shard], os.O_RDONLY)
+                try:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
 
     def limited(self, count: int) -> ImageFiles:
         """``count`` of the images, evenly spread: folders are sorted by class."""
         image_ids = np.arange(count) * len(self) // count
-        return ImageFiles(
-            root=self.root,
-            paths=tuple(self.paths[image_id] for image_id in image_ids),
+        new_ids = {int(old): new for new, old in enumerate(image_ids)} if self.faults else {}
+        return replace(
+            self,
+            file_of=self.file_of[image_ids],
+            offset=self.offset[image_ids],
+            size_bytes=self.size_bytes[image_ids],
             sizes=self.sizes[image_ids],
             labels=self.labels[image_ids],
+            needs_pillow=self.needs_pillow[image_ids],
+            faults={new_ids[old]: fault for old, fault in self.faults.items() if old in new_ids},
         )
 
+    @cached_property
+    def _prefix(self) -> bytes:
+        return os.path.join(os.fsencode(self.root), b"")  # noqa: PTH118 - paths as bytes
 
-def cache_folder() -> Path:
-    """Where the indexes of image folders are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stec"
+    def _path(self, image_id: int) -> bytes:
+        return self._prefix + self.files[self.file_of.item(image_id)]
+
+    @cached_property
+    def _maps(self) -> dict[int, NDArray[np.uint8]]:
+        return {}
+
+    def _map(self, image_id: int) -> NDArray[np.uint8]:
+        """The content of the shard that holds an image."""
+        shard = int(self.file_of[image_id])
+        content = self._maps.get(shard)
+        if content is None:
+            with self.path(image_id).open("rb") as file:
+                content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            # Each map holds a file descriptor, of which a process may have 1024.
+            if len(self._maps) >= MAPS:
+                self._maps.pop(next(iter(self._maps)), None)
+            self._maps[shard] = content
+        return content
+
+    def _bad(self, image_id: int, why: str) -> BadImage:
+        return BadImage(self.name(image_id), image_id, why)
 
 
 Images = ImageArray | ImageFiles

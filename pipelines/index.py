@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from pipelines import demo
 from pipelines.arrays import STL10_CLASSES, read_cifar10, read_cifar100, read_stl10_split
-from pipelines.folders import read_folder
-from pipelines.images import ImageArray, Images
+from pipelines.cache import Split
+from pipelines.images import UNLABELLED, ImageArray, Images
+from pipelines.splits import Kind, Progress, read_split, silent
 from stec.errors import UserError
+
+SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,20 +23,27 @@ class DataSet:
 
     train: Images
     """What pre-training sees."""
-    labelled: Images
+    labelled: Images | None
     """What the probe, nearest neighbours and linear fits learn from; the same as ``train`` where that has labels."""
-    test: Images
+    test: Images | None
     classes: tuple[str, ...]
+    """Empty where there are no labels."""
 
 
 def open_data_set(
-    name: str, data_dir: Path | None, *, limit_train: int | None = None, download: bool = False
+    name: str,
+    data_dir: Path | None,
+    *,
+    limit_train: int | None = None,
+    download: bool = False,
+    progress: Progress = silent,
 ) -> DataSet:
     """Open a data set by its name, keeping at most ``limit_train`` training images: the first, or of folders, which
     are sorted by class, evenly spread ones.
 
     ``download`` first fetches CIFAR-10, CIFAR-100 or STL-10 into ``data_dir`` through torchvision, which verifies the
-    checksums. Raises UserError where the data is missing, truncated or not what it should be.
+    checksums. ``progress`` hears about the pass over image files that are not indexed yet. Raises UserError where the
+    data is missing, truncated or not what it should be.
     """
     if name == "demo":
         return _limited(_demo(), name, limit_train)
@@ -39,17 +51,31 @@ def open_data_set(
         raise UserError(f"--dataset {name} needs --data_dir, the folder that holds the data set.")
     if download:
         _download(name, data_dir)
-    data_set = {"cifar10": _cifar10, "cifar100": _cifar100, "stl10": _stl10, "imagenet": _imagenet}[name](data_dir)
+    if name == "imagenet":
+        data_set = _imagenet(data_dir, progress)
+    elif name == "folder":
+        data_set = _folder(data_dir, progress)
+    else:
+        data_set = {"cifar10": _cifar10, "cifar100": _cifar100, "stl10": _stl10}[name](data_dir)
     return _limited(data_set, name, limit_train)
 
 
-def open_test_images(name: str, data_dir: Path | None, *, download: bool = False) -> tuple[Images, tuple[str, ...]]:
-    """The test split alone and the classes of a data set: all that an evaluation needs to be on disk."""
+def open_test_images(
+    name: str, data_dir: Path | None, *, download: bool = False, progress: Progress = silent
+) -> tuple[Images, tuple[str, ...]]:
+    """The test split alone and the classes of a data set: all that an evaluation needs to be on disk.
+
+    Raises UserError where there is none.
+    """
+    if name == "folder":
+        raise UserError("--dataset folder has no labels to evaluate with; name a data set that has.")
     if name == "stl10" and data_dir is not None and not download:
         return read_stl10_split(data_dir, "test"), STL10_CLASSES
     if name == "imagenet" and data_dir is not None and not download:
-        return read_folder(data_dir, "val")
+        split = _labelled_split(data_dir, "val", progress)
+        return split.images, split.classes
     data_set = open_data_set(name, data_dir, download=download)
+    assert data_set.test is not None, "all others have test images"
     return data_set.test, data_set.classes
 
 
@@ -68,15 +94,77 @@ def _stl10(data_dir: Path) -> DataSet:
     return DataSet(train=unlabelled, labelled=labelled, test=test, classes=STL10_CLASSES)
 
 
-def _imagenet(data_dir: Path) -> DataSet:
-    (train, classes), (test, test_classes) = (read_folder(data_dir, split) for split in ("train", "val"))
-    if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))
+def _imagenet(data_dir: Path, progress: Progress) -> DataSet:
+    train, val = (_labelled_split(data_dir, name, progress) for name in SPLITS)
+    if train.layout == val.layout == "class folders" and train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(
             f"{data_dir / 'train'} and {data_dir / 'val'} must hold the same class folders, but {odd[0]} is in one of "
             f"them only (of {len(odd)} such); complete the data set."
         )
-    return DataSet(train=train, labelled=train, test=test, classes=classes)
+    if len(val.classes) > len(train.classes):
+        raise UserError(
+            f"{data_dir / 'val'} has {len(val.classes)} classes, but {data_dir / 'train'} has {len(train.classes)}; "
+            f"both must count them alike."
+        )
+    return DataSet(train=train.images, labelled=train.images, test=val.images, classes=train.classes)
+
+
+def _folder(data_dir: Path, progress: Progress) -> DataSet:
+    if not data_dir.is_dir():
+        raise UserError(f"--data_dir {data_dir} is no folder; name the one that holds the images.")
+    images = read_split(data_dir, "loose images", progress).images
+    unlabelled = replace(images, labels=np.full(len(images), UNLABELLED, np.int64))
+    return DataSet(train=unlabelled, labelled=None, test=None, classes=())
+
+
+def _labelled_split(data_dir: Path, name: str, progress: Progress) -> Split:
+    """The split ``train`` or ``val``, in class folders or shards. Raises UserError where it has no labels."""
+    root = data_dir / name
+    if not root.is_dir():
+        raise UserError(_where_instead(data_dir))
+    split = read_split(root, "class folders", progress)
+    if not split.classes:
+        raise UserError(f"The shards in {root} hold no labels (.cls); train without them by --dataset folder.")
+    check_labels(split)
+    return split
+
+
+def check_labels(split: Split) -> None:
+    """Raise UserError where some images have labels and others, that are no bad ones, have none."""
+    missing = np.setdiff1d(np.flatnonzero(split.images.labels == UNLABELLED), list(split.images.faults))
+    if split.classes and len(missing):
+        raise UserError(
+            f"{split.images.name(int(missing[0]))} has no label (.cls) beside it, but others have (it is one of "
+            f"{len(missing)}); give all images labels or none."
+        )
+
+
+def splits_below(data_dir: Path) -> dict[str, tuple[Path, Kind]]:
+    """The splits that ``data_dir`` seems to hold by name: ``train`` and ``val``, or all its images as one.
+
+    Raises UserError where it is no folder.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir} is no folder; name the one that holds the data set.")
+    named: dict[str, tuple[Path, Kind]] = {
+        name: (data_dir / name, "class folders")
+        for name in SPLITS
+        if (data_dir / name).is_dir()
+        and any(path.is_dir() or path.suffix == ".tar" for path in (data_dir / name).iterdir())
+    }
+    return named or {"all images": (data_dir, "loose images")}
+
+
+def _where_instead(data_dir: Path) -> str:
+    needed = " and ".join(SPLITS)
+    candidates = [data_dir.resolve().parent]
+    if data_dir.is_dir():
+        candidates += sorted(path for path in data_dir.iterdir() if path.is_dir())
+    for candidate in candidates:
+        if all((candidate / split).is_dir() for split in SPLITS):
+            return f"--data_dir {data_dir} does not hold {needed}, but {candidate} does; use --data_dir {candidate}."
+    return f"--data_dir {data_dir} must hold the folders {needed}, each with class folders or tar shards."
 
 
 def _demo() -> DataSet:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.images import Images
+from pipelines.bad_images import BadImages
+from pipelines.images import ImageFiles, Images
 from stec.commands import COMMAND_STREAM, ORDER_STREAM, VIEWS, Commands, Policy, draw, generator
 from stec.errors import UserError
 
@@ -28,7 +28,10 @@ class Order:
     stretch per process.
 
     The last, incomplete global batch of an epoch is dropped. Each position gets ``views`` commands of ``policy`` from
-    ``command_stream``.
+    ``command_stream``. Images that are known to be bad are replaced.
+
+    ``shuffle_window`` is for images in shards: so many shards, themselves in random order, are shuffled together, one
+    window after the other, so that an epoch reads long stretches of few files at a time. 0 shuffles all images.
 
     ``epoch_length`` is for images that accompany those of another, longer order: an epoch has so many positions, at
     which the images are repeated. (STL-10's labelled images accompany the unlabelled ones like this.)
@@ -49,10 +52,14 @@ class Order:
         views: int = VIEWS,
         command_stream: int = COMMAND_STREAM,
         epoch_length: int | None = None,
+        shuffle_window: int = 0,
+        bad: BadImages | None = None,
     ) -> None:
         self.images, self.policy, self.seed = images, policy, seed
         self.batch_size, self.process_index = batch_size, process_index
         self.views, self.command_stream = views, command_stream
+        self.bad = BadImages(images) if bad is None else bad
+        self.shuffle_window = shuffle_window if isinstance(images, ImageFiles) and images.in_shards else 0
         self.epoch_length = epoch_length or len(images)
         self.chunk_size = batch_size * num_processes
         self.global_batch_size = self.chunk_size * accumulate
@@ -64,27 +71,56 @@ class Order:
                 f"global batch of {self.global_batch_size}, but there are only {self.epoch_length} training images; "
                 f"use --batch_size {max(1, self.epoch_length // (num_processes * accumulate))} or less."
             )
-        self._permutation = lru_cache(maxsize=2)(self._permute)
+        self._permutations: dict[int, NDArray[np.int64]] = {}
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        """The images of an epoch in their order; those of the last two epochs are kept."""
+        if epoch not in self._permutations:
+            for old in list(self._permutations)[:-1]:
+                del self._permutations[old]
+            self._permutations[epoch] = self._permute(epoch)
+        return self._permutations[epoch]
 
     def _permute(self, epoch: int) -> NDArray[np.int64]:
+        random = generator(ORDER_STREAM, self.seed, epoch)
+        if self.shuffle_window:
+            return self._permute_windows(random)[: self.epoch_length]
         # As many positions as either needs: a short epoch must draw from all images, a long one repeats them.
         positions = max(self.epoch_length, len(self.images))
-        order = generator(ORDER_STREAM, self.seed, epoch).permutation(positions)
+        order = random.permutation(positions)
         return order[: self.epoch_length] % len(self.images)
+
+    def _permute_windows(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """Shards in random order, then the images of each window of them."""
+        assert isinstance(self.images, ImageFiles)
+        shard_of = self.images.shard_of
+        place_of_shard = random.permutation(int(shard_of.max()) + 1)
+        return np.lexsort((random.random(len(shard_of)), place_of_shard[shard_of] // self.shuffle_window))
+
+    def shards_of(self, chunk: int) -> NDArray[np.int32]:
+        """The shards that hold the images of this process in ``chunk``, each once."""
+        assert isinstance(self.images, ImageFiles)
+        _, _, image_ids = self._planned(chunk)
+        return np.unique(self.images.shard_of[image_ids])
+
+    def _planned(self, chunk: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+        """Epoch, positions and images of this process in ``chunk``, bad images included."""
+        epoch, chunk_in_epoch = divmod(chunk, self.chunks_per_epoch)
+        first = chunk_in_epoch * self.chunk_size + self.process_index * self.batch_size
+        positions = np.arange(first, first + self.batch_size, dtype=np.int64)
+        return epoch, positions, self._permutation(epoch)[first : first + self.batch_size]
 
     def share(self, chunk: int) -> Share:
         """This process's share of chunk ``chunk``, counted from the start of training."""
-        epoch, chunk_in_epoch = divmod(chunk, self.chunks_per_epoch)
-        first = chunk_in_epoch * self.chunk_size + self.process_index * self.batch_size
-        image_ids = self._permutation(epoch)[first : first + self.batch_size]
+        epoch, positions, planned = self._planned(chunk)
+        image_ids = self.bad.replace(planned, seed=self.seed, epoch=epoch, positions=positions)
         commands = draw(
             self.policy,
             seed=self.seed,
             epoch=epoch,
-            first_position=first,
+            first_position=int(positions[0]),
             image_hw=self.images.image_hw(image_ids),
             views=self.views,
             stream=self.command_stream,
         )
-        positions = np.arange(first, first + self.batch_size, dtype=np.int64)
         return Share(epoch=epoch, positions=positions, image_ids=image_ids, commands=commands)

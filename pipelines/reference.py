@@ -146,7 +146,7 @@ def _raising(items: Iterable[T | UserError]) -> Iterator[T]:
     """The items, until one is an error, which is raised."""
     for item in items:
         if isinstance(item, UserError):
-            raise UserError(str(item), local=True)
+            raise item
         yield item
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +43,9 @@ _ORDER, _GREY, _BLUR, _SIGMA, _SOLARIZE = 28, 29, 30, 31, 32
 UNIFORMS_PER_VIEW = 36
 _COUNTERS_PER_VIEW = UNIFORMS_PER_VIEW // 4
 
-COMMAND_STREAM, ORDER_STREAM, PROBE_STREAM = 1, 2, 3
-"""Streams of the generator: the commands, the order of the images, and the commands of images for the probe alone."""
+COMMAND_STREAM, ORDER_STREAM, PROBE_STREAM, REPLACEMENT_STREAM = 1, 2, 3, 4
+"""Streams of the generator: the commands, the order of the images, the commands of images for the probe alone, and the
+images that stand in for bad ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class Policy:
     def of(config: TrainConfig) -> Policy:
         """The policy that a configuration asks for."""
         return Policy(
-            size=config.traits.view_size_px,
+            size=config.view_size_px,
             jitter_strength=config.traits.jitter_strength,
             p_color_jitter=config.p_color_jitter,
             p_grayscale=config.p_grayscale,
@@ -173,6 +175,18 @@ class Commands:
         return Commands(**values)  # type: ignore[arg-type]
 
 
+def _packed_columns() -> dict[str, int]:
+    columns, column = {}, 0
+    for field in fields(Commands):
+        columns[field.name] = column
+        column += 4 if field.name == "order" else 1
+    return {**columns, "end": column}
+
+
+PACKED_COLUMNS = _packed_columns()
+"""Where each field starts in a row of ``Commands.pack``, and, as ``end``, how many columns there are."""
+
+
 def generator(stream: int, seed: int, epoch: int, counter: int = 0) -> np.random.Generator:
     """A counter-based generator whose output is a pure function of its four arguments.
 
@@ -199,8 +213,15 @@ def draw(
     ColorJitter in RandomApply and RandomGrayscale, followed by the official blur and solarization.
     """
     counter = first_position * views * _COUNTERS_PER_VIEW
-    uniforms = generator(stream, seed, epoch, counter).random((len(image_hw), views, UNIFORMS_PER_VIEW))
+    uniforms = _scratch(len(image_hw), views)
+    generator(stream, seed, epoch, counter).random(out=uniforms)
     return commands_from_uniforms(policy, uniforms, image_hw)
+
+
+@lru_cache(maxsize=4)
+def _scratch(count: int, views: int) -> NDArray[np.float64]:
+    """[N, V, 36]: the same memory at every call, since fresh memory costs as much as the numbers that fill it."""
+    return np.empty((count, views, UNIFORMS_PER_VIEW))
 
 
 def commands_from_uniforms(policy: Policy, uniforms: NDArray[np.float64], image_hw: NDArray[np.integer]) -> Commands:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from stec.errors import UserError
 
 Switch = Literal[0, 1]
@@ -36,6 +38,7 @@ RUN_LOCAL = frozenset(
         "on_save_error",
         "stop_exit_code",
         "process_timeout_s",
+        "max_bad_share",
     }
 )
 """Settings that may differ between a run and its continuation: they do not change the weights."""
@@ -68,14 +71,22 @@ class DataSetTraits:
     resize_px: int | None = None
     """For evaluation, the shorter side is resized to this and the centre cut out; None: images are used as they are."""
 
+    def at(self, view_size_px: int | None) -> DataSetTraits:
+        """The same for views of another size (None: of this one); evaluation resizes to the same part of it."""
+        if view_size_px is None:
+            return self
+        resize_px = None if self.resize_px is None else self.resize_px * view_size_px // self.view_size_px
+        return dataclasses.replace(self, view_size_px=view_size_px, resize_px=resize_px)
 
-DataSetName = Literal["demo", "cifar10", "cifar100", "stl10", "imagenet"]
+
+DataSetName = Literal["demo", "cifar10", "cifar100", "stl10", "imagenet", "folder"]
 DATA_SETS: dict[str, DataSetTraits] = {
     "demo": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=1.0),
     "cifar10": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=0.5),
     "cifar100": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=0.5),
     "stl10": DataSetTraits(view_size_px=96, stem="stl10", jitter_strength=1.0),
     "imagenet": DataSetTraits(view_size_px=224, stem="imagenet", jitter_strength=1.0, resize_px=256),
+    "folder": DataSetTraits(view_size_px=224, stem="imagenet", jitter_strength=1.0, resize_px=256),
 }
 
 
@@ -92,12 +103,18 @@ class TrainConfig:
     """1: fetch CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
     limit_train: int | None = None
     """Use only the first so many training images (ImageNet: evenly spread over the classes)."""
+    shuffle_window: int = 16
+    """For images in tar shards: so many shards are shuffled together, so that reads are long; 0 shuffles all images."""
+    max_bad_share: float = 0.01
+    """A run stops when more than this share of the training images cannot be used; others stand in for fewer."""
     backend: Literal["auto", "dali", "torchvision"] = "auto"
     """What executes the commands; auto is DALI where it is installed."""
     num_workers: int | None = None
     """DALI threads or torchvision worker processes, per training process; default: this process's share of the CPUs."""
 
     # Views
+    view_size: int | None = None
+    """Height and width of a view in px; default: the data set's own (32, STL-10 96, ImageNet and folders 224)."""
     p_color_jitter: float = 0.8
     """Probability of colour jitter; 0 or less is never."""
     p_grayscale: float = 0.2
@@ -200,13 +217,14 @@ class TrainConfig:
         at_least_1 = ("limit_train", "width", "feat_dim", "manip_hidden_mlp", "log_every", "checkpoint_every", "gpus",
                       "num_nodes", "accumulate", "checkpoint_every_steps", "keep_checkpoints", "keep_every",
                       "process_timeout_s")  # fmt: skip
-        at_least_0 = ("num_workers", "manip_lambda", "discrimination_lambda", "supervised_lambda", "weight_decay",
-                      "learning_rate")  # fmt: skip
+        at_least_0 = ("num_workers", "shuffle_window", "manip_lambda", "discrimination_lambda", "supervised_lambda",
+                      "weight_decay", "learning_rate")  # fmt: skip
         limits: dict[str, tuple[int, int | None]] = {
             **dict.fromkeys(at_least_1, (1, None)),
             **dict.fromkeys(at_least_0, (0, None)),
             "batch_size": (2, None),
             "n_bins": (2, 1000),
+            "view_size": (16, 4096),
             "warmup_epochs": (0, 10**6),
             "max_epochs": (1, 10**6),
             "seed": (0, 2**63 - 1),
@@ -216,6 +234,8 @@ class TrainConfig:
         for name in ("p_color_jitter", "p_grayscale"):
             if not getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name)} is no probability; give 1 or less.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"--max_bad_share {self.max_bad_share} is no share; give a number from 0 to 1.")
         if not self.temperature > 0:
             raise UserError(f"--temperature {self.temperature} makes no sense; give a number above 0.")
         if self.hidden_mlp < 1 and self.hidden_mlp != -1:
@@ -228,7 +248,11 @@ class TrainConfig:
 
     @property
     def traits(self) -> DataSetTraits:
-        return DATA_SETS[self.dataset]
+        return DATA_SETS[self.dataset].at(self.view_size)
+
+    @property
+    def view_size_px(self) -> int:
+        return self.traits.view_size_px
 
     def identity(self) -> dict[str, Any]:
         """The settings that the trained weights depend on: all but where files lie and how the work is watched."""
@@ -257,6 +281,8 @@ class EvalConfig:
     """What prepares the images; auto is DALI where it is installed."""
     num_workers: int | None = None
     """DALI threads or torchvision worker processes, per process; default: this process's share of the CPUs."""
+    view_size: int | None = None
+    """Height and width in px at which the encoder sees an image; default: the data set's own."""
     arch: Literal["resnet18", "resnet50"] | None = None
     """Architecture of the encoder; default: what a file of ours says, else resnet18."""
     width: int | None = None
@@ -270,13 +296,18 @@ class EvalConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
-        _check_ranges(self, {"batch_size": (1, None), "width": (1, None), "num_workers": (0, None)})
+        limits: dict[str, tuple[int, int | None]] = {
+            "batch_size": (1, None),
+            "width": (1, None),
+            "num_workers": (0, None),
+        }
+        _check_ranges(self, {**limits, "view_size": (16, 4096)})
         if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
             raise UserError(f"--json {self.json} cannot be written; name a file in an existing folder.")
 
     @property
     def traits(self) -> DataSetTraits:
-        return DATA_SETS[self.dataset]
+        return DATA_SETS[self.dataset].at(self.view_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +318,18 @@ class ImportConfig:
     """File to read; nothing in it is executed."""
     out: Path
     """File to write, ending in .safetensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Index a data set of image files or tar shards, and tell what it holds and which images are bad."""
+
+    data_dir: tyro.conf.Positional[Path]
+    """Folder that holds train and val, or images."""
+    verify: Literal["headers", "full"] = "headers"
+    """full: decode every image, and write the list of bad ones."""
+    bad: Path = Path("bad-images.tsv")
+    """With --verify full: where that list goes, a line of name, tab, reason for each bad image."""
 
 
 def _check_ranges(config: object, limits: Mapping[str, tuple[int, int | None]]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -49,6 +49,23 @@ class Console:
         return self._rich.status(text) if self._rich.is_terminal else nullcontext()
 
     @contextmanager
+    def counting(self) -> Iterator[Callable[[str, int, int], None]]:
+        """A function that shows what is being done, how much of it is done and of how much: as bars or, where there is
+        no terminal, as a line for each thing."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        tasks: dict[str, TaskID] = {}
+        with Progress(*columns, console=self._rich, transient=True, disable=not self._rich.is_terminal) as progress:
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = progress.add_task(what, total=total)
+                    if not self._rich.is_terminal:
+                        self.say(f"{what} ({total})")
+                progress.update(tasks[what], completed=done)
+
+            yield show
+
+    @contextmanager
     def training(self, *, first_step: int, total_steps: int) -> Iterator[None]:
         """While this is open, ``report`` moves a progress display (terminal) or prints lines (elsewhere)."""
         if not self._rich.is_terminal:
@@ -70,12 +87,15 @@ class Console:
     def report(self, values: Mapping[str, float], *, epochs: int, eta_seconds: float, end_of_epoch: bool) -> None:
         """Show a step's metrics: always on the live display, as a line of its own at the end of an epoch."""
         parts = [f"loss {values['loss']:.3f}"]
-        # A loss of exactly 0 is one that is not trained: SimCLR has no inverse model, a linear fit only the probe.
+        # A loss of exactly 0 is one that is not trained: SimCLR has no inverse model, a linear fit only the probe, and
+        # images without labels have none.
         if values["discrimination"]:
             parts.append(f"contrast {values['discrimination']:.3f}")
         if values["manipulation"]:
             parts.append(f"inverse {values['manipulation']:.3f} ({values['manipulation_accuracy']:.2f})")
-        parts += [f"probe {values['supervised_accuracy']:.2f}", f"lr {values['learning_rate']:.3g}"]
+        if values["supervised"]:
+            parts.append(f"probe {values['supervised_accuracy']:.2f}")
+        parts.append(f"lr {values['learning_rate']:.3g}")
         learning = "  ".join(parts)
         left = timedelta(seconds=round(min(eta_seconds, 1e9)))
         pace = f"{values['images_per_second']:.0f} images/s  wait {values['wait_share']:.0%}  left {left}"

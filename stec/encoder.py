@@ -19,8 +19,9 @@ ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, in
 
 
 NARROW = 16
-"""Below this width an encoder is not channels-last: oneDNN, up to version 3.14 at least, writes past its workspace in the
-gradient of a strided 1x1 convolution of fewer channels than a vector holds (its issue 6035): a crash or an endless loop."""
+"""Below this width an encoder is not channels-last: oneDNN, which computes PyTorch's convolutions on CPUs, writes past
+its workspace in the gradient of a strided 1x1 convolution of fewer channels than a vector holds, and crashes or hangs
+(uxlfoundation/oneDNN issue 6035)."""
 
 
 class Encoder(nn.Module):
@@ -57,7 +58,7 @@ class Encoder(nn.Module):
         self.feature_dim: int = channels
         self._initialise()
         self.memory_format = torch.channels_last if width >= NARROW else torch.contiguous_format
-        self.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.to(memory_format=self.memory_format)
 
     def _initialise(self) -> None:
         """As the official code does: half the variance that is usual before a ReLU, in every convolution."""

@@ -43,9 +43,11 @@ class Data:
     """Everything the engine is fed with."""
 
     training: TwoViewLoader
-    labelled: PlainLoader
-    test: PlainLoader
+    labelled: PlainLoader | None
+    """What evaluation learns from; None, as ``test``, where nothing has labels."""
+    test: PlainLoader | None
     classes: int
+    """0 where nothing has labels: then there is no probe and no evaluation."""
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -346,11 +348,14 @@ def _seconds_since(start: float) -> float:
 
 def _evaluate(config: TrainConfig, data: Data, trained: Model, accelerator: Accelerator) -> dict[str, float]:
     """Nearest neighbours, linear fit and probe for the trained model and for the one that training started from."""
+    if data.test is None or data.labelled is None:
+        return {}
     device = accelerator.device
     started = initial_model(config, data.classes).to(device)
     results: dict[str, float] = {}
     for when, model in (("before", started), ("after", trained)):
         queries = extract_features(model.encoder, data.test, accelerator)
+        assert model.probe is not None, "what has test images has classes"
         results[f"probe_{when}"] = evaluate_probe(model.probe, queries)["accuracy"]
         if config.stop_gradient != 2:
             bank = extract_features(model.encoder, data.labelled, accelerator, BANK_LIMIT)

@@ -13,6 +13,18 @@ class UserError(Exception):
         self.local = local
 
 
+class BadImage(UserError):
+    """An image that cannot be used: ``name`` and ``reason`` for a person, ``image_id`` for the code that goes on."""
+
+    def __init__(self, name: str, image_id: int, reason: str) -> None:
+        super().__init__(f"{name} cannot be used: {reason}; replace it or delete it.", local=True)
+        self.name, self.image_id, self.reason = name, image_id, reason
+
+    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, int, str]]:
+        # Exceptions are rebuilt from their message alone otherwise, which fails on the way out of a worker process.
+        return BadImage, (self.name, self.image_id, self.reason)
+
+
 class Interrupted(Exception):
     """Training was stopped from outside; the message says how to go on, ``exit_code`` is the program's."""
 

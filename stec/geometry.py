@@ -66,42 +66,83 @@ def relative_windows(
     return relative[:, :2].astype(np.float32)
 
 
-def colour_maps(commands: Commands) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Jitter and grey as one affine map per view: ``rgb -> A @ rgb + q . mean``, the same sum added to each channel.
+def colour_maps(
+    commands: Commands, part: Literal["before", "after"]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What jitter and grey do before or after the turn of the hue, per view: ``rgb -> A @ rgb + q . mean``.
 
-    Returns A [N, V, 3, 3] and q [N, V, 3], both float32, where ``mean`` is the view's own mean colour before the map.
+    Returns A [N, V, 3, 3] and q [N, V, 3], both float32, where ``mean`` is the mean colour of the view that the map is
+    given, and the same sum is added to each channel.
 
-    Brightness b, contrast c and saturation s act as ``b I``, ``c x + (1-c) grey(mean)`` and ``s I + (1-s) 1 w^T``
-    (w: the grey weights); the hue is a rotation R about the grey axis 1, which is closer to torchvision's HSV hue than
-    a rotation in YIQ. All four keep the grey axis, so for any order the product has a closed form:
-
-    * ``w^T`` passes through a saturation unchanged (``w . 1 = 1``), so where contrast takes its grey mean only
-      the hue before it matters: ``u = w``, or ``u = w^T R``, or ``u = s w^T R + (1-s) w`` (saturation, then hue).
-    * ``A = b c (s R + (1-s) 1 v^T)`` with ``v = w^T R`` where the hue comes before the saturation, else ``v = w``.
-    * ``q = (1-c) b u``.
-
-    What this leaves out is the clamping to [0, 1] between torchvision's four steps.
+    Brightness b, contrast c and saturation s act as ``b I``, ``c x + (1-c) w . mean`` and ``s I + (1-s) 1 w^T`` with
+    the grey weights w. All three keep grey colours grey, and a saturation keeps a colour's grey, so they commute:
+    ``A = b c (s I + (1-s) 1 w^T)`` and ``q = (1-c) b w``. What this leaves out is torchvision's rounding and clamping
+    between the steps. Grey, ``1 w^T``, comes after everything.
     """
     w = GREY_WEIGHTS
-    angle = 2 * np.pi * commands.hue_turns.astype(np.float64)
-    cos, sin = np.cos(angle)[..., None], np.sin(angle)[..., None]
-    ones = np.ones((3, 3))
-    cross = np.array([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-    rotation = cos[..., None] * np.eye(3) + ((1 - cos) / 3)[..., None] * ones + sin[..., None] * cross
-    rotated_grey = cos * w + (1 - cos) / 3 + sin * (w @ cross)
-
     step = np.argsort(commands.order, axis=-1)
-    contrast_at, saturation_at, hue_at = step[..., 1], step[..., 2], step[..., 3]
-    b = commands.brightness.astype(np.float64)[..., None]
-    c = commands.contrast.astype(np.float64)[..., None]
-    s = commands.saturation.astype(np.float64)[..., None]
+    hue_at = step[..., 3]
 
-    v = np.where((hue_at < saturation_at)[..., None], rotated_grey, w)
-    linear = (b * c)[..., None] * (s[..., None] * rotation + ((1 - s) * v)[..., None, :])
-    u = np.where((saturation_at < hue_at)[..., None], s * rotated_grey + (1 - s) * w, rotated_grey)
-    u = np.where((hue_at < contrast_at)[..., None], u, w)
-    mean_weights = (1 - c) * b * u
+    def factor(values: NDArray[np.float32], kind: int) -> NDArray[np.float64]:
+        ours = (step[..., kind] < hue_at) == (part == "before")
+        return np.where(ours, values.astype(np.float64), 1.0)[..., None]
 
-    grey = np.broadcast_to((w @ linear)[..., None, :], linear.shape)
-    linear = np.where(commands.grey[..., None, None], grey, linear)
-    return linear.astype(np.float32), mean_weights.astype(np.float32)
+    b, c, s = factor(commands.brightness, 0), factor(commands.contrast, 1), factor(commands.saturation, 2)
+    linear = (b * c)[..., None] * (s[..., None] * np.eye(3) + ((1 - s) * w)[..., None, :])
+    if part == "after":
+        linear = np.where(commands.grey[..., None, None], (w @ linear)[..., None, :], linear)
+    return linear.astype(np.float32), ((1 - c) * b * w).astype(np.float32)
+
+
+def colour_matrices(commands: Commands, mean: float = 0.5) -> NDArray[np.float64]:
+    """[N, V, 3, 4]: jitter and grey of each view as one affine map of colours in [0, 1], the last column added.
+
+    The turn of the hue is a rotation about the grey axis here, its nearest linear map. A contrast moves colours towards
+    the grey mean of the view, which the command does not know: ``mean`` stands for it, as it is before the jitter.
+    """
+    angle = 2 * np.pi * commands.hue_turns.astype(np.float64)[..., None, None]
+    axis = np.array([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    rotation = np.cos(angle) * np.eye(3) + (1 - np.cos(angle)) / 3 + np.sin(angle) * axis
+    (before, weights_before), (after, weights_after) = colour_maps(commands, "before"), colour_maps(commands, "after")
+    offset_before = weights_before.sum(-1) * mean
+    # A grey mean passes a rotation about the grey axis, and the first map scales it by its row sum and adds the offset.
+    mean_after = before[..., 0, :].sum(-1) * mean + offset_before
+    matrix = np.empty((*commands.top.shape, 3, 4))
+    matrix[..., :3] = after @ rotation @ before
+    offset = after.sum(-1) * offset_before[..., None] + (weights_after.sum(-1) * mean_after)[..., None]
+    matrix[..., 3] = offset
+    return matrix
+
+
+def relative_colours(
+    commands: Commands, *, from_view: int = 0, to_view: int = 1, mean: float = 0.5
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The colour change from one view to the other: [N, 3, 4] float32, and where there is one, [N] bool.
+
+    ``matrix @ (r, g, b, 1)`` turns the first view's colours into the second's, clamping and rounding aside, as far as
+    both are invertible; where one is not (grey, or a factor near 0) the matrix holds NaN. ``mean`` as in
+    ``colour_matrices``.
+    """
+    matrices = colour_matrices(commands, mean)
+    first, second = matrices[:, from_view], matrices[:, to_view]
+    # Determinants are products of factors of about 1; float32 factors leave a few parts in 10 million.
+    valid = (np.abs(np.linalg.det(first[..., :3])) > 1e-5) & (np.abs(np.linalg.det(second[..., :3])) > 1e-5)
+    relative = np.full(first.shape, np.nan)
+    linear = second[valid][..., :3] @ np.linalg.inv(first[valid][..., :3])
+    relative[valid, :, :3] = linear
+    relative[valid, :, 3] = second[valid][..., 3] - np.einsum("nij,nj->ni", linear, first[valid][..., 3])
+    return relative.astype(np.float32), valid
+
+
+def relative_factors(commands: Commands, *, from_view: int = 0, to_view: int = 1) -> NDArray[np.float32]:
+    """[N, 6] float32: the second view's value less the first's, of what is not geometry.
+
+    The columns are the factors of brightness, contrast and saturation, the hue in turns (-0.5 to 0.5, the short way
+    round), the blur's standard deviation in px of the view, and solarization (1 if only the second view is solarized,
+    -1 if only the first).
+    """
+    names = ("brightness", "contrast", "saturation", "hue_turns", "sigma_px", "solarize")
+    values = np.stack([getattr(commands, name).astype(np.float32) for name in names], axis=-1)
+    difference: NDArray[np.float32] = values[:, to_view] - values[:, from_view]
+    difference[:, 3] -= np.rint(difference[:, 3])
+    return difference

@@ -21,8 +21,8 @@ class Outputs(NamedTuple):
     """[N, 2, F]: unit vectors; None where only the probe is trained."""
     command_logits: Tensor | None
     """[N, K, 2, 3]: of the command from view i to view j; None without an inverse model (SimCLR)."""
-    class_logits: Tensor
-    """[N, V, C]: of the probe."""
+    class_logits: Tensor | None
+    """[N, V, C]: of the probe; None without labels."""
 
 
 def encode(encoder: nn.Module, views: Tensor, *, trained: bool) -> Tensor:
@@ -46,7 +46,7 @@ class Heads(nn.Module):
         self,
         projection: Projection | None,
         inverse_model: InverseModel | None,
-        probe: nn.Linear,
+        probe: nn.Linear | None,
         *,
         probe_trains_encoder: bool,
     ) -> None:
@@ -55,20 +55,22 @@ class Heads(nn.Module):
         self.probe_trains_encoder = probe_trains_encoder
 
     def forward(self, pairs: Tensor, probed: Tensor) -> Outputs:
-        projections = command_logits = None
+        projections = command_logits = class_logits = None
         if self.projection is not None:
             projections = self.projection(pairs.flatten(0, 1)).view(len(pairs), 2, -1)
         if self.inverse_model is not None:
             command_logits = self.inverse_model(pairs[:, 0], pairs[:, 1])
-        class_logits = self.probe(probed if self.probe_trains_encoder else probed.detach())
+        if self.probe is not None:
+            class_logits = self.probe(probed if self.probe_trains_encoder else probed.detach())
         return Outputs(projections, command_logits, class_logits)
 
 
 class Model(nn.Module):
     """S-TEC's model; without the inverse model it is SimCLR's.
 
-    ``hidden_mlp`` -1 stands for the architecture's own width. ``stop_gradient`` 1: the probe's gradient stops at the
-    features; 0: it reaches the encoder; 2: there is only the probe to train, on a frozen encoder in evaluation mode.
+    ``classes`` 0 means that there are no labels and so no probe. ``hidden_mlp`` -1 stands for the architecture's own
+    width. ``stop_gradient`` 1: the probe's gradient stops at the features; 0: it reaches the encoder; 2: there is only
+    the probe to train, on a frozen encoder in evaluation mode.
     """
 
     def __init__(
@@ -89,10 +91,11 @@ class Model(nn.Module):
         self.stop_gradient = stop_gradient
         self.projection: Projection | None
         self.inverse_model: InverseModel | None
+        self.probe: nn.Linear | None
         self.encoder = Encoder(arch, stem, width)
         feature_dim = self.encoder.feature_dim
         hidden_dim = DEFAULT_HIDDEN_MLP[arch] if hidden_mlp == -1 else hidden_mlp
-        self.probe = make_probe(feature_dim, classes)
+        self.probe = make_probe(feature_dim, classes) if classes else None
         self.projection = self.inverse_model = None
         if stop_gradient == 2:
             self.encoder.requires_grad_(False)

@@ -197,6 +197,7 @@ class Objective:
         none = torch.zeros((), device=labels.device)
         discrimination, accuracy, contrast_accuracy, contrast_entropy = none, none, none, none
         manipulation, manipulation_accuracy = none, none
+        supervised, supervised_accuracy = none, none
         if outputs.projections is not None:
             z_i, z_j = outputs.projections.unbind(1)
             discrimination, accuracy, contrast_accuracy, contrast_entropy = nt_xent(z_i, z_j, self.temperature)
@@ -204,11 +205,12 @@ class Objective:
             assert command is not None and valid is not None, "an inverse model is asked for commands"
             manipulation, manipulation_accuracy = inverse_loss(outputs.command_logits, command, valid)
 
-        class_logits = outputs.class_logits.flatten(0, 1)
-        class_logits = class_logits.float() if class_logits.dtype in (torch.float16, torch.bfloat16) else class_logits
-        targets = labels.repeat_interleave(outputs.class_logits.shape[1])
-        supervised = F.cross_entropy(class_logits, targets)
-        supervised_accuracy = (class_logits.detach().argmax(1) == targets).float().mean()
+        if outputs.class_logits is not None:
+            logits = outputs.class_logits.flatten(0, 1)
+            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+            targets = labels.repeat_interleave(outputs.class_logits.shape[1])
+            supervised = F.cross_entropy(logits, targets)
+            supervised_accuracy = (logits.detach().argmax(1) == targets).float().mean()
 
         loss = (
             self.weights.discrimination * discrimination

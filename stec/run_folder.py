@@ -28,6 +28,7 @@ class RunFolder:
         self.config = path / "config.json"
         self.starts = path / "starts.jsonl"
         self.metrics = path / "metrics.jsonl"
+        self.bad_images = path / "bad-images.tsv"
         self.results = path / "results.json"
         self.model = path / "model.safetensors"
         self.encoder = path / "encoder.safetensors"

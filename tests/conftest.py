@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# As launch.py does, before PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from pipelines import demo
-from pipelines.images import ImageArray, ImageFiles
+from pipelines.images import ImageArray, ImageFiles, Names
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -58,9 +62,14 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageFiles:
         muted = 128 + 0.4 * (smooth_image(height, width, n) - 128.0) + rng.normal(0, 4, (height, width, 3))
         image = Image.fromarray(muted.astype(np.uint8))
         (image.convert("L") if n % 5 == 0 else image).save(root / f"{n}.jpg", quality=92)
+    names = [f"{n}.jpg" for n in range(64)]
     return ImageFiles(
         root=root,
-        paths=tuple(f"{n}.jpg" for n in range(64)),
+        files=Names.of([os.fsencode(name) for name in names]),
+        file_of=np.arange(64, dtype=np.int32),
+        offset=np.zeros(64, np.int64),
+        size_bytes=np.array([(root / name).stat().st_size for name in names]),
         sizes=sizes,
         labels=np.arange(64, dtype=np.int64) % 7,
+        needs_pillow=np.zeros(64, bool),
     )

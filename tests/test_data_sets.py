@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 
-from pipelines import demo, folders
+from pipelines import demo, splits
 from pipelines.images import ImageArray, ImageFiles
 from pipelines.index import open_data_set, open_test_images
 from stec.errors import UserError
@@ -215,7 +215,7 @@ def test_folders_are_read_like_torchvision_reads_them(photographs: Path) -> None
         for split, name in ((data_set.train, "train"), (data_set.test, "val")):
             theirs = ImageFolder(str(photographs / name))
             assert isinstance(split, ImageFiles)
-            assert [str(split.file(n)) for n in range(len(split))] == [path for path, _ in theirs.samples]
+            assert [str(split.path(n)) for n in range(len(split))] == [path for path, _ in theirs.samples]
             np.testing.assert_array_equal(split.labels, theirs.targets)
             for n in range(len(split)):
                 np.testing.assert_array_equal(np.asarray(split.open(n)), np.asarray(theirs[n][0]))
@@ -225,7 +225,7 @@ def test_folders_are_read_like_torchvision_reads_them(photographs: Path) -> None
 
 def test_a_changed_folder_is_noticed(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_data_set("imagenet", photographs)
-    monkeypatch.setattr(folders, "_read_sizes", lambda *_: pytest.fail("the cache was not used"))
+    monkeypatch.setattr(splits, "_look", lambda *_: pytest.fail("the cache was not used"))
     open_data_set("imagenet", photographs)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(photographs.parent / "cache"))
@@ -253,16 +253,12 @@ def test_wrong_folders(photographs: Path) -> None:
     Image.new("RGB", (5, 6)).save(photographs / "train" / "empty" / "filled.png")
     with pytest.raises(UserError, match="must hold the same class folders, but empty is in one of them only"):
         open_data_set("imagenet", photographs)
-    shutil.rmtree(photographs / "train" / "empty")
-    (photographs / "val" / "ant" / "page.jpg").write_text("<html>")
-    with pytest.raises(UserError, match=r"page\.jpg is not a readable image"):
-        open_data_set("imagenet", photographs)
 
 
 def test_limited_folders_keep_all_classes(photographs: Path) -> None:
     """Folders are sorted by class: the first images alone would be of one class."""
     limited = open_data_set("imagenet", photographs, limit_train=3).train
-    assert sorted(limited.labels) == [0, 1, 2] and len(limited.paths) == len(limited.sizes) == 3
+    assert sorted(limited.labels) == [0, 1, 2] and len(limited) == len(limited.sizes) == 3
 
 
 def test_an_evaluation_needs_the_test_images_alone(tmp_path: Path, photographs: Path) -> None:

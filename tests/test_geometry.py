@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,15 @@ from torch.nn import functional as F
 
 from pipelines import reference
 from stec.commands import Commands, Policy, draw
-from stec.geometry import GREY_WEIGHTS, colour_maps, relative_windows, window_matrices
+from stec.geometry import (
+    GREY_WEIGHTS,
+    colour_maps,
+    colour_matrices,
+    relative_colours,
+    relative_factors,
+    relative_windows,
+    window_matrices,
+)
 from tests.conftest import smooth_image
 
 
@@ -64,10 +75,10 @@ def test_the_official_command_shares_the_linear_part_only() -> None:
     assert np.abs(official[..., 2] - exact[..., 2]).max() > 0.1
 
 
-def slow_colours(rgb: np.ndarray, commands: Commands, n: int, v: int) -> np.ndarray:
-    """The colour map executed step by step on pixels [P, 3], without clamping."""
+def slow_colours(rgb: np.ndarray, commands: Commands, n: int, v: int, kinds: list[int]) -> np.ndarray:
+    """Those of the four steps that are named, executed one by one on pixels [P, 3], without clamping."""
     w = GREY_WEIGHTS
-    for step in commands.order[n, v]:
+    for step in kinds:
         if step == 0:
             rgb = rgb * commands.brightness[n, v]
         elif step == 1:
@@ -84,16 +95,75 @@ def slow_colours(rgb: np.ndarray, commands: Commands, n: int, v: int) -> np.ndar
                 + np.cross(axis, rgb) * np.sin(angle)
                 + axis * (rgb @ axis)[:, None] * (1 - np.cos(angle))
             )
-    if commands.grey[n, v]:
-        rgb = np.repeat((rgb @ w)[:, None], 3, axis=1)
     return rgb
 
 
-def test_colour_map_is_the_product_of_its_steps() -> None:
+def slow_grey(rgb: np.ndarray) -> np.ndarray:
+    return np.repeat((rgb @ GREY_WEIGHTS)[:, None], 3, axis=1)
+
+
+@pytest.mark.parametrize("part", ["before", "after"])
+def test_a_colour_map_is_the_product_of_its_steps(part: Literal["before", "after"]) -> None:
     commands = some_commands(200, jitter_strength=1.0)
-    matrix, mean_weights = colour_maps(commands)
+    matrix, mean_weights = colour_maps(commands, part)
     rgb = np.random.default_rng(0).random((50, 3))
     for n in range(len(commands)):
         for v in range(2):
+            order = commands.order[n, v].tolist()
+            hue_at = order.index(3)
+            steps = order[:hue_at] if part == "before" else order[hue_at + 1 :]
+            expected = slow_colours(rgb, commands, n, v, steps)
+            if part == "after" and commands.grey[n, v]:
+                expected = slow_grey(expected)
             ours = rgb @ matrix[n, v].T + mean_weights[n, v] @ rgb.mean(0)
-            np.testing.assert_allclose(ours, slow_colours(rgb, commands, n, v), atol=1e-5)
+            np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def grey_on_average(mean: float) -> np.ndarray:
+    """[100, 3]: colours whose mean is grey, as ``colour_matrices`` takes it to be."""
+    rgb = np.random.default_rng(0).uniform(-0.3, 0.3, (50, 3))
+    return mean + np.concatenate([rgb, -rgb])
+
+
+def test_a_colour_matrix_is_the_product_of_all_steps() -> None:
+    commands = some_commands(100, jitter_strength=1.0)
+    rgb = grey_on_average(0.4)
+    matrices = colour_matrices(commands, mean=0.4)
+    for n in range(len(commands)):
+        expected = slow_colours(rgb, commands, n, 0, commands.order[n, 0].tolist())
+        expected = slow_grey(expected) if commands.grey[n, 0] else expected
+        np.testing.assert_allclose(rgb @ matrices[n, 0, :, :3].T + matrices[n, 0, :, 3], expected, atol=1e-5)
+
+
+def test_the_colour_change_turns_one_view_into_the_other() -> None:
+    commands = some_commands(100, jitter_strength=0.8)
+    change, valid = relative_colours(commands, mean=0.5)
+    np.testing.assert_array_equal(valid, ~commands.grey.any(axis=1))
+    assert 20 < valid.sum() < 100 and np.isnan(change[~valid]).all()
+    rgb = grey_on_average(0.5)
+    for n in np.flatnonzero(valid):
+        one, two = (slow_colours(rgb, commands, n, v, commands.order[n, v].tolist()) for v in (0, 1))
+        np.testing.assert_allclose(one @ change[n, :, :3].T + change[n, :, 3], two, atol=1e-3)
+
+
+def test_colours_there_and_back_are_the_same() -> None:
+    commands = some_commands(200, jitter_strength=0.8)
+    bottom = np.broadcast_to(np.array([[[0.0, 0, 0, 1]]]), (200, 1, 4))
+    there, valid = relative_colours(commands)
+    back, _ = relative_colours(commands, from_view=1, to_view=0)
+    there, back = (np.concatenate([matrix.astype(np.float64), bottom], axis=1)[valid] for matrix in (there, back))
+    np.testing.assert_allclose(back @ there, np.broadcast_to(np.eye(4), there.shape), atol=1e-3)
+
+
+def test_the_change_of_factors() -> None:
+    commands = some_commands(200, jitter_strength=1.0, p_blur=0.5, p_solarize=0.2)
+    there = relative_factors(commands)
+    np.testing.assert_array_equal(there, -relative_factors(commands, from_view=1, to_view=0))
+    assert there.shape == (200, 6)
+    np.testing.assert_allclose(commands.contrast[:, 0] + there[:, 1], commands.contrast[:, 1], atol=1e-6)
+    np.testing.assert_allclose(commands.sigma_px[:, 0] + there[:, 4], commands.sigma_px[:, 1], atol=1e-6)
+    assert set(there[:, 5].tolist()) == {-1.0, 0.0, 1.0}
+    turned = (commands.hue_turns[:, 0] + there[:, 3] - commands.hue_turns[:, 1]) % 1
+    np.testing.assert_allclose(np.minimum(turned, 1 - turned), 0, atol=1e-6)
+    far = dataclasses.replace(commands, hue_turns=np.tile(np.array([[0.45, -0.45]], np.float32), (200, 1)))
+    np.testing.assert_allclose(relative_factors(far)[:, 3], 0.1, atol=1e-6)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import pickle
 import shutil
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +17,11 @@ from PIL import Image
 from torchvision import transforms
 
 from pipelines import reference
-from pipelines.graphs import Form, argument_names, training_pipeline
-from pipelines.images import ImageArray, ImageFiles, Images
+from pipelines.bad_images import BadImages
+from pipelines.graphs import Form, Operators, argument_names, training_pipeline
+from pipelines.images import ImageArray, ImageFiles, Images, Names
 from pipelines.loader import EvaluationLoader, Loader
-from pipelines.order import Order
+from pipelines.order import Order, Share
 from stec.batch import Batch
 from stec.commands import PROBE_STREAM, VIEWS, Policy
 from stec.errors import UserError
@@ -31,12 +35,20 @@ POLICIES = {
 
 
 def loader(
-    images: Images, policy: Policy, backend: str = "dali", device: torch.device = CPU, workers: int = 2, **order: int
+    images: Images,
+    policy: Policy,
+    backend: str = "dali",
+    device: torch.device = CPU,
+    workers: int = 2,
+    operators: Operators | None = None,
+    **order: Any,
 ) -> Loader:
     """A loader of small batches. torchvision's works in this process: forking beside DALI's threads may deadlock."""
     settings = {"seed": 11, "batch_size": 64, **order}
     workers = workers if backend == "dali" else 0
-    return Loader(Order(images, policy, **settings), backend=backend, device=device, workers=workers)
+    return Loader(
+        Order(images, policy, **settings), backend=backend, device=device, workers=workers, operators=operators
+    )
 
 
 def take(source: Loader, count: int, first_step: int = 0) -> list[Batch]:
@@ -48,11 +60,24 @@ def difference(one: torch.Tensor, two: torch.Tensor) -> float:
     return float((one - two).abs().mean() * 255)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("plain", 0.3), ("cifar", 3.6), ("stl10", 4.5)])
-def test_dali_executes_what_torchvision_executes(demo_test_images: ImageArray, name: str, tolerance: float) -> None:
-    """Mean differences in 1/255. Jitter differs by design: one affine map instead of four clamped steps."""
+TOLERANCES = [
+    # Compiled operators do Pillow's own arithmetic. DALI's leave out its rounding and some of its clamping.
+    ("compiled", "plain", 0.001),
+    ("compiled", "cifar", 0.01),
+    ("compiled", "stl10", 0.01),
+    ("dali", "plain", 0.3),
+    ("dali", "cifar", 2.0),
+    ("dali", "stl10", 2.5),
+]
+"""Mean differences to torchvision in 1/255, per operators and policy."""
+
+
+@pytest.mark.parametrize(("operators", "name", "tolerance"), TOLERANCES)
+def test_dali_executes_what_torchvision_executes(
+    demo_test_images: ImageArray, operators: Operators, name: str, tolerance: float
+) -> None:
     for ours, theirs in zip(
-        take(loader(demo_test_images, POLICIES[name]), 4),
+        take(loader(demo_test_images, POLICIES[name], operators=operators), 4),
         take(loader(demo_test_images, POLICIES[name], "torchvision"), 4),
     ):
         np.testing.assert_array_equal(ours.commands.pack(), theirs.commands.pack())
@@ -61,17 +86,60 @@ def test_dali_executes_what_torchvision_executes(demo_test_images: ImageArray, n
         assert difference(ours.views, theirs.views) < tolerance
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("plain", 0.3), ("stl10", 4.5)])
-def test_files_are_decoded_like_pillow_decodes_them(photographs: ImageFiles, name: str, tolerance: float) -> None:
+@pytest.mark.parametrize(("operators", "name", "tolerance"), TOLERANCES)
+def test_files_are_decoded_like_pillow_decodes_them(
+    photographs: ImageFiles, operators: Operators, name: str, tolerance: float
+) -> None:
     """Only the part that the two windows need is decoded, and yet the views are those of the whole image."""
     policy = dataclasses.replace(POLICIES[name], size=64)
+    # Pillow 13 resizes columns before rows where that is faster, which rounds otherwise.
+    tolerance += 0.1
     for ours, theirs in zip(
-        take(loader(photographs, policy, batch_size=16), 8),
+        take(loader(photographs, policy, operators=operators, batch_size=16), 8),
         take(loader(photographs, policy, "torchvision", batch_size=16), 8),
     ):
         np.testing.assert_array_equal(ours.commands.pack(), theirs.commands.pack())
         assert torch.equal(ours.labels, theirs.labels)
         assert difference(ours.views, theirs.views) < tolerance
+
+
+JITTER_STEPS = ("brightness", "contrast", "saturation", "hue_turns")
+
+
+class OneStepOrder(Order):
+    """Commands that jitter by one of the four steps alone."""
+
+    step = ""
+
+    def share(self, step: int) -> Share:
+        share = super().share(step)
+        shape = share.commands.top.shape
+        neutral = {name: np.full(shape, name != "hue_turns", np.float32) for name in JITTER_STEPS if name != self.step}
+        return dataclasses.replace(share, commands=dataclasses.replace(share.commands, **neutral))
+
+
+@pytest.mark.parametrize("step", JITTER_STEPS)
+def test_each_step_of_the_jitter_is_pillows(demo_test_images: ImageArray, step: str) -> None:
+    """A fault in one step cannot hide behind the others."""
+    order = OneStepOrder(
+        demo_test_images, Policy(p_color_jitter=1.0, p_grayscale=-1, jitter_strength=1.0), seed=3, batch_size=64
+    )
+    order.step = step
+    (ours,) = take(Loader(order, backend="dali", device=CPU, workers=2), 1)
+    (theirs,) = take(Loader(order, backend="torchvision", device=CPU, workers=0), 1)
+    (plain,) = take(loader(demo_test_images, POLICIES["plain"], seed=3), 1)
+    assert difference(theirs.views, plain.views) > 1, "the step does something"
+    different = float((ours.views != theirs.views).float().mean())
+    assert different < 0.005, "every jitter passes the hue, in which one colour in 1,000 is rounded otherwise"
+
+
+def test_a_blurred_view_is_torchvisions(demo_test_images: ImageArray) -> None:
+    """With the official kernel, over the whole range of sigma at 96 px."""
+    policy = dataclasses.replace(POLICIES["plain"], size=96, p_blur=1.0)
+    for ours, theirs in zip(
+        take(loader(demo_test_images, policy), 2), take(loader(demo_test_images, policy, "torchvision"), 2)
+    ):
+        assert (ours.views - theirs.views).abs().max() * 255 < 0.05
 
 
 def test_column_major_images_come_out_upright(demo_test_images: ImageArray) -> None:
@@ -105,19 +173,27 @@ def test_labelled_images_accompany_unlabelled_ones(demo_test_images: ImageArray)
         assert difference(batch.probe_views[n, 0], view) < 0.5
 
 
-def test_a_view_can_be_made_again_from_its_command(demo_test_images: ImageArray) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("source", ["memory", "files"])
+def test_a_view_can_be_made_again_from_its_command(
+    demo_test_images: ImageArray, photographs: ImageFiles, source: str, processes: int
+) -> None:
     """Only the source image and the command that came with the batch are used; a slipped pairing cannot pass.
 
-    Batches from the middle of the second epoch, several of them in flight.
+    Batches from the middle of the second epoch, as after a resume, several of them in flight, of the last process.
     """
-    policy = POLICIES["plain"]
-    for batch in take(loader(demo_test_images, policy), 3, first_step=32 + 17):
-        assert batch.epoch == 1
-        for n in range(0, 64, 7):
+    images = demo_test_images if source == "memory" else photographs
+    policy = dataclasses.replace(POLICIES["stl10"], size=48)
+    share = {"batch_size": 16, "num_processes": processes, "process_index": processes - 1}
+    steps_per_epoch = len(images) // (16 * processes)
+    for batch in take(loader(images, policy, **share), 3, first_step=steps_per_epoch + steps_per_epoch // 2):
+        assert batch.epoch >= 1
+        np.testing.assert_array_equal(batch.labels, images.labels[batch.image_ids])
+        for n, image_id in enumerate(batch.image_ids.tolist()):
             for v in range(VIEWS):
-                view = reference.execute(demo_test_images.open(batch.image_ids[n]), batch.commands, policy, n, v)
+                view = reference.execute(images.open(image_id), batch.commands, policy, n, v)
+                # To the bit where Pillow resizes rows before columns, and but for a few colours' hue.
                 assert difference(batch.views[n, v], view) < 0.5
-                assert batch.labels[n] == demo_test_images.labels[batch.image_ids[n]]
 
 
 def test_batches_stay_as_they_are_while_more_are_made(demo_test_images: ImageArray) -> None:
@@ -181,37 +257,67 @@ def test_an_epoch_shows_each_image_once(demo_test_images: ImageArray) -> None:
     assert np.mean(epochs[0] == epochs[1]) < 0.01
 
 
+def test_an_order_can_be_sent_to_a_process_that_is_not_forked(demo_test_images: ImageArray) -> None:
+    """As torchvision's workers are started on macOS, also after the order has been used."""
+    order = Order(demo_test_images, POLICIES["cifar"], seed=1, batch_size=64)
+    expected = order.share(40)
+    for _ in range(2):
+        order = pickle.loads(pickle.dumps(order))
+        np.testing.assert_array_equal(order.share(40).image_ids, expected.image_ids)
+        np.testing.assert_array_equal(order.share(40).commands.pack(), expected.commands.pack())
+
+
 def test_a_data_set_smaller_than_the_batch_is_refused(demo_test_images: ImageArray) -> None:
     with pytest.raises(UserError, match="use --batch_size 1024 or less"):
         Order(demo_test_images, POLICIES["cifar"], seed=1, batch_size=2000, num_processes=2)
 
 
-def test_solarized_views_are_exact(demo_test_images: ImageArray) -> None:
+@pytest.mark.parametrize("operators", ["compiled", "dali"])
+def test_solarized_views_are_exact(demo_test_images: ImageArray, operators: Operators) -> None:
     policy = Policy(p_color_jitter=-1, p_grayscale=-1, p_solarize=1.0)
     plain = Policy(p_color_jitter=-1, p_grayscale=-1)
-    (solarized,) = take(loader(demo_test_images, policy), 1)
-    (views,) = take(loader(demo_test_images, plain), 1)
+    (solarized,) = take(loader(demo_test_images, policy, operators=operators), 1)
+    (views,) = take(loader(demo_test_images, plain, operators=operators), 1)
     assert difference(solarized.views, reference.solarize(views.views)) < 1e-4
 
 
-def test_grey_views_are_grey(demo_test_images: ImageArray) -> None:
-    (batch,) = take(loader(demo_test_images, Policy(p_color_jitter=-1, p_grayscale=1.0)), 1)
+@pytest.mark.parametrize("operators", ["compiled", "dali"])
+def test_grey_views_are_grey(demo_test_images: ImageArray, operators: Operators) -> None:
+    (batch,) = take(loader(demo_test_images, Policy(p_color_jitter=-1, p_grayscale=1.0), operators=operators), 1)
     assert torch.equal(batch.views[:, :, 0], batch.views[:, :, 1])
     assert torch.equal(batch.views[:, :, 0], batch.views[:, :, 2])
     (theirs,) = take(loader(demo_test_images, Policy(p_color_jitter=-1, p_grayscale=1.0), "torchvision"), 1)
-    assert (batch.views - theirs.views).abs().max() * 255 <= 2.01, "rounding once in the window, once in the grey"
+    # DALI's round once in the window, and not in the grey.
+    assert (batch.views - theirs.views).abs().max() * 255 <= (0 if operators == "compiled" else 2.01)
 
 
-@pytest.mark.parametrize("form", ["HWC", "CWH", "file"])
+def operators_of(pipeline: Any) -> list[Any]:
+    """Every operator of a defined graph."""
+    found: dict[int, Any] = {}
+    waiting = [node.source for node in pipeline._graph_out]
+    while waiting:
+        operator = waiting.pop()
+        if id(operator) not in found:
+            found[id(operator)] = operator
+            waiting += [node.source for node in operator.inputs]
+    return list(found.values())
+
+
+@pytest.mark.parametrize("form", ["HWC", "CWH", "path", "bytes", "either"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_gpu_graph_can_be_defined_without_a_gpu(name: str, form: Form) -> None:
-    """Defining checks operators, arguments and placement; only building needs the device."""
+    """Defining checks operators and arguments; only building needs the device. Pixels never go back to the host."""
+    in_files = form in ("path", "bytes", "either")
     pipeline = training_pipeline(
         lambda: [],
         POLICIES[name],
         form=form,
         views=VIEWS,
         device="gpu",
+        operators="dali",
+        pixels_on_device=None if in_files else lambda: [],
+        half=True,
+        largest_hw=(500, 400) if in_files else None,
         batch_size=8,
         num_threads=1,
         device_id=0,
@@ -219,6 +325,25 @@ def test_the_gpu_graph_can_be_defined_without_a_gpu(name: str, form: Form) -> No
     )
     views, commands, record, *_ = pipeline._graph_out
     assert views.device == "gpu" and commands.device == record.device == "cpu"
+    assert "Cast" in views.name, "views leave in half precision"
+    kinds: dict[str, set[str]] = {}
+    for operator in operators_of(pipeline):
+        kind = operator.name.strip("_").split("_")[0]
+        (device,) = {node.device for node in operator.outputs}
+        kinds.setdefault(kind, set()).add(device)
+        given = {node.device for node in operator.inputs}
+        assert device == "gpu" or "gpu" not in given, f"{operator.name} brings pixels back to the host"
+        if kind == "ArithmeticGenericOp":
+            assert len(given) == 1, f"{operator.name} mixes devices"
+    on_gpu = {"Slice", "Resize", "Stack", "Cast"}
+    on_gpu |= {"CoordTransform", "Mean", "Max", "Min"} if name != "plain" else set()
+    on_gpu |= {"GaussianBlur"} if name == "stl10" else set()
+    on_gpu |= {"ImageSlice"} if in_files else set()
+    assert {kind: kinds.get(kind) for kind in on_gpu} == {kind: {"gpu"} for kind in on_gpu}
+    # Images in memory are on the GPU already; files are read on the host, and decoded by the GPU as far as it can.
+    assert kinds["ExternalSource"] == ({"cpu"} if in_files else {"cpu", "gpu"})
+    decoders = [operator for operator in operators_of(pipeline) if "ImageSlice" in operator.name]
+    assert all("mixed" in str(decoder.spec) and "height_hint: 500" in str(decoder.spec) for decoder in decoders)
 
 
 def test_stages_that_never_happen_are_left_out() -> None:
@@ -226,13 +351,30 @@ def test_stages_that_never_happen_are_left_out() -> None:
     assert len(argument_names(POLICIES["cifar"])) < len(argument_names(POLICIES["stl10"]))
 
 
+GPU = torch.device("cuda", 0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", POLICIES)
-def test_gpu_and_cpu_agree(demo_test_images: ImageArray, name: str) -> None:
-    gpu = take(loader(demo_test_images, POLICIES[name], device=torch.device("cuda", 0)), 3)
-    for one, two in zip(take(loader(demo_test_images, POLICIES[name]), 3), gpu):
-        assert two.views.device.type == "cuda"
-        assert difference(one.views, two.views.cpu()) < 0.5
+def test_gpu_and_cpu_agree(demo_test_images: ImageArray, photographs: ImageFiles, name: str) -> None:
+    """DALI's operators give the same pixels on both devices, from memory and from files."""
+    for images in (demo_test_images, photographs):
+        policy = dataclasses.replace(POLICIES[name], size=32)
+        gpu = take(loader(images, policy, device=GPU), 3)
+        for one, two in zip(take(loader(images, policy, operators="dali"), 3), gpu):
+            assert two.views.device.type == "cuda"
+            assert (one.views - two.views.cpu()).abs().max() * 255 < 3
+            assert difference(one.views, two.views.cpu()) < 0.5
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_half_precision_without_a_copy(demo_test_images: ImageArray) -> None:
+    order = Order(demo_test_images, POLICIES["cifar"], seed=1, batch_size=64)
+    (half,) = take(Loader(order, backend="dali", device=GPU, workers=2, half=True), 1)
+    (full,) = take(Loader(order, backend="dali", device=GPU, workers=2), 1)
+    assert half.views.dtype == torch.float16
+    assert half.views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert (half.views.float() - full.views).abs().max() < 1e-3
 
 
 def test_files_are_evaluated_like_torchvision_does(photographs: ImageFiles) -> None:
@@ -250,16 +392,13 @@ def test_files_are_evaluated_like_torchvision_does(photographs: ImageFiles) -> N
         assert (images - expected).abs().max() * 255 < (1.01 if backend == "dali" else 0.01)
 
 
-@pytest.mark.parametrize("backend", ["dali", "torchvision"])
-@pytest.mark.parametrize("fault", ["gone", "truncated", "no image", "larger", "smaller"])
-def test_a_file_that_is_not_what_it_was_is_named(
-    photographs: ImageFiles, backend: str, fault: str, tmp_path: Path
-) -> None:
-    """Not to be found, not to be decoded, or overwritten by an image of another size than its command was drawn for."""
-    shutil.copytree(photographs.root, tmp_path / "copy")
-    images = dataclasses.replace(photographs, root=tmp_path / "copy")
-    file = images.file(5)
-    height, width = (int(side) for side in images.sizes[5])
+FAULTS = ["gone", "truncated", "no image", "larger", "smaller"]
+
+
+def damage(images: ImageFiles, image_id: int, fault: str) -> None:
+    """Make an image's file one that cannot be found or decoded, or an image of another size than its command's."""
+    file = images.path(image_id)
+    height, width = images.sizes[image_id].tolist()
     if fault == "gone":
         file.unlink()
     elif fault == "truncated":
@@ -269,10 +408,174 @@ def test_a_file_that_is_not_what_it_was_is_named(
     else:
         scale = 2 if fault == "larger" else 0.5
         Image.new("RGB", (int(scale * width), int(scale * height))).save(file)
-    policy = dataclasses.replace(POLICIES["plain"], size=64)
-    with pytest.raises(UserError, match=r"copy/5\.jpg") as told:
-        take(loader(images, policy, backend), 1)
-    assert told.value.local and "\n" not in str(told.value)
+
+
+@pytest.fixture
+def copied(photographs: ImageFiles, tmp_path: Path) -> ImageFiles:
+    """The photographs in files of this test's own."""
+    shutil.copytree(photographs.root, tmp_path / "copy")
+    return dataclasses.replace(
+        photographs, root=tmp_path / "copy", needs_pillow=photographs.needs_pillow.copy(), faults={}
+    )
+
+
+PLAIN_64 = dataclasses.replace(POLICIES["plain"], size=64)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_another_image_stands_in_for_a_bad_one(
+    copied: ImageFiles, backend: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the same position, named once with its reason; every other view stays what it was."""
+    bad = BadImages(copied, max_share=0.05)
+    bad.list_in(tmp_path / "bad-images.tsv", say=print)
+    # The third of four steps of an epoch, then the first two of the next.
+    whole = take(loader(copied, PLAIN_64, backend, batch_size=16), 4, first_step=2)
+    (at,) = np.flatnonzero(whole[1].image_ids == whole[1].image_ids[5])
+    image_id = int(whole[1].image_ids[at])
+    damage(copied, image_id, fault)
+    batches = take(loader(copied, PLAIN_64, backend, batch_size=16, bad=bad), 4, first_step=2)
+    for ours, before in zip(batches, whole):
+        np.testing.assert_array_equal(ours.positions, before.positions)
+        assert image_id not in ours.image_ids
+        same = before.image_ids != image_id
+        np.testing.assert_array_equal(ours.image_ids[same], before.image_ids[same])
+        assert torch.equal(ours.views[torch.from_numpy(same)], before.views[torch.from_numpy(same)])
+    # What stands in is executed as its own command says.
+    stand_in = reference.execute(copied.open(batches[1].image_ids[at]), batches[1].commands, PLAIN_64, int(at), 0)
+    assert difference(batches[1].views[at, 0], stand_in) < 1
+    said = capsys.readouterr().out
+    assert said.count(f"{image_id}.jpg") == 1
+    ((listed, name, reason),) = (line.split("\t") for line in (tmp_path / "bad-images.tsv").read_text().splitlines())
+    assert (int(listed), name) == (image_id, str(copied.path(image_id))) and reason
+
+
+def test_stand_ins_do_not_depend_on_who_met_what(copied: ImageFiles, tmp_path: Path) -> None:
+    """Two processes that share the list, one that resumes from it, and one that finds out itself agree."""
+    order = {"batch_size": 32, "seed": 4}
+    for image_id in (3, 17, 40):
+        damage(copied, image_id, "no image")
+    bad = BadImages(copied, max_share=0.05)
+    alone = take(loader(copied, PLAIN_64, bad=bad, **order), 4)
+    assert bad.count == 3
+
+    told: list[str] = []
+    halves = []
+    for k in range(2):
+        shared = BadImages(copied, max_share=0.05)
+        shared.list_in(tmp_path / "bad-images.tsv", say=told.append)
+        halves.append(
+            take(
+                loader(copied, PLAIN_64, bad=shared, **{**order, "batch_size": 16}, process_index=k, num_processes=2), 4
+            )
+        )
+    for step in range(4):
+        assert torch.equal(alone[step].views, torch.cat([half[step].views for half in halves]))
+    assert len(told) == 3, "each is named once, whoever meets it"
+
+    resumed = BadImages(copied, max_share=0.05)
+    resumed.list_in(tmp_path / "bad-images.tsv", say=told.append)
+    (last,) = take(loader(copied, PLAIN_64, bad=resumed, **order), 1, first_step=3)
+    assert torch.equal(last.views, alone[3].views)
+    assert len(told) == 3
+
+
+def test_too_many_bad_images_stop_the_run(copied: ImageFiles) -> None:
+    """Whether the index knew them or the run meets them; a share, not a count."""
+    for image_id in range(3):
+        damage(copied, image_id, "gone")
+    with pytest.raises(UserError, match=r"2 of 64 training images are bad, more than --max_bad_share 0.02"):
+        take(loader(copied, PLAIN_64, bad=BadImages(copied, max_share=0.02)), 2)
+    known = dataclasses.replace(copied, faults=dict.fromkeys(range(2), "no image"))
+    with pytest.raises(UserError, match="2 of 64"):
+        BadImages(known, max_share=0.02)
+
+
+def test_an_evaluation_stops_at_a_bad_image(copied: ImageFiles) -> None:
+    """An accuracy over some of the images would be none."""
+    for fault, backend in itertools.product(("gone", "truncated"), ("dali", "torchvision")):
+        damage(copied, 9, fault) if copied.path(9).exists() else None
+        plain = EvaluationLoader(copied, size=64, resize_px=73, batch_size=25, backend=backend, device=CPU, workers=0)
+        with pytest.raises(UserError, match=r"copy/9\.jpg"):
+            list(plain.batches(np.arange(64)))
+
+
+def test_what_dali_refuses_is_opened_by_pillow(copied: ImageFiles) -> None:
+    """An image that only Pillow reads costs no run, even where the index did not foresee it."""
+    Image.open(copied.path(7)).convert("CMYK").save(copied.path(7).with_suffix(".tif"))
+    copied.path(7).with_suffix(".tif").replace(copied.path(7))
+    bad = BadImages(copied)
+    ours = take(loader(copied, PLAIN_64, bad=bad), 1)[0]
+    theirs = take(loader(copied, PLAIN_64, "torchvision"), 1)[0]
+    assert 7 in ours.image_ids and bad.count == 0
+    assert difference(ours.views, theirs.views) < 0.1
+
+
+def in_shards(images: ImageFiles, folder: Path, per_shard: int = 8) -> ImageFiles:
+    """The same images as parts of tar archives."""
+    folder.mkdir()
+    offsets, shards = [], range(0, len(images), per_shard)
+    for shard in shards:
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+            for n in range(shard, shard + per_shard):
+                archive.add(images.path(n), f"{n:04d}.jpg")
+        with tarfile.open(folder / f"{shard:05d}.tar") as archive:
+            offsets += [member.offset_data for member in archive.getmembers()]
+    return dataclasses.replace(
+        images,
+        root=folder,
+        files=Names.of([b"%05d.tar" % shard for shard in shards]),
+        file_of=np.arange(len(images), dtype=np.int32) // per_shard,
+        offset=np.array(offsets),
+    )
+
+
+def test_shards_give_the_views_of_loose_files(photographs: ImageFiles, tmp_path: Path) -> None:
+    shards = in_shards(photographs, tmp_path / "shards")
+    for backend in ("dali", "torchvision"):
+        for one, two in zip(
+            take(loader(photographs, PLAIN_64, backend), 2), take(loader(shards, PLAIN_64, backend), 2)
+        ):
+            np.testing.assert_array_equal(one.image_ids, two.image_ids)
+            assert torch.equal(one.views, two.views)
+        plain = [
+            EvaluationLoader(images, size=64, resize_px=73, batch_size=25, backend=backend, device=CPU, workers=0)
+            for images in (photographs, shards)
+        ]
+        for one, two in zip(*(each.batches(np.arange(64)) for each in plain)):
+            assert torch.equal(one.images, two.images)
+
+
+def test_a_shard_that_loses_its_end_has_bad_images(photographs: ImageFiles, tmp_path: Path) -> None:
+    shards = in_shards(photographs, tmp_path / "shards")
+    shard = shards.path(63)
+    shard.write_bytes(shard.read_bytes()[: int(shards.offset[63]) + 100])
+    bad = BadImages(shards, max_share=0.02)
+    (batch,) = take(loader(shards, PLAIN_64, bad=bad), 1)
+    assert bad.count == 1 and 63 not in batch.image_ids
+
+
+def test_shards_are_shuffled_window_by_window(photographs: ImageFiles, tmp_path: Path) -> None:
+    """Every image once an epoch, few shards at a time, another order each epoch, alike on any number of processes."""
+    shards = in_shards(photographs, tmp_path / "shards")
+    order = Order(shards, PLAIN_64, seed=1, batch_size=8, shuffle_window=2)
+    epochs = [np.concatenate([order.share(8 * epoch + step).image_ids for step in range(8)]) for epoch in range(2)]
+    for image_ids in epochs:
+        np.testing.assert_array_equal(np.sort(image_ids), np.arange(64))
+        for window in image_ids.reshape(4, 16):
+            assert len(np.unique(shards.shard_of[window])) == 2
+            assert len(np.unique(shards.shard_of[window][:8])) == 2, "both shards of a window are mixed"
+    assert np.mean(epochs[0] == epochs[1]) < 0.2
+    halves = [
+        Order(shards, PLAIN_64, seed=1, batch_size=4, process_index=k, num_processes=2, shuffle_window=2)
+        for k in range(2)
+    ]
+    for step in (0, 11):
+        both = np.concatenate([half.share(step).image_ids for half in halves])
+        np.testing.assert_array_equal(both, order.share(step).image_ids)
+    everywhere = Order(shards, PLAIN_64, seed=1, batch_size=16, shuffle_window=0)
+    assert len(np.unique(shards.shard_of[everywhere.share(0).image_ids])) > 4
 
 
 def test_evaluation_sees_every_image_once_in_order(demo_test_images: ImageArray) -> None:

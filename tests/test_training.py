@@ -8,16 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stec import checkpoint
+from tests.conftest import smooth_image
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -217,6 +220,66 @@ def test_stl10_trains_with_labelled_images_beside(tmp_path: Path) -> None:
     assert all(math.isfinite(line["supervised"]) for line in metrics(tmp_path / "run"))
     weights = ["--ckpt_path", tmp_path / "run" / "model.safetensors", "--stop_gradient", "2"]
     run(*stl10, *weights, "--results_path", tmp_path / "fit")
+
+
+@pytest.fixture
+def own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of 40 pictures without labels, one of which is cut off, and a cache of its own for the index."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for n in range(40):
+        file = folder / ("more" if n % 3 else "") / f"{n}.{'png' if n % 4 == 0 else 'jpg'}"
+        Image.fromarray(smooth_image(40 + n, 90 - n, seed=n)).save(file)
+    cut = folder / "more" / "7.jpg"
+    cut.write_bytes(cut.read_bytes()[:900])
+    return folder
+
+
+FOLDER = (
+    "--dataset folder --manip_lambda 1 --view_size 32 --limit_train 40 --batch_size 8 --max_epochs 1 --warmup_epochs 0"
+).split()
+
+
+def test_own_images_need_no_labels_and_a_bad_one_stops_nothing(own_images: Path, tmp_path: Path) -> None:
+    """Neither probe nor evaluation; the bad image is named, listed, and told once, also when the run is resumed."""
+    run_folder = tmp_path / "run"
+    arguments = [*FOLDER, "--data_dir", own_images, "--results_path", run_folder, "--max_bad_share", "0.05"]
+    out, err = run(*arguments)
+    assert "40 training images, no labels" in out and "probe" not in out
+    assert err.count("more/7.jpg") == 1 and "Bad image, another one stands in for it" in err
+    assert (run_folder / "bad-images.tsv").read_text().count("\n") == 1
+    results = json.loads((run_folder / "results.json").read_text())
+    assert results.keys() == {"inverse_model_accuracy", "images_per_second", "wait_share"}
+    assert not any(name.startswith("probe") for name in load_file(run_folder / "model.safetensors"))
+
+    (run_folder / "checkpoint-00000005.pt").unlink()
+    before = (run_folder / "model.safetensors").read_bytes()
+    out, err = run(*arguments, "--resume", "auto")
+    assert "40 training images (1 of them bad)" in out and "7.jpg" not in err
+    assert (run_folder / "model.safetensors").read_bytes() == before
+
+    _, err = run(*arguments[:-4], "--results_path", tmp_path / "x", code=2)
+    assert "1 of 40 training images are bad" in err and "more than --max_bad_share 0.01" in err
+
+
+def test_shards_of_own_images(own_images: Path, tmp_path: Path) -> None:
+    """The same images in tar shards train to the same weights, if all of them are shuffled."""
+    (own_images / "more" / "7.jpg").unlink()
+    files = sorted(path for path in own_images.rglob("*") if path.is_file())
+    (tmp_path / "shards").mkdir()
+    # Of loose files, those in the folder itself come before those below it.
+    files = sorted(files, key=lambda path: (str(path.parent), path.name))
+    for k in range(4):
+        with tarfile.open(tmp_path / "shards" / f"{k}.tar", "w") as archive:
+            for n, path in list(enumerate(files))[10 * k : 10 * k + 10]:
+                archive.add(path, f"{n:03d}{path.suffix}")
+    arguments = [*FOLDER, "--limit_train", "39", "--shuffle_window", "0"]
+    for name, data_dir in (("loose", own_images), ("shards", tmp_path / "shards")):
+        run(*arguments, "--data_dir", data_dir, "--results_path", tmp_path / name)
+    weights = [(tmp_path / name / "model.safetensors") for name in ("loose", "shards")]
+    one, two = (load_file(file) for file in weights)
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_gradient_accumulation_of_the_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

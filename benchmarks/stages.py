@@ -1,0 +1,236 @@
+"""CPU time of a view, stage by stage: through the whole pipeline, and of the compiled functions alone.
+
+    python -m benchmarks.stages --dataset cifar10 --data_dir DATA
+
+Through the pipeline, a stage's time is what a policy with that stage on every view costs more than one without it. So
+all that a stage causes is in it, waiting for memory included. Alone, a compiled function runs again and again on the
+same views, which stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from numba import njit
+from numpy.typing import NDArray
+
+from benchmarks import decoding, report
+from benchmarks.throughput import PipelineOptions
+from pipelines import kernels
+from pipelines.graphs import Operators
+from pipelines.images import ImageArray, ImageFiles
+from pipelines.loader import Loader, _addresses
+from pipelines.order import Order, Share
+from stec.commands import Policy
+from stec.console import Console
+
+WARM_UP_BATCHES = 4
+JITTER = ("brightness", "contrast", "saturation", "hue")
+"""The steps by their numbers in a command's order."""
+VIEWS_ALONE = 32
+CALLS_ALONE = 20
+"""In a row on a view, so that the way from Python into a compiled function does not count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(PipelineOptions):
+    """Measure where the time of a view goes."""
+
+    operators: Operators = "compiled"
+    """What executes the commands."""
+
+
+class OneStepFourTimes(Order):
+    """Commands whose jitter is one of its steps, four times over."""
+
+    jitter_step = 0
+
+    def share(self, step: int) -> Share:
+        share = super().share(step)
+        jitter_order = np.full_like(share.commands.order, self.jitter_step)
+        return replace(share, commands=replace(share.commands, order=jitter_order))
+
+
+def cpu_us_per_view(
+    batches: Iterator[Any], views_per_batch: int, seconds: float, clock: Callable[[], float] = time.process_time
+) -> float:
+    """CPU time of all threads of this process, or what else ``clock`` counts."""
+    for _ in range(WARM_UP_BATCHES):
+        next(batches)
+    count, wall, cpu = 0, time.perf_counter(), clock()
+    while time.perf_counter() - wall < seconds:
+        next(batches)
+        count += views_per_batch
+    spent = clock() - cpu
+    del batches
+    gc.collect()
+    return 1e6 * spent / count
+
+
+def pipeline_turn(order: Order, options: Options, clock: Callable[[], float] = time.process_time) -> float:
+    loader = Loader(
+        order, backend="dali", device=torch.device("cpu"), workers=options.workers, operators=options.operators
+    )
+    return cpu_us_per_view(loader.batches(0), order.batch_size * order.views, options.seconds, clock)
+
+
+def decoding_turn(order: Order, options: Options) -> float:
+    batches = decoding.batches(order, "the union of both windows", threads=options.workers, execute=False)
+    return cpu_us_per_view(batches, order.batch_size * order.views, options.seconds)
+
+
+def through_the_pipeline(order: Order, options: Options, console: Console) -> tuple[report.Figures, str]:
+    """Time per view of each stage where it happens, and how their sum compares with the time of the whole policy."""
+    full = order.policy
+    plain = replace(full, p_color_jitter=0.0, p_grayscale=0.0, p_blur=0.0, p_solarize=0.0)
+    settings: dict[str, Any] = {"seed": 0, "batch_size": order.batch_size}
+
+    def with_policy(kind: type[Order] = Order, **changes: Any) -> Order:
+        return kind(order.images, replace(plain, **changes), **settings)
+
+    # Orders, and how often their stage comes about in the whole policy.
+    stages: dict[str, tuple[Order, float]] = {}
+    if options.operators == "compiled":
+        for number, name in enumerate(JITTER):
+            one_step = with_policy(OneStepFourTimes, p_color_jitter=1.0)
+            assert isinstance(one_step, OneStepFourTimes)
+            one_step.jitter_step = number
+            stages[name] = one_step, full.p_color_jitter
+        stages["grey"] = with_policy(p_grayscale=1.0), full.p_grayscale
+    else:
+        # DALI's operators execute the same maps whether a view is jittered, grey or neither.
+        stages["jitter and grey"] = with_policy(p_color_jitter=1.0), float(full.p_color_jitter > 0)
+    stages["blur"] = with_policy(p_blur=1.0), full.p_blur
+    stages["solarize"] = with_policy(p_solarize=1.0), full.p_solarize
+    stages = {name: (stage, probability) for name, (stage, probability) in stages.items() if probability > 0}
+
+    turns: dict[str, Callable[[], float]] = {"whole policy": partial(pipeline_turn, order, options)}
+    if isinstance(order.images, ImageFiles):
+        turns["reading and decoding"] = partial(decoding_turn, order, options)
+    else:
+        turns["main thread"] = partial(pipeline_turn, order, options, time.thread_time)
+    turns["window and output"] = partial(pipeline_turn, with_policy(), options)
+    turns |= {name: partial(pipeline_turn, stage, options) for name, (stage, _) in stages.items()}
+    taken = {
+        name: np.array(values)
+        for name, values in report.take_turns(turns, repeats=options.repeats, console=console).items()
+    }
+    without = taken["window and output"]
+    for name in stages:
+        taken[name] = (taken[name] - without) / (len(JITTER) if name in JITTER else 1)
+    explained = float(np.median(without))
+    # Decoding is measured with all that its main thread does.
+    taken["window and output"] = without - taken.get("reading and decoding", taken.get("main thread", 0.0))
+    explained += sum(probability * float(np.median(taken[name])) for name, (_, probability) in stages.items())
+    figures = report.Figures(
+        title=f"{options.dataset}, {full.size} px, {options.operators} operators, {options.workers} thread(s)",
+        unit="CPU us per view that has the stage",
+        turns={name: values.tolist() for name, values in taken.items()},
+    )
+    whole = float(np.median(taken["whole policy"]))
+    return figures, f"Stages at their probabilities: {explained:.1f} of the whole policy's {whole:.1f} us per view."
+
+
+@cache
+def in_a_loop(function: Any) -> Any:
+    """A function that calls a function of ``pipelines.kernels``, which compiled code alone can do, so many times."""
+
+    @njit(error_model="numpy")  # type: ignore[untyped-decorator]
+    def loop(times: int, *arguments: Any) -> None:
+        for _ in range(times):
+            function(*arguments)
+
+    return loop
+
+
+def calls_by_stage(order: Order) -> dict[str, tuple[Any, list[tuple[Any, ...]]]]:
+    """A compiled function and the arguments of its calls, one a view, for each stage."""
+    full, images = order.policy, order.images
+    policy = replace(full, p_color_jitter=1.0, p_grayscale=1.0, p_blur=1.0, p_solarize=1.0)
+    share = Order(images, policy, seed=0, batch_size=VIEWS_ALONE).share(0)
+    c, size, ids = share.commands, full.size, share.image_ids
+    plain = Policy(size=size, p_color_jitter=0.0, p_grayscale=0.0)
+    loader = Loader(
+        Order(images, plain, seed=0, batch_size=VIEWS_ALONE), backend="dali", device=torch.device("cpu"), workers=1
+    )
+    views = np.ascontiguousarray(next(loader.batches(0)).views[:, 0].movedim(1, -1).numpy())
+    planes = np.ascontiguousarray(np.rint(views * 255).astype(np.uint8).transpose(0, 3, 1, 2)).reshape(len(ids), 3, -1)
+
+    def source(n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        if isinstance(images, ImageArray):
+            return np.array(images.pixels[ids[n]]).reshape(-1), _addresses(images, ids[n : n + 1], 1)[0, 1:4]
+        pixels = np.array(images.open(int(ids[n])))
+        return pixels.reshape(-1), np.array(pixels.strides)
+
+    def window(n: int) -> tuple[Any, ...]:
+        flat, strides = source(n)
+        start = int(c.top[n, 0] * strides[0] + c.left[n, 0] * strides[1])
+        return flat, start, strides, int(c.height[n, 0]), int(c.width[n, 0]), size, bool(c.flip[n, 0])
+
+    every = range(len(ids))
+    stages: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {"window": (kernels._resize, [window(n) for n in every])}
+    factors = (c.brightness, c.contrast, c.saturation, c.hue_turns)
+    functions = (kernels._brightness, kernels._contrast, kernels._saturation, kernels._hue)
+    for name, function, factor in zip(JITTER, functions, factors, strict=True):
+        stages[name] = function, [(planes[n].copy(), factor[n, 0]) for n in every]
+    stages["grey"] = kernels._grey, [(planes[n].copy(),) for n in every]
+    if full.p_blur > 0:
+        blurs = [(planes[n].copy(), float(c.sigma_px[n, 0]), full.blur_window_px, views[n].copy()) for n in every]
+        stages["blur to output"] = kernels._blurred, blurs
+    stages["output"] = kernels._interleave, [(planes[n].copy(), views[n].copy()) for n in every]
+    if full.p_solarize > 0:
+        stages["solarize"] = kernels._solarize, [(views[n].copy(),) for n in every]
+    return stages
+
+
+def alone_turn(loop: Any, calls: Sequence[tuple[Any, ...]], seconds: float) -> float:
+    """CPU time in us per call."""
+    for arguments in calls:
+        loop(1, *arguments)
+    count, wall, cpu = 0, time.perf_counter(), time.thread_time()
+    while time.perf_counter() - wall < seconds:
+        for arguments in calls:
+            loop(CALLS_ALONE, *arguments)
+        count += CALLS_ALONE * len(calls)
+    return 1e6 * (time.thread_time() - cpu) / count
+
+
+def alone(order: Order, options: Options, console: Console) -> report.Figures:
+    """Time of each compiled function, in a thread of its own."""
+    turns = {
+        name: partial(alone_turn, in_a_loop(function), calls, options.seconds / 4)
+        for name, (function, calls) in calls_by_stage(order).items()
+    }
+    return report.Figures(
+        title=f"{options.dataset}, {order.policy.size} px, compiled functions alone",
+        unit="CPU us per view that has the stage",
+        turns=report.take_turns(turns, repeats=options.repeats, console=console),
+    )
+
+
+def measure(options: Options, console: Console) -> None:
+    options.check()
+    order = options.order()
+    through, remark = through_the_pipeline(order, options, console)
+    figures = [through]
+    if options.operators == "compiled":
+        figures.append(alone(order, options, console))
+    report.publish(figures, options, console, [remark])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, prog="python -m benchmarks.stages", args=arguments, use_underscores=True)
+    return report.run(lambda: measure(options, Console(enabled=True)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

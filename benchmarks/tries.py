@@ -1,0 +1,126 @@
+"""Alternatives within our CPU pipeline, each against what it does: threads, prefetching, hand-over, decoding, feeding.
+
+python -m benchmarks.tries --dataset cifar10 --data_dir DATA
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, get_args
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from benchmarks import decoding, report
+from benchmarks.throughput import PipelineOptions, images_per_second
+from pipelines import loader
+from pipelines.graphs import training_pipeline
+from pipelines.images import ImageArray
+from pipelines.order import Order, Share
+from stec.console import Console
+
+CPU = torch.device("cpu")
+COUNTS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(PipelineOptions):
+    """Measure alternatives within the pipeline."""
+
+
+class GatheringSource(loader._TrainingSource):
+    """Feeds pixels, gathered from the data set, instead of their addresses."""
+
+    def __init__(self, order: Order, images: ImageArray) -> None:
+        super().__init__(order, 0, "compiled", CPU)
+        self.array, self.form = images, images.layout
+
+    def _opening_and_arguments(self, share: Share) -> list[Any]:
+        where = np.zeros((len(share.image_ids), 3), np.int64)
+        where[:, 2] = self.order.policy.blur_window_px
+        return [self.array.pixels[share.image_ids], where]
+
+
+def by_loader(order: Order, threads: int) -> Iterator[Tensor]:
+    ours = loader.Loader(order, backend="dali", device=CPU, workers=threads)
+    return (batch.views for batch in ours.batches(0))
+
+
+def by_gathering(order: Order, threads: int) -> Iterator[Tensor]:
+    assert isinstance(order.images, ImageArray)
+    source = GatheringSource(order, order.images)
+    pipeline = training_pipeline(
+        source,
+        order.policy,
+        form=source.form,
+        views=order.views,
+        operators="compiled",
+        **loader._pipeline_options(order.batch_size, threads, CPU),
+    )
+    pipeline.build()
+    while True:
+        views, *_ = pipeline.run()
+        yield torch.from_dlpack(views.as_tensor())
+
+
+def by_decoding(order: Order, part: decoding.Part, threads: int) -> Iterator[Tensor]:
+    made = decoding.batches(order, part, threads=threads, execute=True)
+    return (torch.from_dlpack(views.as_tensor()) for views, *_ in made)
+
+
+def turn(start: Callable[[], Iterator[Tensor]], options: PipelineOptions, depth: int = loader.PREFETCH_DEPTH) -> float:
+    with patch.object(loader, "PREFETCH_DEPTH", depth):
+        return images_per_second(lambda: ([views] for views in start()), options)
+
+
+def measure(options: Options, console: Console) -> None:
+    options.check()
+    order, threads = options.order(), options.workers
+    ours = partial(by_loader, order, threads)
+    groups: dict[str, dict[str, Callable[[], float]]] = {
+        "Threads": {
+            f"{count} thread(s)": partial(turn, partial(by_loader, order, count), replace(options, workers=count))
+            for count in COUNTS
+        },
+        "Batches that DALI prepares ahead": {
+            f"{depth} batch(es)": partial(turn, ours, options, depth) for depth in COUNTS
+        },
+        "Hand-over of views to torch": {
+            "without a copy": partial(turn, ours, options),
+            "copied": partial(turn, lambda: (views.clone() for views in ours()), options),
+        },
+    }
+    if isinstance(order.images, ImageArray):
+        groups["Feeding pixels"] = {
+            "by their addresses": partial(turn, ours, options),
+            "gathered into a batch": partial(turn, partial(by_gathering, order, threads), options),
+        }
+    else:
+        groups["Decoding"] = {
+            part: partial(turn, partial(by_decoding, order, part, threads), options) for part in get_args(decoding.Part)
+        }
+    title = f"{options.dataset}, {order.policy.size} px, batch {order.batch_size}, {threads} thread(s) if not said"
+    figures = [
+        report.Figures(
+            title=f"{name} ({title})",
+            unit="images/s, two views each",
+            turns=report.take_turns(turns, repeats=options.repeats, console=console),
+        )
+        for name, turns in groups.items()
+    ]
+    report.publish(figures, options, console)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, prog="python -m benchmarks.tries", args=arguments, use_underscores=True)
+    return report.run(lambda: measure(options, Console(enabled=True)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

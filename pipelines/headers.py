@@ -1,0 +1,66 @@
+"""What a pass over encoded images finds out: size, place, label, whether DALI decodes them as Pillow does, faults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 2 * 89_478_485
+"""An image that declares more is refused as a decompression bomb: the limit above which Pillow raises an error."""
+
+DALI_DECODES = {
+    "JPEG": {"L", "RGB"},
+    "MPO": {"L", "RGB"},
+    "PNG": {"1", "L", "LA", "P", "RGB", "RGBA"},
+    "WEBP": {"RGB", "RGBA"},
+}
+"""Formats and Pillow's modes for them that DALI 2.4 decodes to Pillow's very pixels. What is not listed differs in some
+variant (16-bit grey, CMYK without Adobe's marker, rotated TIFF, PPM with another maximum), raises, or is unknown."""
+
+FOUND = np.dtype(
+    [("offset", "i8"), ("size_bytes", "i8"), ("height", "i8"), ("width", "i8"), ("label", "i8"), ("needs_pillow", "?")]
+)
+"""What is found out about an image. One with a fault is 1 x 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a pass found out about some images, in their order."""
+
+    rows: NDArray[np.void]
+    """[N] of FOUND."""
+    faults: Mapping[int, str]
+    """Why images that cannot be used cannot, by their place in ``rows``."""
+    remark: str = ""
+    """What else a person should know about the file that holds them."""
+
+
+def open_lazily(file: IO[bytes]) -> Image.Image:
+    """The image in ``file``, its header read and nothing decoded. Raises whatever Pillow raises, or ValueError."""
+    image = Image.open(file)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it declares {image.height} x {image.width} pixels; {MAX_PIXELS} are the limit")
+    return image
+
+
+def read_header(file: IO[bytes]) -> tuple[int, int, bool] | str:
+    """Height, width, and whether Pillow must decode the image; or why it is none."""
+    try:
+        with open_lazily(file) as image:
+            return image.height, image.width, image.mode not in DALI_DECODES.get(image.format or "", ())
+    except Exception as error:  # Pillow's readers meet foreign bytes: what they raise has no common base.
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be used, in a few words on one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image of a format that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

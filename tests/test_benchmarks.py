@@ -1,0 +1,246 @@
+"""Benchmarks: their figures are of what they say, and the files that they write can be read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import exactness, report, stages, throughput, tries
+from pipelines import reference
+from pipelines.images import ImageFiles
+from stec.console import Console
+from tests.test_data_sets import CIFAR10_FILES, random_batches, write_cifar10_binary
+
+ROOT = Path(__file__).parents[1]
+BRIEF = ["--batch_size", "4", "--workers", "1", "--repeats", "1", "--seconds", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags that read 100 random images in CIFAR-10's layout."""
+    root = tmp_path_factory.mktemp("cifar10")
+    write_cifar10_binary(root, random_batches(CIFAR10_FILES, 10))
+    return ["--dataset", "cifar10", "--data_dir", str(root)]
+
+
+def run(
+    main: Callable[[Sequence[str]], int], flags: list[str], folder: Path, picture: str = "--chart"
+) -> dict[str, Any]:
+    """What a benchmark writes as JSON; its picture is one."""
+    assert main([*flags, "--json", str(folder / "f.json"), picture, str(folder / "f.png")]) == 0
+    with Image.open(folder / "f.png") as image:
+        image.load()
+        assert image.format == "PNG" and np.asarray(image.convert("L")).std() > 1, "something is drawn"
+    written: dict[str, Any] = json.loads((folder / "f.json").read_text())
+    assert written["machine"]["versions"].count("torch") and written["machine"]["date"]
+    return written
+
+
+def figures(written: dict[str, Any], repeats: int = 1) -> list[dict[str, list[float]]]:
+    """The turns of each group of contenders."""
+    groups = [part["turns"] for part in written["figures"]]
+    assert all(len(values) == repeats for turns in groups for values in turns.values())
+    return groups
+
+
+def test_throughput_of_arrays(cifar10: list[str], tmp_path: Path) -> None:
+    (speeds, main_thread) = figures(run(throughput.main, [*cifar10, *BRIEF], tmp_path))
+    assert list(speeds) == list(throughput.NAMES.values()) and all(values[0] > 0 for values in speeds.values())
+    total, *parts = (values[0] for values in main_thread.values())
+    assert 0 < total < 1000 and sum(parts) == pytest.approx(total)
+
+
+def test_throughput_of_files(photographs: ImageFiles, tmp_path: Path) -> None:
+    flags = ["--dataset", "folder", "--data_dir", str(photographs.root), "--contenders", "v2", "compiled"]
+    written = run(throughput.main, [*flags, *BRIEF], tmp_path)
+    speeds, decoding, _ = figures(written)
+    assert len(speeds) == 2 and len(decoding) == 3 and all(values[0] > 0 for values in decoding.values())
+    assert "Decoding's share" in written["remarks"][0]
+
+
+@pytest.mark.parametrize("kind", ["official", "v2"])
+def test_the_baselines_draw_from_our_policy(cifar10: list[str], kind: Any) -> None:
+    """Views of the right kind, and as different from the source as those of our own commands."""
+    options = throughput.Options(dataset="cifar10", data_dir=Path(cifar10[-1]), batch_size=50, workers=1)
+    torch.manual_seed(0)
+    baseline = throughput.RandomViews(options.order().images, options.order().policy, kind)
+    theirs = torch.stack([view for n in range(100) for view in baseline[n]])
+    ours = exactness.make_views(
+        options.order().images,
+        options.order().policy,
+        exactness.Options(views=200, workers=1),
+        backend="dali",
+    )
+    assert theirs.shape == ours.shape and theirs.dtype == torch.float32
+    assert float(theirs.min()) >= 0 and float(theirs.max()) <= 1
+    # Contrast within views, colourfulness, and, for the size of the windows, how much neighbours differ.
+    for measure in (
+        lambda x: x.std(dim=(1, 2, 3)).mean(),
+        lambda x: x.std(dim=1).mean(),
+        lambda x: x.diff(dim=-1).abs().mean(),
+    ):
+        assert float(measure(theirs)) == pytest.approx(float(measure(ours)), rel=0.15)
+
+
+@pytest.mark.parametrize("operators", ["compiled", "dali"])
+def test_stages_of_arrays(cifar10: list[str], tmp_path: Path, operators: str) -> None:
+    flags = [*cifar10, *BRIEF, "--operators", operators]
+    through, *alone = figures(run(stages.main, flags, tmp_path))
+    assert through["whole policy"][0] > 0 and "blur" not in through, "CIFAR-10's policy does not blur"
+    assert bool(alone) == (operators == "compiled")
+    for turns in alone:
+        assert {"window", "brightness", "hue", "grey", "output"} <= set(turns)
+        assert all(0 < values[0] < 1000 for values in turns.values())
+
+
+def test_stages_of_files(photographs: ImageFiles, tmp_path: Path) -> None:
+    flags = ["--dataset", "folder", "--data_dir", str(photographs.root), *BRIEF]
+    through, _ = figures(run(stages.main, flags, tmp_path))
+    assert through["reading and decoding"][0] > 0 and {"blur", "solarize"} <= set(through)
+
+
+def test_tries(cifar10: list[str], photographs: ImageFiles, tmp_path: Path) -> None:
+    of_arrays = figures(run(tries.main, [*cifar10, *BRIEF], tmp_path))
+    flags = ["--dataset", "folder", "--data_dir", str(photographs.root), *BRIEF]
+    of_files = figures(run(tries.main, flags, tmp_path))
+    assert "gathered into a batch" in of_arrays[-1] and "each window" in of_files[-1]
+
+
+def test_alternatives_make_the_same_views(cifar10: list[str], photographs: ImageFiles) -> None:
+    """What is compared does the same work."""
+    arrays = throughput.PipelineOptions(dataset="cifar10", data_dir=Path(cifar10[-1]), batch_size=20).order()
+    files = throughput.PipelineOptions(dataset="folder", data_dir=photographs.root, batch_size=8).order()
+    assert torch.equal(next(tries.by_gathering(arrays, 1)).movedim(-1, -3), next(tries.by_loader(arrays, 1)))
+    for part in ("the whole image", "the union of both windows", "each window"):
+        views = next(tries.by_decoding(files, part, 1)).movedim(-1, -3)
+        # At the borders of a part, chroma may be interpolated from within it alone.
+        assert (views - next(tries.by_loader(files, 1))).abs().mean() * 255 < 0.1
+
+
+def test_exactness(cifar10: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solarize, largest = reference.solarize, []
+
+    def watched(views: torch.Tensor) -> torch.Tensor:
+        largest.append(float(views.max()))
+        return solarize(views)
+
+    monkeypatch.setattr(reference, "solarize", watched)
+    flags = ["--cifar10", cifar10[-1], "--views", "40", "--workers", "1"]
+    (rows,) = run(exactness.main, flags, tmp_path, "--picture")["rows"].values()
+    assert len(rows) == 16 and all(row["mean"] <= row["largest"] for row in rows)
+    means = {(row["what"], row["operators"]): row["mean"] for row in rows}
+    assert means["solarize alone", "compiled"] == means["solarize alone", "DALI's own"] == 0
+    assert largest and min(largest) > 0.9, "it is given views that are not solarized yet"
+    assert 0 < means["jitter 1", "compiled"] < 0.05 < means["jitter 1", "DALI's own"]
+    # The torchvision of the comparison leaves the hue as it is, too.
+    assert means["jitter 0.5, hue off", "DALI's own"] < means["jitter 0.5", "DALI's own"]
+
+
+def test_exactness_tells_of_an_exceeded_limit() -> None:
+    comparison = exactness.Comparison(policy=exactness.Policy(), limit=0.5)
+    ours, theirs = torch.zeros(4, 3, 8, 8), torch.full((4, 3, 8, 8), 1 / 255)
+    row = exactness.Row.of("shifted by one", "ours", comparison, ours, theirs)
+    assert row.mean == pytest.approx(1) and row.largest == pytest.approx(1) and not row.kept
+    assert "EXCEEDED" in row.cells()[-1]
+    assert exactness.Row.of("same", "ours", comparison, ours, ours).kept
+
+
+def test_contenders_take_turns_after_a_warm_up() -> None:
+    calls: list[str] = []
+
+    def contender(name: str) -> Callable[[], float]:
+        def turn() -> float:
+            calls.append(name)
+            return float(len(calls))
+
+        return turn
+
+    turns = report.take_turns({n: contender(n) for n in "ab"}, repeats=2, console=Console(enabled=False))
+    assert "".join(calls) == "ababab"
+    assert turns == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    (a, b) = report.Figures(title="", unit="", turns=turns).rows()
+    assert a == ["a", "4", "3", "5", "1.00"] and b == ["b", "5", "4", "6", "1.25"]
+
+
+WRONG = {
+    "no data folder": (throughput.main, ["--dataset", "cifar10"], "needs --data_dir"),
+    "no batch": (throughput.main, ["--batch_size", "0"], "--batch_size 0 must be at least 1"),
+    "no time": (tries.main, ["--seconds", "0"], "--seconds 0.0 must be more than 0"),
+    "no turns": (stages.main, ["--repeats", "0"], "--repeats 0 must be at least 1"),
+    "no views": (exactness.main, ["--views", "0"], "--views 0 must be at least 1"),
+    "no such folder": (stages.main, ["--chart", "missing/c.png"], "missing/c.png cannot be written"),
+}
+
+
+@pytest.mark.parametrize(("main", "flags", "message"), WRONG.values(), ids=WRONG.keys())
+def test_bad_input_ends_in_one_sentence(
+    main: Callable[[Sequence[str]], int], flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_batch_beyond_the_data_set_ends_in_one_sentence(
+    cifar10: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert throughput.main([*cifar10, *BRIEF, "--batch_size", "101"]) == 2
+    assert "only 100 training images" in capsys.readouterr().err
+
+
+def generations(process_id: int) -> int:
+    """How many there are below a process."""
+    try:
+        children = Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
+    except FileNotFoundError:
+        return 0
+    return max((1 + generations(int(child)) for child in children), default=0)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_ctrl_c_ends_in_one_sentence(cifar10: list[str], tmp_path: Path) -> None:
+    """While a DataLoader works in a process of its own; nothing of it goes on."""
+    flags = [*cifar10, *BRIEF, "--seconds", "600", "--contenders", "official", "--json", str(tmp_path / "f.json")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.throughput", *flags],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    # The server that forks, the contender's process, the DataLoader's workers.
+    measuring = wait_for(lambda: generations(process.pid) >= 3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert measuring and process.returncode == 130
+    assert error == "Interrupted; nothing was written.\n"
+    assert not (tmp_path / "f.json").exists()
+
+    def all_ended() -> bool:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    assert wait_for(all_ended, seconds=30)

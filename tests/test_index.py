@@ -1,0 +1,594 @@
+"""The index of image files: layouts, formats, faults, and what interrupts a pass or puts its outcome out of date."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
+
+import launch
+from pipelines import splits
+from pipelines.cache import cache_file
+from pipelines.headers import MAX_PIXELS
+from pipelines.images import UNLABELLED, ImageFiles, Names
+from pipelines.index import check_labels, open_data_set, open_test_images
+from pipelines.shards import sample_key
+from pipelines.splits import read_split, verified
+from stec.errors import BadImage, UserError
+from tests.conftest import smooth_image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "stec"
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(seed: int, height: int = 40, width: int = 56) -> Image.Image:
+    return Image.fromarray(smooth_image(height, width, seed))
+
+
+def png(height: int, width: int, depth: int, colour_type: int, lines: bytes) -> bytes:
+    """A PNG file by hand, for what Pillow does not write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+BOMB = png(100_000, 100_000, 8, 2, bytes(1000))
+
+
+def formats() -> dict[str, bytes]:
+    """The same picture in every format and variant that ImageFolder's extensions may hide."""
+    rgb = picture(1)
+    height, width = rgb.height, rgb.width
+    grey, palette, bilevel, cmyk = rgb.convert("L"), rgb.quantize(64), rgb.convert("1"), rgb.convert("CMYK")
+    rgba, grey_alpha = rgb.copy(), grey.copy()
+    for image in (rgba, grey_alpha):
+        image.putalpha(picture(2).convert("L"))
+    grey16 = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257 ^ 0x35)
+    rgb16 = (np.asarray(rgb).astype(">u2") * 257).astype(">u2")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    adobe = encode(cmyk, quality=90)
+    marker = adobe.index(b"Adobe") - 4
+    length = 2 + struct.unpack(">H", adobe[marker + 2 : marker + 4])[0]
+    transform = adobe.index(b"Adobe") + 11
+    bmp16 = ((np.asarray(grey)[::-1] >> 3).astype("<u2") * 0x421).astype("<u2").tobytes()
+    nibbles = np.asarray(grey) >> 4
+    nibbles = nibbles[:, ::2] << 4 | nibbles[:, 1::2]
+    ppm_of_100 = (np.asarray(rgb).astype(int) * 100 // 255).astype(np.uint8).tobytes()
+    return {
+        "rgb.jpg": encode(rgb, quality=90),
+        "grey.jpg": encode(grey, quality=90),
+        "444.jpg": encode(rgb, quality=90, subsampling=0),
+        "422.jpg": encode(rgb, quality=90, subsampling=1),
+        "progressive.jpg": encode(rgb, quality=90, progressive=True),
+        "grey progressive.jpg": encode(grey, quality=90, progressive=True),
+        "stored as rgb.jpg": encode(rgb, quality=90, keep_rgb=True),
+        "turned.jpg": encode(rgb, quality=90, exif=turned),
+        "several.jpg": encode(rgb, "MPO", save_all=True, append_images=[grey.convert("RGB")]),
+        "cmyk.jpg": adobe,
+        "ycck.jpg": adobe[:transform] + b"\x02" + adobe[transform + 1 :],
+        "cmyk without marker.jpg": adobe[:marker] + adobe[marker + length :],
+        "rgb.png": encode(rgb, "PNG"),
+        "png.jpg": encode(rgb, "PNG"),
+        "grey.png": encode(grey, "PNG"),
+        "palette.png": encode(palette, "PNG"),
+        "palette transparent.png": encode(palette, "PNG", transparency=3),
+        "palette translucent.png": encode(palette, "PNG", transparency=bytes(range(64))),
+        "rgb transparent.png": encode(rgb, "PNG", transparency=rgb.getpixel((3, 3))),
+        "bilevel.png": encode(bilevel, "PNG"),
+        "grey 4 bits.png": png(height, width, 4, 0, b"".join(b"\0" + line.tobytes() for line in nibbles)),
+        "grey 16 bits.png": encode(grey16, "PNG"),
+        "rgb 16 bits.png": png(height, width, 16, 2, b"".join(b"\0" + line.tobytes() for line in rgb16)),
+        "rgba.png": encode(rgba, "PNG"),
+        "grey alpha.png": encode(grey_alpha, "PNG"),
+        "turned.png": encode(rgb, "PNG", exif=turned),
+        "rgb.bmp": encode(rgb, "BMP"),
+        "grey.bmp": encode(grey, "BMP"),
+        "rgba.bmp": encode(rgba, "BMP"),
+        "16 bits.bmp": b"BM"
+        + struct.pack("<IHHIIiiHHIIiiII", 54 + len(bmp16), 0, 0, 54, 40, width, height, 1, 16, 0, 0, 0, 0, 0, 0)
+        + bmp16,
+        "lossy.webp": encode(rgb, "WEBP", quality=90),
+        "lossless.webp": encode(rgb, "WEBP", lossless=True),
+        "alpha.webp": encode(rgba, "WEBP", quality=90),
+        "rgb.tif": encode(rgb, "TIFF"),
+        "turned.tif": encode(rgb, "TIFF", tiffinfo={0x0112: 6}),
+        "grey 16 bits.tiff": encode(grey16, "TIFF"),
+        "bilevel.tif": encode(bilevel, "TIFF"),
+        "rgb.ppm": encode(rgb, "PPM"),
+        "grey.pgm": encode(grey, "PPM"),
+        "maximum 100.ppm": b"P6 %d %d 100\n" % (width, height) + ppm_of_100,
+        "gif.png": encode(rgb, "GIF"),
+        "jpeg 2000.jpg": encode(rgb, "JPEG2000"),
+        "tga.jpg": encode(rgb, "TGA"),
+    }
+
+
+@pytest.fixture
+def every_format(tmp_path: Path) -> Path:
+    root = tmp_path / "formats"
+    (root / "class").mkdir(parents=True)
+    for name, content in formats().items():
+        (root / "class" / name).write_bytes(content)
+    return root
+
+
+def test_every_format_is_opened_like_torchvision_opens_it(every_format: Path) -> None:
+    for below in ("b/d", "b-c", "a", "b"):
+        (every_format / "class" / below).mkdir(parents=True, exist_ok=True)
+        (every_format / "class" / below / "more.jpg").write_bytes(encode(picture(3)))
+    images = read_split(every_format, "class folders").images
+    theirs = ImageFolder(str(every_format))
+    assert len(images) == len(theirs) == len(formats()) + 4 and not images.faults
+    for n, (path, _) in enumerate(theirs.samples):
+        expected = default_loader(path)
+        assert str(images.path(n)) == images.name(n) == os.fsdecode(images.path_bytes(np.array([n])).tobytes()) == path
+        assert images.encoded(n).tobytes() == Path(path).read_bytes() and images.size_bytes[n] == len(images.encoded(n))
+        assert tuple(images.sizes[n]) == (expected.height, expected.width), path
+        np.testing.assert_array_equal(np.asarray(images.open(n)), np.asarray(expected), err_msg=path)
+
+
+def test_what_is_left_to_dali_comes_out_as_from_pillow(every_format: Path) -> None:
+    """Whole and in part; and what is common is left to DALI."""
+    dali = pytest.importorskip("nvidia.dali")
+    images = read_split(every_format, "class folders").images
+    ids = np.flatnonzero(~images.needs_pillow).tolist()
+    left = {images.path(n).name for n in ids}
+    assert {"rgb.jpg", "grey.jpg", "progressive.jpg", "turned.jpg", "rgb.png", "palette.png", "rgba.png"} <= left
+    assert not {"grey 16 bits.png", "cmyk without marker.jpg", "maximum 100.ppm", "turned.tif", "gif.png"} & left
+
+    @dali.pipeline_def(batch_size=len(ids), num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
+    def pipeline() -> object:
+        encoded = dali.fn.external_source(lambda: [images.encoded(n) for n in ids], batch=True)
+        options = {"output_type": dali.types.RGB, "adjust_orientation": False}
+        part = dali.fn.decoders.image_slice(encoded, start=[7, 11], shape=[20, 30], axes=[0, 1], **options)
+        return dali.fn.decoders.image(encoded, **options), part
+
+    whole, part = pipeline().run()
+    for k, n in enumerate(ids):
+        expected = np.asarray(images.open(n)).astype(int)
+        assert abs(np.asarray(whole.at(k)) - expected).max() <= 1, images.name(n)
+        assert abs(np.asarray(part.at(k)) - expected[7:27, 11:41]).max() <= 1, images.name(n)
+
+
+def write_shards(root: Path, *, labels: bool = True, shards: int = 3, per_shard: int = 5) -> Path:
+    """Shards by the webdataset package: keys with folders and dots, other members among them."""
+    root.mkdir(parents=True)
+    for s in range(shards):
+        with webdataset.TarWriter(str(root / f"train-{s:03d}.tar")) as writer:
+            for n in range(per_shard):
+                seed = s * per_shard + n
+                extension = ("jpg", "PNG", "jpeg")[n % 3]
+                sample = {
+                    "__key__": f"part.{s}/{seed:04d}",
+                    extension: encode(picture(seed, 30 + seed, 50 - seed), "PNG" if extension == "PNG" else "JPEG"),
+                    "json": b"{}",
+                    "seg.png": encode(picture(99), "PNG"),
+                }
+                writer.write(sample | ({"cls": str(seed % 4).encode()} if labels else {}))
+    return root
+
+
+def test_shards_are_read_like_webdataset_reads_them(tmp_path: Path) -> None:
+    """Keys, order, bytes, labels and pixels; also the second time, from the cache."""
+    root = write_shards(tmp_path / "train")
+    urls = sorted(str(path) for path in root.glob("*.tar"))
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pilrgb"))
+    raw = list(webdataset.WebDataset(urls, shardshuffle=False))
+    for _ in range(2):
+        split = read_split(root, "class folders")
+        images = split.images
+        assert split.layout == "shards" and split.classes == ("0", "1", "2", "3") and not split.remarks
+        assert len(images) == len(theirs) == 15 and images.in_shards and not images.faults
+        for n, (sample, encoded) in enumerate(zip(theirs, raw)):
+            extension = next(name for name in ("jpg", "png", "jpeg") if name in sample)
+            shard, member = images.name(n).split(": ")
+            assert shard == str(images.path(n)) == sample["__url__"] == urls[images.shard_of[n]]
+            assert sample_key(member) == (sample["__key__"], extension)
+            assert images.encoded(n).tobytes() == encoded[extension]
+            assert images.labels[n] == sample["cls"]
+            np.testing.assert_array_equal(np.asarray(images.open(n)), np.asarray(sample[extension]))
+            assert tuple(images.sizes[n]) == sample[extension].size[::-1]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "a.seg.png", "d.x/a.jpg", "./d/a.JPG", "noext", ".hidden", "d/.jpg", "__meta__/x.jpg", "_a.jpg"]
+)
+def test_members_are_grouped_like_webdataset_groups_them(name: str) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    buffer.seek(0)
+    files = webdataset.tariterators.tar_file_expander([{"url": "here", "stream": buffer}])
+    theirs = list(webdataset.tariterators.group_by_keys(files))
+    expected = [(sample["__key__"], next(k for k in sample if k[0] != "_")) for sample in theirs]
+    assert sample_key(name) == (expected[0] if expected else None)
+
+
+def test_shards_make_an_imagenet(tmp_path: Path) -> None:
+    write_shards(tmp_path / "train")
+    write_shards(tmp_path / "val", shards=1)
+    data_set = open_data_set("imagenet", tmp_path, limit_train=10)
+    assert data_set.labelled is data_set.train and data_set.classes == ("0", "1", "2", "3")
+    assert (len(data_set.train), len(data_set.test)) == (10, 5)
+    images, classes = open_test_images("imagenet", tmp_path)
+    assert (len(images), len(classes)) == (5, 4)
+    shutil.rmtree(tmp_path / "val")
+    write_shards(tmp_path / "val", labels=False)
+    with pytest.raises(UserError, match=r"val hold no labels \(\.cls\)"):
+        open_data_set("imagenet", tmp_path)
+
+
+def test_images_without_labels(tmp_path: Path, every_format: Path) -> None:
+    """Anywhere below a folder, or in shards, whose labels are left alone."""
+    write_shards(tmp_path / "shards")
+    (every_format / "on top.png").write_bytes(encode(picture(0), "PNG"))
+    for root, count in ((every_format, len(formats()) + 1), (tmp_path / "shards", 15)):
+        data_set = open_data_set("folder", root)
+        assert (len(data_set.train), data_set.labelled, data_set.test, data_set.classes) == (count, None, None, ())
+        assert (data_set.train.labels == UNLABELLED).all()
+        assert len(open_data_set("folder", root, limit_train=4).train) == 4
+    with pytest.raises(UserError, match="--dataset folder has no labels"):
+        open_test_images("folder", every_format)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds neither images"):
+        open_data_set("folder", tmp_path / "empty")
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        open_data_set("folder", tmp_path / "nowhere")
+
+
+def add(shard: Path, **members: bytes) -> None:
+    """Append members, whose dots are written as two underscores."""
+    with tarfile.open(shard, "a") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name.replace("__", "."))
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def test_wrong_shards(tmp_path: Path) -> None:
+    image = encode(picture(0))
+
+    def refused(match: str, **members: bytes) -> None:
+        root = write_shards(tmp_path / str(len(list(tmp_path.iterdir()))), shards=1)
+        add(root / "train-000.tar", **members)
+        with pytest.raises(UserError, match=match) as told:
+            check_labels(read_split(root, "class folders"))
+        assert "train-000.tar" in str(told.value) and "\n" not in str(told.value)
+
+    refused(r"train-000\.tar: late\.jpg has no label", late__jpg=image)
+    refused(r"holds 'cat'; a label is a number", late__jpg=image, late__cls=b"cat")
+    refused(r"holds '-1'; a label is a number", late__jpg=image, late__cls=b"-1")
+    refused(r"holds two images of the name late", late__jpg=image, late__png=image)
+
+    root = write_shards(tmp_path / "other", shards=1)
+    (root / "sub").mkdir()
+    (root / "sub" / "loose.jpg").write_bytes(image)
+    with pytest.raises(UserError, match=r"both shards \(train-000\.tar\) and image files \(sub/loose\.jpg\)"):
+        read_split(root, "class folders")
+    shutil.rmtree(root / "sub")
+    (root / "train-001.tar").write_text("no archive")
+    with pytest.raises(UserError, match=r"train-001\.tar is no uncompressed tar archive"):
+        read_split(root, "class folders")
+    (root / "train-001.tar").rename(root / "train-001.tar.gz")
+    with pytest.raises(UserError, match=r"train-001\.tar\.gz is compressed"):
+        read_split(root, "class folders")
+
+
+def test_a_shard_that_was_cut_off(tmp_path: Path) -> None:
+    """Wherever: images before the cut are there, the one in it has a fault, and it is said."""
+    root = write_shards(tmp_path / "whole", shards=1)
+    whole = read_split(root, "class folders").images
+    content = (root / "train-000.tar").read_bytes()
+    third, last = (int(whole.offset[n]) for n in (2, 4))
+    cuts = [third - 512, third - 300, third, third + 40, third + int(whole.size_bytes[2]), last + 600]
+    for cut, intact in zip(cuts, (2, 2, 2, 2, 3, 4)):
+        cut_root = tmp_path / f"cut at {cut}"
+        cut_root.mkdir()
+        (cut_root / "train-000.tar").write_bytes(content[:cut])
+        split = read_split(cut_root, "class folders")
+        images = split.images
+        assert "train-000.tar is cut off" in split.remarks[0]
+        good = [n for n in range(len(images)) if n not in images.faults]
+        assert len(good) == intact
+        for n in good:
+            assert images.encoded(n).tobytes() == whole.encoded(n).tobytes()
+            assert images.labels[n] == whole.labels[n]
+        for n in images.faults:
+            with pytest.raises(BadImage, match="cut off at byte"):
+                images.open(n)
+
+
+def test_a_label_that_was_cut_off(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "train", shards=2)
+    image = encode(picture(0))
+    add(root / "train-001.tar", late__jpg=image, late__cls=b"1")
+    with tarfile.open(root / "train-001.tar") as archive:
+        label = archive.getmember("late.cls").offset
+    os.truncate(root / "train-001.tar", label)
+    split = read_split(root, "class folders")
+    check_labels(split)
+    assert split.images.faults == {10: "its shard was cut off before its label"}
+
+
+def write_folders(root: Path, count: int, classes: int = 2) -> Path:
+    """Class folders of files that are many times the same few."""
+    sources = [encode(picture(n, 20 + n, 30)) for n in range(4)]
+    (root / "source").mkdir(parents=True)
+    for n, content in enumerate(sources):
+        (root / "source" / f"{n}.jpg").write_bytes(content)
+    for n in range(count):
+        folder = root / "train" / f"class {n % classes}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.link(root / "source" / f"{n * 7 % 4}.jpg", folder / f"{n}.jpg")
+    return root / "train"
+
+
+def assert_same(one: ImageFiles, two: ImageFiles) -> None:
+    assert [one.name(n) for n in range(len(one))] == [two.name(n) for n in range(len(two))]
+    for field in ("file_of", "offset", "size_bytes", "sizes", "labels", "needs_pillow"):
+        np.testing.assert_array_equal(getattr(one, field), getattr(two, field))
+        assert getattr(one, field).dtype == getattr(two, field).dtype
+    assert dict(one.faults) == dict(two.faults)
+
+
+class Stopped(Exception):
+    """What ``stop`` raises."""
+
+
+def stop(*_: object) -> None:
+    raise Stopped
+
+
+def test_a_killed_pass_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed by a signal that cannot be caught, after a chunk of a pass in several processes."""
+    root = write_folders(tmp_path, 4 * splits.FILES_PER_CHUNK - 5)
+    (root / "class 1" / "bad.jpg").write_text("no image")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\nfrom pathlib import Path\nfrom pipelines.splits import read_split\n"
+        "if __name__ == '__main__':\n"
+        "    tell = lambda *about: [print(about, flush=True), time.sleep(60)]\n"
+        "    read_split(Path(sys.argv[1]), 'class folders', tell)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, str(script), str(root)]
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE) as process:
+        assert b"indexing images" in process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    kept = cache_file(root, "class folders").with_suffix(".partial")
+    with kept.open("ab") as file:
+        file.write(b"12345678 [1, [[0, 5")
+    with pytest.raises(Stopped):
+        read_split(root, "class folders", stop)
+    calls = []
+    resumed = read_split(root, "class folders", lambda *about: calls.append(about[1:])).images
+    assert [done for done, _ in calls] == [3072, 4092] and not kept.exists()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    calls.clear()
+    straight = read_split(root, "class folders", lambda *about: calls.append(about[1:])).images
+    assert len(calls) == 4
+    assert_same(resumed, straight)
+    assert list(resumed.faults.values()) == ["it is no image of a format that Pillow knows"]
+
+
+def test_what_a_pass_left_behind_is_not_taken_for_another_data_set(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, 8)
+    with pytest.raises(Stopped):
+        read_split(root, "class folders", stop)
+    assert cache_file(root, "class folders").with_suffix(".partial").exists()
+    (root / "class 0" / "new.png").write_bytes(encode(picture(5, 11, 12), "PNG"))
+    images = read_split(root, "class folders").images
+    assert len(images) == 9 and (11, 12) in [tuple(size) for size in images.sizes]
+
+
+def test_a_shard_that_was_written_anew_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_shards(tmp_path / "train", shards=2)
+    before = read_split(root, "class folders").images
+    monkeypatch.setattr(splits, "_look", lambda *_: pytest.fail("the cache was not used"))
+    assert_same(read_split(root, "class folders").images, before)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with tarfile.open(root / "train-001.tar") as archive:
+        label = archive.getmember("part.1/0009.cls").offset_data
+    with (root / "train-001.tar").open("r+b") as file:
+        file.seek(label)
+        file.write(b"0")
+    after = read_split(root, "class folders").images
+    assert before.labels[9] == 1 and after.labels[9] == 0
+
+
+def test_a_cache_of_another_data_set_is_not_believed(tmp_path: Path, own_cache: Path) -> None:
+    one = write_folders(tmp_path / "one", 4)
+    two = write_folders(tmp_path / "two", 6)
+    for folder in (one, two):
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (10**9, 10**9))
+    read_split(one, "class folders")
+    shutil.copy(cache_file(one, "class folders"), cache_file(two, "class folders"))
+    assert len(read_split(two, "class folders").images) == 6
+    array = own_cache / "array.npz"
+    np.savez(array, about=np.zeros(3))
+    shutil.copy(array, cache_file(two, "class folders"))
+    assert len(read_split(two, "class folders").images) == 6
+
+
+def test_bad_images_do_not_stop_the_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a reason; and one that is mended in place, where no folder notices, is good the next time."""
+    root = write_folders(tmp_path, 6)
+    bad = root / "class 0"
+    (bad / "bomb.png").write_bytes(BOMB)
+    (bad / "empty.jpg").write_bytes(b"")
+    (bad / "link.jpg").symlink_to(tmp_path / "nowhere")
+    (bad / "page.jpg").write_text("<html>")
+    images = read_split(root, "class folders").images
+    by_name = {images.path(n).name: why for n, why in images.faults.items()}
+    assert by_name.keys() == {"bomb.png", "empty.jpg", "link.jpg", "page.jpg"}
+    assert "limit" in by_name["bomb.png"] and "No such file" in by_name["link.jpg"]
+    for n in images.faults:
+        with pytest.raises(BadImage, match=images.path(n).name) as told:
+            images.open(n)
+        assert (told.value.image_id, told.value.reason) == (n, images.faults[n])
+        assert told.value.local and "\n" not in str(told.value) and "0x" not in str(told.value)
+    some = images.limited(5)
+    names = [some.path(n).name for n in range(5)]
+    assert [names[n] for n in some.faults] == [name for name in names if name in by_name]
+    assert some.faults
+
+    (bad / "page.jpg").write_bytes(encode(picture(0, 9, 8)))
+    mended = read_split(root, "class folders").images
+    assert len(mended.faults) == 3 and (9, 8) in [tuple(size) for size in mended.sizes]
+    shutil.rmtree(root / "class 1")
+    for path in bad.iterdir():
+        path.unlink()
+    (bad / "page.jpg").write_text("<html>")
+    with pytest.raises(UserError, match=r"no image that can be read; the first is .*page\.jpg"):
+        read_split(root, "class folders")
+
+
+def test_a_bomb_is_refused_without_pillows_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    root = write_folders(tmp_path, 2)
+    (root / "class 0" / "bomb.png").write_bytes(BOMB)
+    images = read_split(root, "class folders").images
+    (n,) = images.faults
+    assert f"declares 100000 x 100000 pixels; {MAX_PIXELS} are the limit" in images.faults[n]
+    unsuspecting = dataclasses.replace(images, faults={})
+    with pytest.raises(BadImage, match="100000 x 100000"):
+        unsuspecting.open(n)
+
+
+def test_images_that_are_not_what_they_were(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, 6)
+    images = read_split(root, "class folders").images
+    for n, content in enumerate((b"", images.encoded(1).tobytes()[:-20], encode(picture(0, 99, 98)))):
+        images.path(n).unlink()
+        images.path(n).write_bytes(content)
+    images.path(3).unlink()
+    for n, why in enumerate(("no image", "truncated", r"has 99 x 98 pixels but had \d+ x 30", "No such file")):
+        with pytest.raises(BadImage, match=why) as told:
+            images.open(n)
+        again = pickle.loads(pickle.dumps(told.value))
+        assert (str(again), again.image_id, again.reason) == (str(told.value), n, told.value.reason)
+    shards = read_split(write_shards(tmp_path / "shards", shards=2), "class folders").images
+    (tmp_path / "shards" / "train-000.tar").unlink()
+    os.truncate(tmp_path / "shards" / "train-001.tar", int(shards.offset[6]))
+    for n, why in ((0, "No such file"), (6, "shorter than when it was indexed")):
+        with pytest.raises(BadImage, match=why):
+            shards.open(n)
+    shards.read_ahead(0)
+    shards.read_ahead(1)
+
+
+def test_shards_are_mapped_not_copied(tmp_path: Path) -> None:
+    """Views of one map; more shards than maps; and maps stay where they are when the images are sent elsewhere."""
+    images = read_split(write_shards(tmp_path / "train"), "class folders").images
+    assert images.encoded(0).base is not None and np.shares_memory(images.encoded(0), images.encoded(0))
+    sent = pickle.dumps(images)
+    assert len(sent) < 4000
+    again = pickle.loads(sent)
+    for n in range(len(images)):
+        assert again.encoded(n).tobytes() == images.encoded(n).tobytes()
+
+
+def test_few_maps_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.images.MAPS", 2)
+    images = read_split(write_shards(tmp_path / "train"), "class folders").images
+    kept = images.encoded(0)
+    content = kept.tobytes()
+    for n in (5, 10, 0, 14, 6):
+        images.open(n)
+    assert len(images._maps) == 2 and kept.tobytes() == content
+
+
+def test_names_are_any_bytes(tmp_path: Path) -> None:
+    raw = [b"a.jpg", "ä ö.jpg".encode(), b"\xff\xfe.jpg", b"", b"x" * 300]
+    names = Names.of(raw)
+    assert [names[n] for n in range(len(names))] == raw
+    assert len(Names.of([])) == 0
+    folder = tmp_path / "train" / "class"
+    folder.mkdir(parents=True)
+    for name in raw[:3]:
+        (folder / os.fsdecode(name)).write_bytes(encode(picture(0)))
+    for _ in range(2):
+        images = read_split(tmp_path / "train", "class folders").images
+        theirs = ImageFolder(str(tmp_path / "train"))
+        assert [str(images.path(n)) for n in range(3)] == [path for path, _ in theirs.samples]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(read_split(write_folders(tmp_path, 4), "class folders").images) == 4
+
+
+def damaged(root: Path) -> None:
+    """An image whose header is whole and whose end is missing."""
+    (root / "class 0" / "cut.jpg").write_bytes(encode(picture(3))[:-200])
+
+
+@pytest.mark.parametrize("count", [6, 300])
+def test_verifying_finds_what_headers_do_not_show(tmp_path: Path, count: int) -> None:
+    """In one process and in several."""
+    root = write_folders(tmp_path, count)
+    damaged(root)
+    split = read_split(root, "class folders")
+    assert not split.images.faults
+    checked = verified(split, "class folders")
+    (n,) = checked.images.faults
+    assert checked.images.path(n).name == "cut.jpg" and "truncated" in checked.images.faults[n]
+    assert tuple(checked.images.sizes[n]) == (1, 1)
+    assert_same(read_split(root, "class folders").images, checked.images)
+    (root / "class 0" / "cut.jpg").write_bytes(encode(picture(3)))
+    assert not read_split(root, "class folders").images.faults
+
+
+def test_the_index_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_folders(tmp_path, 6)
+    write_shards(tmp_path / "val")
+    (root / "class 1" / "page.jpg").write_text("<html>")
+    damaged(root)
+    assert launch.main(["index", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    for text in ("class folders", "shards", "page.jpg (it is no image", "bad images"):
+        assert text in told
+    bad = tmp_path / "bad.tsv"
+    assert launch.main(["index", str(tmp_path), "--verify", "full", "--bad", str(bad)]) == 0
+    lines = [line.split("\t") for line in bad.read_text().splitlines()]
+    assert [Path(name).name for name, _ in lines] == ["cut.jpg", "page.jpg"] and "truncated" in lines[0][1]
+    assert launch.main(["index", str(tmp_path / "train" / "class 0")]) == 0
+    assert "loose images" in capsys.readouterr().out
+    assert launch.main(["index", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is no folder" in capsys.readouterr().err
+    assert launch.main(["index", str(tmp_path), "--bad", str(tmp_path)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
