@@ -177,6 +177,11 @@ def train(arguments: list[str]) -> None:
         run_training(config)
 
 
+def warn(text: str) -> None:
+    """A function of the module, as DataLoader's workers may be sent a copy."""
+    print(text, file=sys.stderr)
+
+
 def run_training(config: TrainConfig) -> None:
     """From a configuration to a run's files."""
     accelerator, console, precision = start(
@@ -263,7 +268,7 @@ def run_training(config: TrainConfig) -> None:
     }
     model = engine.initial_model(config, data.classes)
     folder, resumed, notes = engine.on_main_process(accelerator, lambda: open_run_folder(config, environment))
-    bad.list_in(folder.bad_images, say=lambda text: print(text, file=sys.stderr))
+    bad.list_in(folder.bad_images, say=warn)
     console.facts(
         title(config),
         [

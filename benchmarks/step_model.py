@@ -103,7 +103,7 @@ def sizes_of(options: Options) -> Sizes:
 
 
 def step_ms(options: Options, sizes: Sizes, batch_size: int, gpus: int) -> dict[str, float]:
-    """Milliseconds of each part of a step, as far as nothing else goes on at the same time."""
+    """Milliseconds that each part adds to a single GPU's step, as far as nothing else goes on at the same time."""
     cluster = Cluster(options, gpus)
     compute = options.compute_ms / 1000
     gradients = max(
@@ -113,10 +113,9 @@ def step_ms(options: Options, sizes: Sizes, batch_size: int, gpus: int) -> dict[
     # Forwards means, deviations and a count are gathered; backwards two sums are reduced.
     norms = sum(cluster.all_gather(FLOAT * (2 * c + 1)) + cluster.all_reduce(FLOAT * 2 * c) for c in sizes.channels)
     gathers = cluster.all_gather(gathered_bytes(sizes, batch_size)) + cluster.around_s
-    similarities = SIMILARITY_PASSES * FLOAT * (2 * batch_size) ** 2 * gpus / (1e9 * options.memory_gb_per_s)
-    alone = {"gradients": 0.0, "batch norm": 0.0, "gathers": 0.0, "similarities": similarities}
-    together = {"gradients": gradients, "batch norm": norms, "gathers": gathers, "similarities": similarities}
-    parts = {name: 1000 * seconds for name, seconds in (alone if gpus == 1 else together).items()}
+    others = SIMILARITY_PASSES * FLOAT * (2 * batch_size) ** 2 * (gpus - 1) / (1e9 * options.memory_gb_per_s)
+    seconds = {"gradients": gradients, "batch norm": norms, "gathers": gathers, "similarities": others}
+    parts = {name: 1000 * value if gpus > 1 else 0.0 for name, value in seconds.items()}
     return {**parts, "step": options.compute_ms + sum(parts.values())}
 
 
@@ -144,7 +143,9 @@ def model(options: Options) -> None:
         parts = step_ms(options, sizes, batch_size, gpus)
         received = (gpus - 1) * gathered_bytes(sizes, batch_size) / 1e6
         values = [f"{value:,.1f}" for value in parts.values()]
-        rows.append([f"{gpus:,}", f"{gpus * batch_size:,}", f"{received:,.1f}", *values, f"{first / parts['step']:.0%}"])
+        rows.append(
+            [f"{gpus:,}", f"{gpus * batch_size:,}", f"{received:,.1f}", *values, f"{first / parts['step']:.0%}"]
+        )
     columns = ["GPUs", "global batch", "gathered, MB", *(f"{name}, ms" for name in parts), "of one GPU's speed"]
     console.table("A step, beside its arithmetic", columns, rows)
 

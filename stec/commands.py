@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -213,15 +212,8 @@ def draw(
     ColorJitter in RandomApply and RandomGrayscale, followed by the official blur and solarization.
     """
     counter = first_position * views * _COUNTERS_PER_VIEW
-    uniforms = _scratch(len(image_hw), views)
-    generator(stream, seed, epoch, counter).random(out=uniforms)
+    uniforms = generator(stream, seed, epoch, counter).random((len(image_hw), views, UNIFORMS_PER_VIEW))
     return commands_from_uniforms(policy, uniforms, image_hw)
-
-
-@lru_cache(maxsize=4)
-def _scratch(count: int, views: int) -> NDArray[np.float64]:
-    """[N, V, 36]: the same memory at every call, since fresh memory costs as much as the numbers that fill it."""
-    return np.empty((count, views, UNIFORMS_PER_VIEW))
 
 
 def commands_from_uniforms(policy: Policy, uniforms: NDArray[np.float64], image_hw: NDArray[np.integer]) -> Commands:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipelines import demo
 from pipelines.images import ImageArray, ImageFiles, Names
+from tests.runs import leave_nothing_running
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -34,6 +35,12 @@ def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its state for the life of a process; each test begins without one."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    yield
+    leave_nothing_running()
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
-from benchmarks import exactness, report, stages, throughput, tries
+from benchmarks import exactness, nt_xent, report, stages, step_model, throughput, tries
 from pipelines import reference
 from pipelines.images import ImageFiles
 from stec.console import Console
@@ -116,6 +117,24 @@ def test_tries(cifar10: list[str], photographs: ImageFiles, tmp_path: Path) -> N
     flags = ["--dataset", "folder", "--data_dir", str(photographs.root), *BRIEF]
     of_files = figures(run(tries.main, flags, tmp_path))
     assert "gathered into a batch" in of_arrays[-1] and "each window" in of_files[-1]
+
+
+def test_nt_xent(tmp_path: Path) -> None:
+    seconds, mib = figures(run(nt_xent.main, ["--views", "64", "--repeats", "1"], tmp_path))
+    assert seconds.keys() == mib.keys() == {"whole matrix", "in chunks"}
+
+
+def test_the_step_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """On one GPU a step takes its arithmetic; on more, each part takes longer the more there are."""
+    assert step_model.main(["--recipe", "cifar10-resnet18", "--compute_ms", "50", "--gpus", "1", "8", "1024"]) == 0
+    assert "50.0" in capsys.readouterr().out
+    options = step_model.Options(compute_ms=50)
+    sizes = step_model.sizes_of(options)
+    # torchvision's ResNet-50 without its classifier, and 53 of its batch norms.
+    encoder = sum(p.numel() for name, p in torchvision.models.resnet50().named_parameters() if "fc" not in name)
+    assert sizes.gradients > 4 * encoder and len(sizes.channels) > 53
+    few, many = (step_model.step_ms(options, sizes, 210, gpus) for gpus in (8, 1024))
+    assert all(few[part] < many[part] for part in few)
 
 
 def test_alternatives_make_the_same_views(cifar10: list[str], photographs: ImageFiles) -> None:

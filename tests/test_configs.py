@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
+
+from tests.conftest import smooth_image
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -33,9 +36,21 @@ def test_accelerate_reads_them(name: str, machines: int, processes: int, kind: s
 
 @pytest.mark.parametrize(("name", "processes"), [("cpu", 1), ("cpu-2", 2)])
 def test_those_for_cpus_run(name: str, processes: int, tmp_path: Path) -> None:
-    flags = "--limit_train 16 --batch_size 8 --width 4 --max_epochs 1 --num_workers 1 --backend torchvision".split()
+    """On pictures without labels, so that nothing is evaluated."""
+    for n in range(16):
+        Image.fromarray(smooth_image(40, 50, n)).save(tmp_path / f"{n}.png")
+    flags = f"--dataset folder --data_dir {tmp_path} --view_size 32 --batch_size 8 --width 4 --max_epochs 1"
+    flags += f" --warmup_epochs 0 --results_path {tmp_path / 'run'}"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
-    command = [*launcher, str(ROOT / "launch.py"), *flags, "--results_path", str(tmp_path / "run")]
+    command = [
+        *launcher,
+        str(ROOT / "launch.py"),
+        *flags.split(),
+        "--warmup_epochs",
+        "0",
+        "--results_path",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{processes} process(es) on cpu" in done.stdout

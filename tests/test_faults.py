@@ -1,7 +1,6 @@
 """Whatever interrupts a run, it goes on to the result that it would have had, and says what happened.
 
-Each fault is a real one: processes are killed, disks fill up, files are damaged. The runs are started from a process
-that has loaded PyTorch already, as loading takes longer than training here.
+Each fault is a real one: processes are killed, disks fill up, files are damaged.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -17,9 +15,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +27,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import demo
 from stec import checkpoint, console
 from stec.errors import UserError
 from stec.run_folder import RunFolder
 from stec.stops import StopRequests
+from tests.runs import Prepare, Run, together
 
 TOTAL_STEPS = 24
 SMALL = (
@@ -42,78 +39,26 @@ SMALL = (
     "--log_every 3 --num_workers 1 --checkpoint_every_steps 1"
 ).split()
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["launch", "torch", "accelerate", "pipelines.graphs", "pipelines.loader", "stec.engine", "stec.run_folder"]
-)
 
-Prepare = Callable[[], None]
-"""What a run's process does first: bring the fault about, or arrange that it comes."""
-
-
-def _run(arguments: list[str], log: Path, prepare: Prepare | None, environment: dict[str, str]) -> None:
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(environment)
-    demo.IMAGES.update(train=256, test=64)
-    import launch
-
-    if prepare is not None:
-        prepare()
-    code = launch.main(arguments)
-    sys.stdout.flush()
-    os._exit(code)
-
-
-STARTED: list[Any] = []
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_running() -> Iterator[None]:
-    """A failed test must not leave a stopped process behind, which Python would wait for at its end."""
-    yield
-    while STARTED:
-        process = STARTED.pop()
-        process.kill()
-        process.join()
-
-
-class Run:
-    """A run in a process of its own."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *arguments: str | Path,
-        prepare: Prepare | None = None,
-        environment: dict[str, str] | None = None,
-        settings: list[str] = SMALL,
-    ) -> None:
-        self.log = folder.with_name(f"{folder.name}-{time.monotonic_ns()}.log")
-        flags = [*settings, "--results_path", str(folder), *map(str, arguments)]
-        self.process = PROCESSES.Process(target=_run, args=(flags, self.log, prepare, environment or {}))
-        self.process.start()
-        STARTED.append(self.process)
-
-    def end(self, code: int = 0) -> str:
-        """Wait for it; returns what was printed."""
-        self.process.join(120)
-        said = self.log.read_text()
-        assert self.process.exitcode == code, said
-        assert "Traceback" not in said
-        return said
+def start(
+    folder: Path,
+    *arguments: str | Path,
+    prepare: Prepare | None = None,
+    environment: dict[str, str] | None = None,
+    settings: Sequence[str] = SMALL,
+) -> Run:
+    return Run(*settings, "--results_path", folder, *arguments, prepare=prepare, environment=environment)
 
 
 def resume(folder: Path, *arguments: str | Path, code: int = 0, prepare: Prepare | None = None) -> str:
-    return Run(folder, "--resume", "auto", *arguments, prepare=prepare).end(code)
+    return start(folder, "--resume", "auto", *arguments, prepare=prepare).end(code)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run that kept the checkpoint of every step."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    Run(folder, "--keep_checkpoints", "100").end()
+    start(folder, "--keep_checkpoints", "100").end()
     assert list(checkpoint.checkpoints(folder)) == list(range(1, TOTAL_STEPS + 1))
     return folder
 
@@ -196,7 +141,7 @@ def test_killed_at_twenty_random_moments(whole: Path, tmp_path: Path) -> None:
     while kills < 20:
         folder = tmp_path / f"killed{runs}"
         leftovers = half_written(folder)
-        run = Run(folder, "--resume", "auto", prepare=slow_disk)
+        run = start(folder, "--resume", "auto", prepare=slow_disk)
         # A quarter during start-up, a quarter while saving, the others anywhere in the first steps.
         if kills % 4 == 0:
             time.sleep(rng.uniform(0, 2))
@@ -278,7 +223,7 @@ def test_a_signal_saves_and_stops(
     number: signal.Signals, flags: list[str], code: int, whole: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    said = Run(folder, *flags, "--checkpoint_every_steps", "100", prepare=SignalAtStep(11, number)).end(code)
+    said = start(folder, *flags, "--checkpoint_every_steps", "100", prepare=SignalAtStep(11, number)).end(code)
     assert f"Stopped after step 11 of 24; go on by adding --results_path {folder} --resume auto." in said
     assert list(checkpoint.checkpoints(folder)) == [8, 11]
     resume(folder)
@@ -297,11 +242,11 @@ def test_a_signal_at_the_last_step_leaves_evaluation_for_later(whole: Path, tmp_
 def test_repeated_signals(whole: Path, tmp_path: Path) -> None:
     """Launcher and scheduler may both send SIGTERM, so a second one changes nothing; a second Ctrl-C stops at once."""
     folder = tmp_path / "terminated"
-    said = Run(folder, prepare=SignalAtStepAndWhileSaving(5, signal.SIGTERM)).end()
+    said = start(folder, prepare=SignalAtStepAndWhileSaving(5, signal.SIGTERM)).end()
     assert "Stopped after step 5 of 24" in said
     assert list(checkpoint.checkpoints(folder)) == [4, 5]
     folder = tmp_path / "interrupted"
-    said = Run(folder, prepare=SignalAtStepAndWhileSaving(5, signal.SIGINT)).end(130)
+    said = start(folder, prepare=SignalAtStepAndWhileSaving(5, signal.SIGINT)).end(130)
     assert "Stopped at once" in said
     assert list(checkpoint.checkpoints(folder)) == [3, 4]
     resume(folder)
@@ -311,39 +256,22 @@ def test_repeated_signals(whole: Path, tmp_path: Path) -> None:
 # --- Several processes ---
 
 
-def processes(
-    count: int, folder: Path, *arguments: str | Path, prepare: dict[int, Prepare], batch_size: int = 8
-) -> list[Run]:
-    """A run on several processes, as a launcher starts it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    return [
-        Run(
-            folder,
-            "--batch_size",
-            str(batch_size),
-            *arguments,
-            prepare=prepare.get(rank),
-            environment={**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(count)
-    ]
+def start_two(folder: Path, *arguments: str | Path, prepare: Sequence[Prepare | None]) -> list[Run]:
+    return together(2, *SMALL, "--batch_size", "8", "--results_path", folder, *arguments, prepare=prepare)
 
 
 def test_a_signal_to_one_process_stops_all(tmp_path: Path) -> None:
     """They agree on the step, between two lines of metrics; another number of processes goes on to equal floats."""
     # Small steps, as training makes much of rounding in so small a network.
-    plain = ["--optimizer", "sgd", "--learning_rate", "0.00001", "--mixed_precision", "no", "--max_epochs", "1"]
+    plain = ["--optimizer", "sgd", "--learning_rate", "0.000001", "--mixed_precision", "no", "--max_epochs", "1"]
     plain += ["--log_every", "100"]
     folder = tmp_path / "run"
-    both = processes(2, folder, *plain, prepare={1: SignalAtStep(3, signal.SIGUSR1)})
+    both = start_two(folder, *plain, prepare=[None, SignalAtStep(3, signal.SIGUSR1)])
     said = [run.end() for run in both]
     assert "Stopped after step 4 of 8" in said[0] and "Stopped" not in said[1]
     assert list(checkpoint.checkpoints(folder)) == [3, 4]
     resume(folder, *plain)
-    Run(tmp_path / "whole", *plain).end()
+    start(tmp_path / "whole", *plain).end()
     ours, theirs = (checkpoint.load(checkpoint.checkpoint_path(run, 8)) for run in (folder, tmp_path / "whole"))
     torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=1e-4)
     assert math.isclose(ours["last_epoch"]["loss"], theirs["last_epoch"]["loss"], rel_tol=1e-4)
@@ -382,7 +310,7 @@ class Raise:
 def test_one_process_fails(fault: Prepare, code: int | None, sentence: str, tmp_path: Path) -> None:
     """The others end, too, with one sentence that says which one it was and, where it could say so, why."""
     folder = tmp_path / "run"
-    both = processes(2, folder, "--process_timeout_s", "8", prepare={1: fault})
+    both = start_two(folder, "--process_timeout_s", "8", prepare=[None, fault])
     said = both[0].end(2)
     assert f"error: {sentence}" in said and "go on from the last checkpoint by --resume auto." in said
     if code is None:
@@ -395,7 +323,7 @@ def test_one_process_fails(fault: Prepare, code: int | None, sentence: str, tmp_
 
 def test_the_main_process_dies(tmp_path: Path) -> None:
     """With it goes what the processes could have found each other by."""
-    both = processes(2, tmp_path / "run", prepare={0: SignalAtStep(3, signal.SIGKILL)})
+    both = start_two(tmp_path / "run", prepare=[SignalAtStep(3, signal.SIGKILL)])
     said = both[1].end(2)
     assert "error on process 1: Process 0, which keeps the others in touch, is gone; go on from" in said
 
@@ -554,7 +482,7 @@ def test_no_undamaged_checkpoint_is_left(whole: Path, tmp_path: Path) -> None:
 
 def test_a_second_run_is_refused_while_the_first_lives(whole: Path, tmp_path: Path) -> None:
     folder = cut(whole, tmp_path / "run", 8)
-    first = Run(folder, "--resume", "auto", prepare=SignalAtStep(3, signal.SIGSTOP))
+    first = start(folder, "--resume", "auto", prepare=SignalAtStep(3, signal.SIGSTOP))
     while 10 not in checkpoint.checkpoints(folder):
         assert first.process.is_alive()
         time.sleep(0.01)
@@ -601,13 +529,14 @@ def test_the_data_disappears(backend: str, tmp_path: Path) -> None:
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
 
     def run(name: str, prepare: Prepare | None = None) -> Run:
-        return Run(tmp_path / name, "--resume", "auto", prepare=prepare, environment=environment, settings=settings)
+        return start(tmp_path / name, "--resume", "auto", prepare=prepare, environment=environment, settings=settings)
 
     run("undisturbed").end()
     said = run("disturbed", TakeAway(data)).end(2)
     assert said.count("error: ") == 1 and str(data) in said.split("error: ")[1]
     found = checkpoint.checkpoints(tmp_path / "disturbed")
     assert found and all(checkpoint.load(path) for path in found.values())
+    assert not (tmp_path / "disturbed" / "bad-images.tsv").exists()
     said = run("disturbed").end(2)
     assert f"--data_dir {data} must hold the folders train and val" in said
     (tmp_path / "unmounted").rename(data)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import step_model
 from stec import objective
 from stec.model import Outputs
 from stec.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent
@@ -174,6 +176,17 @@ def half_of_the_work(rank: int, folder: Path) -> None:
     )
     loss.backward()
     torch.save([metrics, *[leaf.grad for leaf in leaves]], folder / f"rank{rank}.pt")
+
+    all_gather, sent = dist.all_gather, []
+
+    def counted(gathered: list[Tensor], own: Tensor) -> None:
+        sent.append(own.numel() * own.element_size())
+        all_gather(gathered, own)
+
+    with patch.object(dist, "all_gather", counted):
+        z_i, z_j = (z.float().requires_grad_() for z in leaves[0].detach().unbind(1))
+        nt_xent(z_i, z_j, 0.2)[0].backward()
+    (folder / f"sent{rank}").write_text(str(sum(sent)))
     dist.destroy_process_group()
 
 
@@ -194,3 +207,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         # Gradient averaging divides by the number of processes.
         gradient = torch.cat([ranks[0][1 + k], ranks[1][1 + k]]) / 2
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-8)
+
+    sizes = step_model.Sizes(gradients=0, channels=[], feat_dim=outputs.projections.shape[2])
+    assert [int((tmp_path / f"sent{rank}").read_text()) for rank in range(2)] == [
+        step_model.gathered_bytes(sizes, 4)
+    ] * 2

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +21,8 @@ from stec.commands import Policy
 from stec.model import Model
 from stec.objective import Objective, Weights
 from stec.step import Step
+from tests.runs import Run
 
-ROOT = Path(__file__).parents[1]
 GLOBAL_BATCH = 24
 
 
@@ -130,20 +128,17 @@ FLAGS = (
 ).split()
 
 
-def launch(folder: Path, *more: str) -> str:
-    command = [sys.executable, str(ROOT / "launch.py"), *FLAGS, "--results_path", str(folder), *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def train(folder: Path, *more: str) -> str:
+    return Run(*FLAGS, "--results_path", folder, *more).end()
 
 
 def test_a_run_in_chunks_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Its steps are those of the global batch, and the second epoch is the same to the bit after a resume."""
-    out = launch(tmp_path / "whole")
+    out = train(tmp_path / "whole")
     assert "2 epochs of 4 steps of 24 images" in out
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     (tmp_path / "resumed" / "checkpoint-00000008.pt").unlink()
-    assert "after step 4" in launch(tmp_path / "resumed", "--resume", "auto")
+    assert "after step 4" in train(tmp_path / "resumed", "--resume", "auto")
     weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "resumed")]
     assert weights[0] == weights[1]
 
@@ -151,6 +146,6 @@ def test_a_run_in_chunks_goes_on_where_it_stopped(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_deterministic_runs_are_equal_to_the_bit_on_a_gpu(tmp_path: Path) -> None:
     for run in ("first", "second"):
-        launch(tmp_path / run)
+        train(tmp_path / run)
     weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("first", "second")]
     assert weights[0] == weights[1]

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from stec import checkpoint
 from tests.conftest import smooth_image
+from tests.runs import Run, together
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -48,11 +49,9 @@ def run_on(processes: int, *arguments: str | Path) -> str:
 
 
 def run(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code, out + err
-    assert "Traceback" not in err
-    return out, err
+    process = Run(*SMALL, *arguments)
+    process.end(code)
+    return process.out, process.err
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -309,10 +308,15 @@ def test_several_processes_train_and_evaluate_together(tmp_path: Path) -> None:
     assert "2 process(es)" in out and out.count("epoch 1/1 ") == 1
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2]
     evaluation = ["eval", "--dataset", "demo", "--width", "4", "--ckpt_path", tmp_path / "run" / "model.safetensors"]
-    results = [run_on(k, *evaluation, "--json", tmp_path / f"{k}.json").splitlines()[-3:] for k in (2, 3)]
-    command = [sys.executable, str(ROOT / "launch.py"), *map(str, evaluation)]
-    alone = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-3:]
-    assert results == [alone, alone]
+    results = []
+    for count in (1, 2, 3):
+        evaluating = together(count, *evaluation, "--json", tmp_path / f"{count}.json")
+        for process in evaluating:
+            process.end()
+        assert [bool(process.out) for process in evaluating] == [True] + [False] * (count - 1)
+        results.append(evaluating[0].out.splitlines()[-3:])
+    alone = results[0]
+    assert results == [alone] * 3
     assert alone[-1].startswith("accuracy 0.") and len(alone[-1]) == len("accuracy 0.6680")
     written = json.loads((tmp_path / "2.json").read_text())
     assert f"accuracy {written['accuracy']:.4f}" == alone[-1]
