@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.folders import Layout, Listing, Stamp, stamp
 from pipelines.headers import FOUND, Found
@@ -74,8 +75,7 @@ def read_cache(file: Path, root: Path) -> Split | None:
 
 
 def write_cache(file: Path, split: Split) -> bool:
-    """Write the index to a temporary name and rename it. Returns whether it could be written: it is done without."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.npz")
+    """Keep an index. Returns whether it could be written: it is done without."""
     images = split.images
     about = {
         "version": CACHE_VERSION,
@@ -86,15 +86,21 @@ def write_cache(file: Path, split: Split) -> bool:
         "watched": split.watched,
         "faults": images.faults,
     }
+    return write_arrays(
+        file,
+        about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+        blob=images.files.blob,
+        offsets=images.files.offsets,
+        **{name: getattr(images, name) for name in ARRAYS},
+    )
+
+
+def write_arrays(file: Path, **arrays: NDArray[Any]) -> bool:
+    """Write arrays to a temporary name and rename it. Returns whether that could be done."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.npz")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            temporary,
-            about=np.frombuffer(json.dumps(about).encode(), np.uint8),
-            blob=images.files.blob,
-            offsets=images.files.offsets,
-            **{name: getattr(images, name) for name in ARRAYS},
-        )
+        np.savez(temporary, **arrays)  # type: ignore[arg-type]
         temporary.replace(file)
     except OSError:
         with suppress(OSError):

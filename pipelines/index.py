@@ -169,7 +169,7 @@ def _where_instead(data_dir: Path) -> str:
 
 def _demo() -> DataSet:
     splits = []
-    for pixels, labels in (demo.render(split="train"), demo.render(split="test")):
+    for pixels, labels in (demo.load(split="train"), demo.load(split="test")):
         splits.append(ImageArray(pixels=pixels, labels=labels))
     return DataSet(train=splits[0], labelled=splits[0], test=splits[1], classes=demo.CLASSES)
 

@@ -31,6 +31,7 @@ RUN_LOCAL = frozenset(
         "resume",
         "allow_changes",
         "log_every",
+        "profile",
         "checkpoint_every",
         "checkpoint_every_steps",
         "keep_checkpoints",
@@ -184,6 +185,8 @@ class TrainConfig:
     """Check that Accelerate runs on so many machines."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: bf16 where the device is fast at it, fp16 on older GPUs, else no."""
+    compile: Switch = 0
+    """1: have PyTorch compile the encoder; takes a minute at the start, and a C++ compiler on CPUs."""
     deterministic: Switch = 0
     """1: use those algorithms only that give the same bits again on the same device; slower on GPUs."""
     seed: int = 2022
@@ -196,6 +199,8 @@ class TrainConfig:
     """1: go on with changed settings, such as --max_epochs; they are printed and noted in starts.jsonl."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl; metrics leave the device only then."""
+    profile: int = 0
+    """After some steps of warming up, profile so many: a table, and a trace for https://ui.perfetto.dev."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; one is always written at the end and at an interruption."""
     checkpoint_every_steps: int = 500
@@ -217,8 +222,8 @@ class TrainConfig:
         at_least_1 = ("limit_train", "width", "feat_dim", "manip_hidden_mlp", "log_every", "checkpoint_every", "gpus",
                       "num_nodes", "accumulate", "checkpoint_every_steps", "keep_checkpoints", "keep_every",
                       "process_timeout_s")  # fmt: skip
-        at_least_0 = ("num_workers", "shuffle_window", "manip_lambda", "discrimination_lambda", "supervised_lambda",
-                      "weight_decay", "learning_rate")  # fmt: skip
+        at_least_0 = ("num_workers", "profile", "shuffle_window", "manip_lambda", "discrimination_lambda",
+                      "supervised_lambda", "weight_decay", "learning_rate")  # fmt: skip
         limits: dict[str, tuple[int, int | None]] = {
             **dict.fromkeys(at_least_1, (1, None)),
             **dict.fromkeys(at_least_0, (0, None)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from stec import checkpoint
+from stec import checkpoint, profiling
 from stec.batch import PlainLoader, TwoViewLoader
 from stec.config import TrainConfig
 from stec.console import Console
@@ -31,6 +33,7 @@ from stec.export import load_weights, read_weights, write_safetensors
 from stec.model import Model
 from stec.objective import METRICS, Objective, Weights
 from stec.optim import learning_rate_factor, make_optimizer
+from stec.profiling import StepProfile, part
 from stec.run_folder import RunFolder, write_json
 from stec.step import Step
 from stec.stops import StopRequests, exit_code
@@ -163,6 +166,9 @@ def train(
         ),
         temperature=config.temperature,
     )
+    if config.compile:
+        _check_compiler(accelerator.device)
+        model.encoder.compile()
     backward = Step(model, objective, accelerator, affine=config.affine)
     optimizer = accelerator.prepare_optimizer(optimizer)
     if resumed is not None:
@@ -264,27 +270,47 @@ def train(
 
     # --- The loop ---
     model.train()
+    if config.profile and total_steps - step < config.profile + profiling.WARM_UP_STEPS:
+        raise UserError(
+            f"--profile {config.profile} needs {config.profile + profiling.WARM_UP_STEPS} steps, some for warming up, "
+            f"but there are only {total_steps - step}; profile fewer or train longer."
+        )
+    profiled = (
+        StepProfile(config.profile, accelerator.device) if config.profile and accelerator.is_main_process else None
+    )
     stops = StopRequests(timeout=timedelta(seconds=config.process_timeout_s))
     with console.training(first_step=step, total_steps=total_steps), stops:
         chunks = data.training.batches(step * config.accumulate)
         since_log = time.perf_counter()
         while step < total_steps:
             started_waiting = time.perf_counter()
-            batch = [next(chunks) for _ in range(config.accumulate)]
+            with part("wait for data"):
+                batch = [next(chunks) for _ in range(config.accumulate)]
             since_log_wait += _seconds_since(started_waiting)
 
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step)
             unlogged.append(backward(batch))
-            optimizer.step()
-            optimizer.zero_grad()
+            with part("optimiser"):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step)
+                optimizer.step()
+                optimizer.zero_grad()
             step += 1
 
             if step % config.log_every == 0 or step % steps_per_epoch == 0:
-                log()
-            stop = stops.after_step(last=step == total_steps)
+                with part("logging"):
+                    log()
+            with part("agreeing on stops"):
+                stop = stops.after_step(last=step == total_steps)
             if stop or _checkpoint_due(config, step, steps_per_epoch, total_steps):
-                save(stopping=bool(stop))
+                with part("saving"):
+                    save(stopping=bool(stop))
+            if profiled is not None and profiled.after_step():
+                profiled.write(folder.trace, folder.profile)
+                console.table(
+                    f"{config.profile} steps; trace in {folder.trace}, for https://ui.perfetto.dev",
+                    ["part", "ms", "of the step"],
+                    profiling.table(profiled.milliseconds()),
+                )
             if stop:
                 raise Interrupted(
                     f"Stopped after step {step} of {total_steps}; go on by adding "
@@ -310,6 +336,16 @@ def train(
     if accelerator.is_main_process:
         write_json(folder.results, results)
     return results
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raise UserError where PyTorch could not compile for a CPU."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"--compile 1 needs a C++ compiler, but there is no {compiler}; install it, name another one by the "
+            f"environment variable CXX, or leave --compile out."
+        )
 
 
 def _means(rows: list[list[float]]) -> dict[str, float]:

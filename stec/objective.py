@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from stec.model import Outputs
 from stec.processes import gather, num_processes, process_index
+from stec.profiling import part
 
 METRICS = (
     "loss",
@@ -200,17 +201,20 @@ class Objective:
         supervised, supervised_accuracy = none, none
         if outputs.projections is not None:
             z_i, z_j = outputs.projections.unbind(1)
-            discrimination, accuracy, contrast_accuracy, contrast_entropy = nt_xent(z_i, z_j, self.temperature)
+            with part("NT-Xent"):
+                discrimination, accuracy, contrast_accuracy, contrast_entropy = nt_xent(z_i, z_j, self.temperature)
         if outputs.command_logits is not None:
             assert command is not None and valid is not None, "an inverse model is asked for commands"
-            manipulation, manipulation_accuracy = inverse_loss(outputs.command_logits, command, valid)
+            with part("inverse loss"):
+                manipulation, manipulation_accuracy = inverse_loss(outputs.command_logits, command, valid)
 
         if outputs.class_logits is not None:
-            logits = outputs.class_logits.flatten(0, 1)
-            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-            targets = labels.repeat_interleave(outputs.class_logits.shape[1])
-            supervised = F.cross_entropy(logits, targets)
-            supervised_accuracy = (logits.detach().argmax(1) == targets).float().mean()
+            with part("probe loss"):
+                logits = outputs.class_logits.flatten(0, 1)
+                logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+                targets = labels.repeat_interleave(outputs.class_logits.shape[1])
+                supervised = F.cross_entropy(logits, targets)
+                supervised_accuracy = (logits.detach().argmax(1) == targets).float().mean()
 
         loss = (
             self.weights.discrimination * discrimination

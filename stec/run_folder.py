@@ -32,6 +32,8 @@ class RunFolder:
         self.results = path / "results.json"
         self.model = path / "model.safetensors"
         self.encoder = path / "encoder.safetensors"
+        self.profile = path / "profile.json"
+        self.trace = path / "trace.json.gz"
         self.lock = path / ".lock"
         self._unwritten = b""
 

@@ -14,6 +14,7 @@ from stec.batch_norm import synchronise, untracked
 from stec.geometry import Convention, relative_windows
 from stec.model import Model, encode
 from stec.objective import Objective
+from stec.profiling import part
 
 
 class Step:
@@ -44,22 +45,24 @@ class Step:
             (chunk.probe_views, self.model.probe_trains_encoder) for chunk in chunks if chunk.probe_views is not None
         ]
         cached = len(chunks) > 1
-        with torch.set_grad_enabled(not cached):
+        with torch.set_grad_enabled(not cached), part("encoder"):
             features = [encode(self.encoder, views, trained=trained) for views, trained in passes]
         if cached:
             features = [f.requires_grad_(trained) for f, (_, trained) in zip(features, passes, strict=True)]
 
-        outputs = self.heads(
-            torch.cat(features[: len(chunks)]), torch.cat(features[len(chunks) :] or features[: len(chunks)])
-        )
-        targets = _targets(chunks, self.affine) if outputs.command_logits is not None else ()
-        loss, metrics = self.objective(outputs, torch.cat([chunk.labels for chunk in chunks]), *targets)
-        self.accelerator.backward(loss)
-
-        if cached:
-            self._backward_through_encoder(
-                [(views, f.grad) for f, (views, trained) in zip(features, passes, strict=True) if trained]
+        with part("heads"):
+            outputs = self.heads(
+                torch.cat(features[: len(chunks)]), torch.cat(features[len(chunks) :] or features[: len(chunks)])
             )
+        with part("commands and masks"):
+            targets = _targets(chunks, self.affine) if outputs.command_logits is not None else ()
+        loss, metrics = self.objective(outputs, torch.cat([chunk.labels for chunk in chunks]), *targets)
+        with part("backward"):
+            self.accelerator.backward(loss)
+            if cached:
+                self._backward_through_encoder(
+                    [(views, f.grad) for f, (views, trained) in zip(features, passes, strict=True) if trained]
+                )
         return metrics
 
     def _backward_through_encoder(self, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:

@@ -56,7 +56,7 @@ class Run:
         self.logs = [tempfile.mkstemp(prefix="run-")[1] for _ in range(2)]
         self.out = self.err = ""
         # What the test has set does not reach the process from which this one is forked.
-        here = {name: value for name, value in os.environ.items() if name.startswith(("XDG_", "ACCELERATE_"))}
+        here = {name: value for name, value in os.environ.items() if name.startswith(("XDG_", "ACCELERATE_", "CXX"))}
         started = [*map(str, arguments)], self.logs, prepare, {**here, **(environment or {})}
         self.process = PROCESSES.Process(target=_run, args=started)
         self.process.start()

@@ -276,6 +276,31 @@ def test_what_cannot_be_downloaded_says_so(tmp_path: Path) -> None:
         open_data_set("imagenet", tmp_path, download=True)
 
 
+@pytest.mark.parametrize("content", ["kept", "cut off", "other", "unwritable"])
+def test_the_demo_set_is_kept_where_that_can_be(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And painted again where what was kept is not whole."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(demo.IMAGES, "test", 20)
+    if content == "unwritable":
+        (tmp_path / "cache").write_text("no folder")
+    painted, labels = demo.render(split="test")
+    for image, label in (demo.load(split="test"), demo.load(split="test")):
+        assert np.array_equal(image, painted) and np.array_equal(label, labels)
+    if content == "unwritable":
+        return
+    (file,) = (tmp_path / "cache" / "stec").iterdir()
+    whole = file.read_bytes()
+    if content != "kept":
+        # One pixel's bits turned over, or the end gone.
+        other = bytearray(whole)
+        other[1000] ^= 255
+        file.write_bytes(whole[:-100] if content == "cut off" else bytes(other))
+    else:
+        monkeypatch.setattr(demo, "render", None)
+    assert np.array_equal(demo.load(split="test")[0], painted)
+    assert file.read_bytes() == whole
+
+
 def test_the_demo_set_is_fixed_balanced_and_split() -> None:
     train, labels = demo.render(split="train")
     again, _ = demo.render(split="train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import shutil
@@ -285,6 +286,30 @@ def test_gradient_accumulation_of_the_launcher_is_refused(tmp_path: Path, monkey
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     _, err = run("--results_path", tmp_path / "run", code=2)
     assert "4 gradient accumulation steps" in err
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    _, err = run("--results_path", tmp_path / "run", "--compile", "1", code=2)
+    assert "--compile 1 needs a C++ compiler, but there is no no-such-compiler" in err
+
+
+def test_a_profile(tmp_path: Path) -> None:
+    """The parts of a step make up the step; the trace is what a browser can show."""
+    out, _ = run("--results_path", tmp_path / "run", "--profile", "4")
+    parts = json.loads((tmp_path / "run" / "profile.json").read_text())
+    assert "4 steps; trace in" in out and "backward" in out
+    step = parts.pop("step")
+    assert step == pytest.approx(sum(ms for name, ms in parts.items() if "within" not in name))
+    assert parts["encoder"] > 0 and parts["backward"] > 0 and parts["other"] < 0.5 * step
+    with gzip.open(tmp_path / "run" / "trace.json.gz", "rt") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert {name: names.count(name) for name in ("encoder", "heads", "NT-Xent", "optimiser")} == dict.fromkeys(
+        ("encoder", "heads", "NT-Xent", "optimiser"), 4
+    )
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    _, err = run("--results_path", tmp_path / "short", "--profile", "100", code=2)
+    assert "--profile 100 needs 103 steps, some for warming up, but there are only 10" in err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

@@ -1,0 +1,381 @@
+"""Images per second of training, what a step's time goes into, and what the optimiser costs.
+
+    python -m benchmarks.step --dataset cifar10 --data_dir DATA --width 16 --baseline
+
+Contenders take turns in processes of their own: the training loop as ``launch.py`` runs it, on real images and on views
+that are there already; the bare forward and backward passes of encoder and heads, with the same casts; and, with
+``--baseline``, a plain loop as the official code has it: single precision, contiguous, views made by torchvision's
+transforms on Pillow images in a DataLoader, the whole similarity matrix, three optimisers, and every value that is
+logged fetched at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, RandomSampler
+
+from benchmarks import report
+from benchmarks.report import Figures, Output
+from benchmarks.throughput import RandomViews
+from pipelines.index import open_data_set
+from pipelines.loader import Loader
+from pipelines.order import Order
+from stec import engine
+from stec.batch import Batch
+from stec.commands import Policy
+from stec.config import TrainConfig
+from stec.console import Console
+from stec.errors import UserError
+from stec.model import Model
+from stec.objective import inverse_loss
+from stec.optim import MOMENTUM, learning_rate_factor, make_optimizer
+from stec.profiling import WARM_UP_STEPS
+from stec.run_folder import RunFolder
+from tests.plain import plain_nt_xent
+
+Contender = Literal["baseline", "real", "synthetic", "bare"]
+NAMES: dict[Contender, str] = {
+    "baseline": "plain loop, official style",
+    "real": "training loop, real images",
+    "synthetic": "training loop, views in memory",
+    "bare": "forward and backward alone",
+}
+TRUST = 0.001
+CLASSES = 10
+"""Of the probe, where it makes no difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Output):
+    """Measure the training step."""
+
+    dataset: Literal["demo", "cifar10", "cifar100", "stl10", "imagenet", "folder"] = "demo"
+    """Whose images to train on."""
+    data_dir: Path | None = None
+    """Folder that holds the data set."""
+    arch: Literal["resnet18", "resnet50"] = "resnet18"
+    """Encoder."""
+    width: int = 64
+    """Channels of its first stage."""
+    batch_size: int = 128
+    """Images per step."""
+    steps: int = 5
+    """Steps of a turn, after as many for warming up."""
+    repeats: int = 3
+    """Turns, after one for warming up."""
+    baseline: bool = False
+    """Measure the official-style loop as well; ratios are to it."""
+    optimizers: bool = True
+    """Measure LARS against SGD on ResNet-50's parameters as well."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """As in training; the baseline is single precision always."""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to train."""
+    workers: int = report.cores()
+    """DALI's threads, and the baseline's worker processes."""
+
+    def config(self, **more: Any) -> TrainConfig:
+        """The run that is measured."""
+        return TrainConfig(
+            dataset=self.dataset,
+            data_dir=self.data_dir,
+            arch=self.arch,
+            width=self.width,
+            batch_size=self.batch_size,
+            mixed_precision=self.mixed_precision,
+            manip_lambda=0.3,
+            num_workers=self.workers,
+            warmup_epochs=0,
+            max_epochs=1,
+            log_every=self.steps,
+            **more,
+        )
+
+
+# --- What runs in a contender's process ---
+
+
+class Some:
+    """The first ``steps`` steps of a loader as an epoch, or, ``repeated``, its first two batches again and again."""
+
+    def __init__(self, loader: Loader, steps: int, *, repeated: bool) -> None:
+        self.loader, self.steps_per_epoch, self.repeated = loader, steps, repeated
+
+    def batches(self, first_chunk: int) -> Iterator[Batch]:
+        batches = self.loader.batches(first_chunk)
+        if not self.repeated:
+            return batches
+        # Copies: what a pipeline gives is overwritten by later batches.
+        two = [replace(batch, views=batch.views.clone()) for batch in itertools.islice(batches, 2)]
+        del batches
+        return itertools.cycle(two)
+
+
+def accelerator_of(options: Options) -> tuple[Accelerator, str]:
+    precision = engine.resolve_precision(options.mixed_precision, torch.device(options.device))
+    return Accelerator(cpu=options.device == "cpu", mixed_precision=precision), precision
+
+
+def training_turn(contender: Contender, options: Options, profile: int = 0) -> dict[str, float]:
+    """Metrics of the second half of a short training run; with ``profile``, milliseconds of the parts of a step."""
+    config = options.config(profile=profile)
+    accelerator, precision = accelerator_of(options)
+    data_set = open_data_set(config.dataset, config.data_dir)
+    loader = Loader(
+        Order(data_set.train, Policy.of(config), seed=0, batch_size=options.batch_size),
+        backend="auto",
+        device=accelerator.device,
+        workers=options.workers,
+        half=options.device == "cuda" and precision != "no",
+    )
+    steps = max(2 * options.steps, profile + WARM_UP_STEPS)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = RunFolder(Path(temporary))
+        engine.train(
+            config,
+            engine.Data(
+                training=Some(loader, steps, repeated=contender == "synthetic"),
+                labelled=None,
+                test=None,
+                classes=len(data_set.classes),
+            ),
+            engine.initial_model(config, len(data_set.classes)),
+            accelerator=accelerator,
+            console=Console(enabled=False),
+            folder=folder,
+            environment={},
+            resumed=None,
+        )
+        line = folder.profile if profile else folder.metrics
+        values: dict[str, float] = json.loads(line.read_text().splitlines()[-1])
+    return values
+
+
+def loop_turn(contender: Contender, options: Options) -> float:
+    """Images per second of a training loop."""
+    return training_turn(contender, options)["images_per_second"]
+
+
+def timed_steps(step: Callable[[], object], options: Options) -> float:
+    """Images per second of as many steps, after as many for warming up."""
+    for _ in range(options.steps):
+        step()
+    _wait_for_gpu()
+    started = time.perf_counter()
+    for _ in range(options.steps):
+        step()
+    _wait_for_gpu()
+    return options.steps * options.batch_size / (time.perf_counter() - started)
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def bare_turn(options: Options) -> float:
+    """Encoder and heads forwards, and backwards from the sum of what they give."""
+    config = options.config()
+    accelerator, _ = accelerator_of(options)
+    model = engine.initial_model(config, CLASSES).to(accelerator.device).train()
+    views = torch.rand(options.batch_size, 2, 3, *_size(config), device=accelerator.device)
+
+    def step() -> None:
+        with accelerator.autocast():
+            outputs = model(views)
+        sum(output.float().sum() for output in outputs if output is not None).backward()
+        model.zero_grad()
+
+    return timed_steps(step, options)
+
+
+def _size(config: TrainConfig) -> tuple[int, int]:
+    size = Policy.of(config).size
+    return size, size
+
+
+class OfficialLars(torch.optim.Optimizer):
+    """LARS, a parameter after the other."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            decay = group["weight_decay"]
+            for p in group["params"]:
+                weight_norm, grad_norm = p.norm(), p.grad.norm()
+                update = p.grad + decay * p
+                if weight_norm != 0 and grad_norm != 0:
+                    update *= TRUST * weight_norm / (grad_norm + decay * weight_norm + 1e-8)
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.mul_(MOMENTUM).add_(update)
+                p.sub_(group["lr"] * buffer)
+
+
+def plain_optimizers(model: Model, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """One for the weights, one for biases and batch norms, one for the probe."""
+    assert model.probe is not None
+    probe = list(model.probe.parameters())
+    others = [(name, p) for name, p in model.named_parameters() if "probe" not in name and p.requires_grad]
+    small = [p for name, p in others if "bias" in name or "bn" in name]
+    weights = [p for name, p in others if not ("bias" in name or "bn" in name)]
+    return [
+        OfficialLars(weights, config.learning_rate, config.weight_decay),
+        torch.optim.SGD(small, config.learning_rate, MOMENTUM, foreach=False),
+        torch.optim.SGD(probe, config.learning_rate, MOMENTUM, foreach=False),
+    ]
+
+
+def baseline_turn(options: Options) -> float:
+    """A plain loop on real images. The inverse model's targets are made up, which costs the loop nothing."""
+    config, device = options.config(), torch.device(options.device)
+    data_set = open_data_set(config.dataset, config.data_dir)
+    model = engine.initial_model(config, CLASSES)
+    model.encoder.memory_format = torch.contiguous_format
+    model.to(device, memory_format=torch.contiguous_format).train()  # type: ignore[call-overload]
+    optimizers = plain_optimizers(model, config)
+    batches = iter(
+        DataLoader(
+            RandomViews(data_set.train, Policy.of(config), "official"),
+            batch_size=options.batch_size,
+            sampler=RandomSampler(range(len(data_set.train)), replacement=True, num_samples=sys.maxsize),
+            num_workers=options.workers,
+            pin_memory=device.type == "cuda",
+        )
+    )
+    labels = torch.zeros(options.batch_size, dtype=torch.long, device=device)
+    command = torch.zeros(options.batch_size, 2, 3, device=device)
+    valid = torch.ones(options.batch_size, dtype=torch.bool, device=device)
+    steps = itertools.count()
+    logged: dict[str, float] = {}
+
+    def step() -> None:
+        outputs = model(torch.stack([views.to(device) for views in next(batches)], 1))
+        assert outputs.command_logits is not None and outputs.class_logits is not None
+        z_i, z_j = outputs.projections.unbind(1)
+        contrast, accuracy, contrast_accuracy, entropy = plain_nt_xent(z_i, z_j, config.temperature)
+        inverse, inverse_accuracy = inverse_loss(outputs.command_logits, command, valid)
+        logits, targets = outputs.class_logits.flatten(0, 1), labels.repeat_interleave(2)
+        probe = F.cross_entropy(logits, targets)
+        loss = config.discrimination_lambda * contrast + config.manip_lambda * inverse + probe
+        rate = config.learning_rate * learning_rate_factor(next(steps), warmup_steps=0, total_steps=10**6)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        values = {
+            "loss": loss,
+            "contrast": contrast,
+            "accuracy": accuracy,
+            "contrast accuracy": contrast_accuracy,
+            "entropy": entropy,
+            "inverse": inverse,
+            "inverse accuracy": inverse_accuracy,
+            "probe": probe,
+            "probe accuracy": (logits.argmax(1) == targets).float().mean(),
+        }
+        logged.update({name: value.item() for name, value in values.items()})
+
+    return timed_steps(step, options)
+
+
+def peak_mib(options: Options) -> float:
+    """The most memory that this process ever had; worker processes have theirs."""
+    if options.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def optimizer_turn(kind: Literal["sgd", "lars"], options: Options) -> float:
+    """Milliseconds of an optimiser's step on the parameters of ResNet-50 and its heads; the median of some."""
+    config = replace(options.config(), arch="resnet50", width=64)
+    model = engine.initial_model(config, CLASSES).to(options.device)
+    optimizer = make_optimizer(model, kind, learning_rate=0.1, weight_decay=1e-4, nesterov=False)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+
+    def once() -> float:
+        _wait_for_gpu()
+        started = time.perf_counter()
+        optimizer.step()
+        _wait_for_gpu()
+        return 1000 * (time.perf_counter() - started)
+
+    for _ in range(3):
+        once()
+    return statistics.median(once() for _ in range(10))
+
+
+# --- All of them ---
+
+
+def measure(options: Options, console: Console) -> None:
+    report.check(options)
+    if min(options.batch_size, options.steps, options.repeats, options.width) < 1:
+        raise UserError("--batch_size, --steps, --repeats and --width must be at least 1.")
+    open_data_set(options.dataset, options.data_dir)
+    turns: dict[Contender, Callable[..., float]] = {
+        "real": partial(loop_turn, "real"),
+        "synthetic": partial(loop_turn, "synthetic"),
+        "bare": bare_turn,
+    }
+    if options.baseline:
+        turns = {"baseline": baseline_turn, **turns}
+    title = f"{options.arch}, width {options.width}, {options.dataset}, batch {options.batch_size}, {options.device}"
+    with report.processes_apart() as start:
+        calls = {contender: start() for contender in turns}
+        taken = report.take_turns(
+            {NAMES[contender]: partial(calls[contender], turn, options) for contender, turn in turns.items()},
+            repeats=options.repeats,
+            console=console,
+        )
+        memory = {NAMES[contender]: [call(peak_mib, options)] for contender, call in calls.items()}
+        with console.waiting("profile"):
+            profile = start()(training_turn, "real", options, options.steps)
+        figures = [
+            Figures(title=title, unit="images/s", turns=taken),
+            Figures(title="Peak memory", unit="MiB of the process", turns=memory),
+            Figures(
+                title=f"Where a step's time goes, {options.steps} steps",
+                unit="ms (ratio: share of the step)",
+                turns={name: [ms] for name, ms in sorted(profile.items(), key=lambda part: -part[1])},
+            ),
+        ]
+        if options.optimizers:
+            call = start()
+            optimizers = {
+                "SGD, torch, foreach": partial(call, optimizer_turn, "sgd", options),
+                "LARS": partial(call, optimizer_turn, "lars", options),
+            }
+            taken = report.take_turns(optimizers, repeats=options.repeats, console=console)
+            figures.append(Figures(title="Optimiser's step, ResNet-50 and heads", unit="ms", turns=taken))
+    report.publish(figures, options, console)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, prog="python -m benchmarks.step", args=arguments, use_underscores=True)
+    return report.run(lambda: measure(options, Console(enabled=True)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
