@@ -203,8 +203,7 @@ class _Source:
 
 
 def _run(pipeline: Any, source: _Source, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """The outputs of a pipeline, run after run, until the source ends, or DALI fails on an image and the source has seen
-    to it."""
+    """The outputs of a pipeline, until its source ends, or DALI fails on an image and the source has seen to it."""
     pipeline.build()
     stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
     while True:
