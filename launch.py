@@ -240,6 +240,7 @@ def run_training(config: TrainConfig) -> None:
         "process_index": accelerator.process_index,
         "num_processes": accelerator.num_processes,
         "accumulate": config.accumulate,
+        "view_size_at": config.view_size_at if config.resolution_schedule is not None else None,
     }
     order = Order(data_set.train, policy, **sharing, bad=bad, shuffle_window=config.shuffle_window)
     probe_order = None
@@ -303,6 +304,11 @@ def run_training(config: TrainConfig) -> None:
                 f"{config.max_epochs} epochs of {order.steps_per_epoch} steps of {order.global_batch_size} images",
             ),
             ("machine", f"{accelerator.num_processes} process(es) on {environment['device']}, precision {precision}"),
+            (
+                "views",
+                f"{config.view_size_px} px"
+                + (f", {config.view_size_at(0)} px at first" if config.resolution_schedule is not None else ""),
+            ),
             ("pipeline", f"{loader.backend}, {loader.workers} thread(s) or worker(s) per process"),
             ("files", str(folder.path.resolve())),
         ],

@@ -63,7 +63,8 @@ class Loader:
     of its own for the probe, where the images of ``order`` have no labels. ``half``: views in float16, on a GPU.
     ``operators`` are DALI's on a GPU and compiled on a CPU, unless said otherwise.
 
-    An image that turns out to be bad goes to ``order.bad``, and the step that met it is made again without it.
+    An image that turns out to be bad goes to ``order.bad``, and the step that met it is made again without it. A DALI
+    pipeline makes views of one size; where it changes, the next pipeline goes on at the step where the last one ended.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Loader:
         source = _TrainingSource(self.order, first_step, self.operators, self.device)
         pipeline = training_pipeline(
             source,
-            self.order.policy,
+            source.policy,
             form=source.form,
             views=self.order.views,
             operators=self.operators,
@@ -202,7 +203,7 @@ class _Source:
 
 
 def _run(pipeline: Any, source: _Source, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """The outputs of a pipeline, run after run, until DALI fails on an image and the source has seen to it."""
+    """The outputs of a pipeline, until its source ends, or DALI fails on an image and the source has seen to it."""
     pipeline.build()
     stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
     while True:
@@ -211,15 +212,18 @@ def _run(pipeline: Any, source: _Source, device: torch.device) -> Iterator[tuple
         except RuntimeError as error:
             source.settle(error)
             return
+        except StopIteration:
+            return
         yield outputs
 
 
 class _TrainingSource(_Source):
-    """Feeds ``training_pipeline``: one call a step, in order."""
+    """Feeds ``training_pipeline``: one call a step, in order, until views change their size."""
 
     def __init__(self, order: Order, first_step: int, operators: Operators, device: torch.device) -> None:
         super().__init__(order.images)
         self.order, self.step, self.operators = order, first_step, operators
+        self.policy = order.policy_of(first_step)
         self.share: Callable[[int], Share] = lru_cache(maxsize=4)(order.share)
         self.device_pixels: Tensor | None = None
         self.pixel_step = first_step
@@ -236,6 +240,8 @@ class _TrainingSource(_Source):
                 self.device_pixels = _on_device(images, device)
 
     def __call__(self) -> Sequence[Any]:
+        if self.order.policy_of(self.step) != self.policy:
+            raise StopIteration
         share = self.share(self.step)
         feed = [*self._opening_and_arguments(share), share.commands.pack(), _record(share, self.images)]
         self.step += 1
@@ -251,7 +257,7 @@ class _TrainingSource(_Source):
     def _opening_and_arguments(self, share: Share) -> list[Any]:
         from pipelines.graphs import argument_names, needed_part, view_arguments
 
-        images, policy, image_ids = self.images, self.order.policy, share.image_ids
+        images, policy, image_ids = self.images, self.policy, share.image_ids
         origin = None
         if isinstance(images, ImageArray):
             if self.form == "memory":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ class Share:
     positions: NDArray[np.int64]
     image_ids: NDArray[np.int64]
     commands: Commands
+    policy: Policy
+    """What the commands were drawn from; its size is that of the views."""
 
 
 class Order:
@@ -35,6 +38,8 @@ class Order:
 
     ``epoch_length`` is for images that accompany those of another, longer order: an epoch has so many positions, at
     which the images are repeated. (STL-10's labelled images accompany the unlabelled ones like this.)
+
+    ``view_size_at`` gives views another size in px, epoch by epoch, than that of ``policy``.
 
     Raises UserError where an epoch does not fill one global batch.
     """
@@ -53,11 +58,13 @@ class Order:
         command_stream: int = COMMAND_STREAM,
         epoch_length: int | None = None,
         shuffle_window: int = 0,
+        view_size_at: Callable[[int], int] | None = None,
         bad: BadImages | None = None,
     ) -> None:
         self.images, self.policy, self.seed = images, policy, seed
         self.batch_size, self.process_index = batch_size, process_index
         self.views, self.command_stream = views, command_stream
+        self.view_size_at = view_size_at
         self.bad = BadImages(images) if bad is None else bad
         self.shuffle_window = shuffle_window if isinstance(images, ImageFiles) and images.in_shards else 0
         self.epoch_length = epoch_length or len(images)
@@ -110,12 +117,19 @@ class Order:
         positions = np.arange(first, first + self.batch_size, dtype=np.int64)
         return epoch, positions, self._permutation(epoch)[first : first + self.batch_size]
 
+    def policy_of(self, chunk: int) -> Policy:
+        """What the commands of a chunk are drawn from: ``policy`` with the size of views in the chunk's epoch."""
+        if self.view_size_at is None:
+            return self.policy
+        return replace(self.policy, size=self.view_size_at(chunk // self.chunks_per_epoch))
+
     def share(self, chunk: int) -> Share:
         """This process's share of chunk ``chunk``, counted from the start of training."""
         epoch, positions, planned = self._planned(chunk)
         image_ids = self.bad.replace(planned, seed=self.seed, epoch=epoch, positions=positions)
+        policy = self.policy_of(chunk)
         commands = draw(
-            self.policy,
+            policy,
             seed=self.seed,
             epoch=epoch,
             first_position=int(positions[0]),
@@ -123,4 +137,4 @@ class Order:
             views=self.views,
             stream=self.command_stream,
         )
-        return Share(epoch=epoch, positions=positions, image_ids=image_ids, commands=commands)
+        return Share(epoch=epoch, positions=positions, image_ids=image_ids, commands=commands, policy=policy)

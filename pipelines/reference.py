@@ -88,7 +88,7 @@ class _Steps(Dataset[Step | UserError]):
 
     def _make(self, step: int) -> Step:
         share = self.order.share(step)
-        images, policy = self.order.images, self.order.policy
+        images, policy = self.order.images, share.policy
         views = torch.empty(len(share.image_ids), self.order.views, policy.size, policy.size, 3)
         for n, image_id in enumerate(share.image_ids):
             image = images.open(int(image_id))

@@ -21,7 +21,8 @@ class Batch:
     """
 
     views: Tensor
-    """[N, V, 3, H, W] float32 in [0, 1] on the loader's device; channels-last in memory."""
+    """[N, V, 3, H, W] float32 in [0, 1] on the loader's device; channels-last in memory. H and W are equal,
+    and the same throughout an epoch."""
     commands: Commands
     """The very commands that were executed to make the views; NumPy, on the host."""
     labels: Tensor

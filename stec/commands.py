@@ -56,7 +56,7 @@ class Policy:
     """
 
     size: int = 32
-    """Height and width of a view in px."""
+    """Height and width of a view in px. No choice depends on it, but the blur is proportional to it."""
     area: tuple[float, float] = (0.08, 1.0)
     """Area of the window as a share of the image."""
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)

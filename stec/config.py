@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import tyro
 from stec.errors import UserError
 
 Switch = Literal[0, 1]
+
+SMALLEST_VIEW_PX, LARGEST_VIEW_PX = 16, 4096
 
 RUN_LOCAL = frozenset(
     {
@@ -116,6 +119,8 @@ class TrainConfig:
     # Views
     view_size: int | None = None
     """Height and width of a view in px; default: the data set's own (32, STL-10 96, ImageNet and folders 224)."""
+    resolution_schedule: str | None = None
+    """FIRST:LAST in px, say 160:224: views begin small and grow over the epochs to their full size, which is LAST."""
     p_color_jitter: float = 0.8
     """Probability of colour jitter; 0 or less is never."""
     p_grayscale: float = 0.2
@@ -229,13 +234,14 @@ class TrainConfig:
             **dict.fromkeys(at_least_0, (0, None)),
             "batch_size": (2, None),
             "n_bins": (2, 1000),
-            "view_size": (16, 4096),
+            "view_size": (SMALLEST_VIEW_PX, LARGEST_VIEW_PX),
             "warmup_epochs": (0, 10**6),
             "max_epochs": (1, 10**6),
             "seed": (0, 2**63 - 1),
             "stop_exit_code": (0, 255),
         }
         _check_ranges(self, limits)
+        self._check_resolution_schedule()
         for name in ("p_color_jitter", "p_grayscale"):
             if not getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name)} is no probability; give 1 or less.")
@@ -255,9 +261,42 @@ class TrainConfig:
     def traits(self) -> DataSetTraits:
         return DATA_SETS[self.dataset].at(self.view_size)
 
+    def _check_resolution_schedule(self) -> None:
+        if self.resolution_schedule is None:
+            return
+        said, full = f"--resolution_schedule {self.resolution_schedule}", self.view_size_px
+        if not re.fullmatch("[0-9]{1,4}:[0-9]{1,4}", self.resolution_schedule):
+            raise UserError(f"{said} is no pair of sizes in px; give two whole numbers such as {full // 2}:{full}.")
+        first, last = map(int, self.resolution_schedule.split(":"))
+        if first < SMALLEST_VIEW_PX:
+            raise UserError(f"{said} begins too small; begin at {SMALLEST_VIEW_PX} px or more.")
+        if first >= last:
+            raise UserError(f"{said} does not grow; give the smaller size first.")
+        if last != full:
+            raise UserError(
+                f"{said} does not end at the size of the views, {full} px; let it end there, or change that size by "
+                f"--view_size {last}."
+            )
+
     @property
     def view_size_px(self) -> int:
+        """Height and width of a full-size view in px: in evaluation, and in training but for a resolution schedule."""
         return self.traits.view_size_px
+
+    def view_size_at(self, epoch: int) -> int:
+        """Height and width of a view in px in an epoch of training.
+
+        With a resolution schedule it grows linearly over the first three quarters of the epochs, rounded down to a
+        multiple of 32 px, or of 8 px where full-size views have less than 128 px; then views have their full size.
+        """
+        last = self.view_size_px
+        growing_epochs = self.max_epochs * 3 // 4
+        if self.resolution_schedule is None or epoch >= growing_epochs:
+            return last
+        first = int(self.resolution_schedule.split(":")[0])
+        multiple = 32 if last >= 128 else 8
+        size = first + (last - first) * epoch // growing_epochs
+        return max(first, size // multiple * multiple)
 
     def identity(self) -> dict[str, Any]:
         """The settings that the trained weights depend on: all but where files lie and how the work is watched."""
@@ -306,7 +345,7 @@ class EvalConfig:
             "width": (1, None),
             "num_workers": (0, None),
         }
-        _check_ranges(self, {**limits, "view_size": (16, 4096)})
+        _check_ranges(self, {**limits, "view_size": (SMALLEST_VIEW_PX, LARGEST_VIEW_PX)})
         if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
             raise UserError(f"--json {self.json} cannot be written; name a file in an existing folder.")
 

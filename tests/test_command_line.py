@@ -66,6 +66,22 @@ WRONG = {
     "no probability": (["--p_grayscale", "nan"], "--p_grayscale nan is no probability"),
     "huge seed": (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is too large"),
     "nan": (["--temperature", "nan"], "--temperature nan makes no sense"),
+    "no sizes": (
+        ["--resolution_schedule", "abc"],
+        "schedule abc is no pair of sizes in px; give two whole numbers such as 16:32.",
+    ),
+    "one size": (["--resolution_schedule", "16"], "--resolution_schedule 16 is no pair of sizes"),
+    "sizes that shrink": (["--resolution_schedule", "32:16"], "--resolution_schedule 32:16 does not grow"),
+    "sizes that stay": (["--resolution_schedule", "32:32"], "--resolution_schedule 32:32 does not grow"),
+    "views of no size": (
+        ["--resolution_schedule", "0:32"],
+        "schedule 0:32 begins too small; begin at 16 px",
+    ),
+    "views that outgrow": (
+        ["--resolution_schedule", "16:64"],
+        "does not end at the size of the views, 32 px; let it",
+    ),
+    "views that stay small": (["--resolution_schedule", "16:24"], "or change that size by --view_size 24"),
     "huge batch": (["--batch_size", "9000"], "only 8192 training images; use --batch_size 8192 or less"),
     "fp16 on a CPU": (["--mixed_precision", "fp16"], "needs a CUDA GPU"),
     "fewer processes than said": (["--gpus", "2"], "accelerate launch --multi_gpu --num_processes 2 launch.py"),

@@ -1,0 +1,175 @@
+"""A resolution schedule changes the size of views and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import reference
+from pipelines.bad_images import BadImages
+from pipelines.graphs import Operators
+from pipelines.images import ImageArray, ImageFiles, Images
+from pipelines.loader import Loader
+from pipelines.order import Order
+from stec import checkpoint
+from stec.batch import Batch
+from stec.commands import PROBE_STREAM, VIEWS, Commands, Policy
+from stec.config import TrainConfig
+from stec.geometry import relative_windows
+from stec.recipes import recipe
+from stec.step import Step
+from tests.runs import Run
+
+POLICY = Policy(size=64, p_blur=0.5, p_solarize=0.2)
+CONFIG = TrainConfig(view_size=64, max_epochs=4, resolution_schedule="32:64")
+SIZES = [32, 40, 48, 64]
+"""What ``CONFIG`` makes of them, epoch by epoch."""
+EXECUTORS: list[tuple[str, Operators | None, float]] = [
+    ("dali", "compiled", 0.5),
+    ("dali", "dali", 3.0),
+    ("torchvision", None, 0.001),
+]
+"""Backend, operators, and how far a view may be from torchvision's on average, in 1/255."""
+
+
+def order(images: Images, **settings: Any) -> Order:
+    return Order(images, POLICY, **{"seed": 5, "batch_size": 16, "view_size_at": CONFIG.view_size_at, **settings})
+
+
+def take(source: Order, count: int, first: int = 0, backend: str = "dali", operators: Any = None) -> list[Batch]:
+    workers = 2 if backend == "dali" else 0
+    loader = Loader(source, backend=backend, device=torch.device("cpu"), workers=workers, operators=operators)
+    return list(itertools.islice(loader.batches(first), count))
+
+
+@pytest.fixture(params=["memory", "files"])
+def images(request: pytest.FixtureRequest, demo_test_images: ImageArray, photographs: ImageFiles) -> Images:
+    return demo_test_images.limited(64) if request.param == "memory" else photographs
+
+
+def test_sizes_grow_to_the_full_one() -> None:
+    """Three sizes of 32 px apart for ImageNet, in equal shares but for the last quarter; never down."""
+    imagenet = dataclasses.replace(recipe("imagenet-resnet50"), resolution_schedule="160:224", max_epochs=80)
+    sizes = [imagenet.view_size_at(epoch) for epoch in range(100)]
+    assert sizes == [160] * 30 + [192] * 30 + [224] * 40
+    assert [CONFIG.view_size_at(epoch) for epoch in range(4)] == SIZES
+    for first, last, epochs in itertools.product((16, 17, 100), (127, 128, 225), (1, 2, 7, 90)):
+        config = TrainConfig(view_size=last, max_epochs=epochs, warmup_epochs=0, resolution_schedule=f"{first}:{last}")
+        config.validate()
+        sizes = [config.view_size_at(epoch) for epoch in range(epochs)]
+        assert sizes == sorted(sizes) and sizes[0] == (first if epochs > 1 else last)
+        assert set(sizes[-(-epochs * 3 // 4) :]) <= {last} and sizes[-1] == last
+        assert all(size % (32 if last >= 128 else 8) == 0 for size in set(sizes) - {first, last})
+
+
+@pytest.mark.parametrize(("backend", "operators", "tolerance"), EXECUTORS)
+def test_views_change_their_size_and_nothing_else(
+    images: Images, backend: str, operators: Operators | None, tolerance: float
+) -> None:
+    """Each image once an epoch, with the command it would have had, and executed as that says."""
+    scheduled = take(order(images), 16, 0, backend, operators)
+    plain_order = order(images, view_size_at=None)
+    for chunk, batch in enumerate(scheduled):
+        size = SIZES[chunk // 4]
+        assert batch.views.shape == (16, VIEWS, 3, size, size)
+        expected = plain_order.share(chunk)
+        assert batch.epoch == expected.epoch
+        np.testing.assert_array_equal(batch.positions, expected.positions)
+        np.testing.assert_array_equal(batch.image_ids, expected.image_ids)
+        for field in dataclasses.fields(Commands):
+            ours, theirs = getattr(batch.commands, field.name), getattr(expected.commands, field.name)
+            if field.name == "sigma_px":
+                # The blur is proportional to the view, and the command says what was executed.
+                np.testing.assert_allclose(ours, theirs * size / 64, rtol=1e-6)
+                assert ours.any()
+            else:
+                np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(relative_windows(batch.commands), relative_windows(expected.commands))
+        policy = dataclasses.replace(POLICY, size=size)
+        views = [
+            reference.execute(images.open(int(image_id)), batch.commands, policy, n, v)
+            for n, image_id in enumerate(batch.image_ids)
+            for v in range(VIEWS)
+        ]
+        assert float((batch.views.flatten(0, 1) - torch.stack(views)).abs().mean()) * 255 < tolerance
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_any_step_can_be_the_first(images: Images, backend: str) -> None:
+    """Also with several chunks a step, and where every chunk is an epoch of its own."""
+    for settings, chunks in (({"accumulate": 2, "batch_size": 8}, 32), ({"batch_size": 64}, 4)):
+        straight = take(order(images, **settings), chunks, backend=backend)
+        for first in (0, chunks // 4 - 1, chunks // 4, chunks // 2 + 1):
+            resumed = take(order(images, **settings), chunks - first, first, backend)
+            for one, two in zip(straight[first:], resumed, strict=True):
+                assert torch.equal(one.views, two.views)
+                np.testing.assert_array_equal(one.commands.pack(), two.commands.pack())
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_a_bad_image_where_the_size_changes(photographs: ImageFiles, backend: str, tmp_path: Path) -> None:
+    """DALI meets it while the batches before are still on their way; no other view is lost, doubled or changed."""
+    shutil.copytree(photographs.root, tmp_path / "copy")
+    copied = dataclasses.replace(photographs, root=tmp_path / "copy", needs_pillow=photographs.needs_pillow.copy())
+    whole = take(order(copied), 12, backend=backend)
+    image_id = int(whole[7].image_ids[3])  # of the last batch of an epoch
+    copied.path(image_id).write_text("no image")
+    bad = BadImages(copied, max_share=0.05)
+    met = take(order(copied, bad=bad), 12, backend=backend)
+    assert bad.count == 1
+    for ours, before in zip(met, whole, strict=True):
+        assert ours.views.shape == before.views.shape and image_id not in ours.image_ids
+        np.testing.assert_array_equal(ours.positions, before.positions)
+        same = torch.from_numpy(before.image_ids != image_id)
+        assert torch.equal(ours.views[same], before.views[same])
+
+
+def test_labelled_images_beside_have_the_same_size(demo_test_images: ImageArray) -> None:
+    images, labelled = demo_test_images.limited(64), demo_test_images.limited(10)
+    beside = order(labelled, views=1, command_stream=PROBE_STREAM, epoch_length=64)
+    loader = Loader(order(images), backend="dali", device=torch.device("cpu"), workers=1, probe_order=beside)
+    for batch in itertools.islice(loader.batches(0), 16):
+        assert batch.probe_views is not None
+        assert batch.probe_views.shape == (16, 1, 3, SIZES[batch.epoch], SIZES[batch.epoch])
+
+
+RUN = (
+    "--limit_train 128 --batch_size 16 --accumulate 2 --width 4 --feat_dim 8 --manip_hidden_mlp 16 --hidden_mlp 16 "
+    "--max_epochs 4 --log_every 2 --num_workers 1 --checkpoint_every_steps 1 --keep_checkpoints 100 --resume auto "
+    "--resolution_schedule 16:32 --results_path"
+).split()
+
+
+def tell_sizes() -> None:
+    """Print what the views of each step look like to the model."""
+    step = Step.__call__
+
+    def telling(self: Step, chunks: Any) -> torch.Tensor:
+        print("trained on", {tuple(chunk.views.shape) for chunk in chunks}, flush=True)
+        return step(self, chunks)
+
+    patch.object(Step, "__call__", telling).start()
+
+
+def test_a_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """From the middle of an epoch of the second size; another schedule is refused."""
+    whole = tmp_path / "whole"
+    said = Run(*RUN, whole, prepare=tell_sizes).end()
+    told = [line for line in said.splitlines() if line.startswith("trained on")]
+    assert told == [f"trained on {{(16, 2, 3, {size}, {size})}}" for size in (16, 16, 24, 32) for _ in range(4)]
+    assert "32 px, 16 px at first" in said
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    shutil.copy(checkpoint.checkpoint_path(whole, 10), folder)
+    assert "Going on after step 10." in Run(*RUN, folder).end()
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    said = Run(*RUN, folder, "--resolution_schedule", "24:32").end(2)
+    assert "--resolution_schedule was 16:32 and is now 24:32" in said
