@@ -26,13 +26,13 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from accelerate import Accelerator
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler
 
 from benchmarks import report
 from benchmarks.report import Figures, Output
 from benchmarks.throughput import RandomViews
+from launch import start
 from pipelines.index import open_data_set
 from pipelines.loader import Loader
 from pipelines.order import Order
@@ -56,6 +56,7 @@ NAMES: dict[Contender, str] = {
     "synthetic": "training loop, views in memory",
     "bare": "forward and backward alone",
 }
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRUST = 0.001
 CLASSES = 10
 """Of the probe, where it makes no difference."""
@@ -85,8 +86,6 @@ class Options(Output):
     """Measure LARS against SGD on ResNet-50's parameters as well."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """As in training; the baseline is single precision always."""
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to train."""
     workers: int = report.cores()
     """DALI's threads, and the baseline's worker processes."""
 
@@ -127,22 +126,17 @@ class Some:
         return itertools.cycle(two)
 
 
-def accelerator_of(options: Options) -> tuple[Accelerator, str]:
-    precision = engine.resolve_precision(options.mixed_precision, torch.device(options.device))
-    return Accelerator(cpu=options.device == "cpu", mixed_precision=precision), precision
-
-
 def training_turn(contender: Contender, options: Options, profile: int = 0) -> dict[str, float]:
     """Metrics of the second half of a short training run; with ``profile``, milliseconds of the parts of a step."""
     config = options.config(profile=profile)
-    accelerator, precision = accelerator_of(options)
+    accelerator, _, precision = start(options.mixed_precision)
     data_set = open_data_set(config.dataset, config.data_dir)
     loader = Loader(
         Order(data_set.train, Policy.of(config), seed=0, batch_size=options.batch_size),
         backend="auto",
         device=accelerator.device,
         workers=options.workers,
-        half=options.device == "cuda" and precision != "no",
+        half=torch.cuda.is_available() and precision != "no",
     )
     steps = max(2 * options.steps, profile + WARM_UP_STEPS)
     with tempfile.TemporaryDirectory() as temporary:
@@ -192,7 +186,7 @@ def _wait_for_gpu() -> None:
 def bare_turn(options: Options) -> float:
     """Encoder and heads forwards, and backwards from the sum of what they give."""
     config = options.config()
-    accelerator, _ = accelerator_of(options)
+    accelerator, *_ = start(options.mixed_precision)
     model = engine.initial_model(config, CLASSES).to(accelerator.device).train()
     views = torch.rand(options.batch_size, 2, 3, *_size(config), device=accelerator.device)
 
@@ -246,7 +240,7 @@ def plain_optimizers(model: Model, config: TrainConfig) -> list[torch.optim.Opti
 
 def baseline_turn(options: Options) -> float:
     """A plain loop on real images. The inverse model's targets are made up, which costs the loop nothing."""
-    config, device = options.config(), torch.device(options.device)
+    config, device = options.config(), DEVICE
     data_set = open_data_set(config.dataset, config.data_dir)
     model = engine.initial_model(config, CLASSES)
     model.encoder.memory_format = torch.contiguous_format
@@ -301,7 +295,7 @@ def baseline_turn(options: Options) -> float:
 
 def peak_mib(options: Options) -> float:
     """The most memory that this process ever had; worker processes have theirs."""
-    if options.device == "cuda":
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -309,7 +303,7 @@ def peak_mib(options: Options) -> float:
 def optimizer_turn(kind: Literal["sgd", "lars"], options: Options) -> float:
     """Milliseconds of an optimiser's step on the parameters of ResNet-50 and its heads; the median of some."""
     config = replace(options.config(), arch="resnet50", width=64)
-    model = engine.initial_model(config, CLASSES).to(options.device)
+    model = engine.initial_model(config, CLASSES).to(DEVICE)
     optimizer = make_optimizer(model, kind, learning_rate=0.1, weight_decay=1e-4, nesterov=False)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -341,9 +335,9 @@ def measure(options: Options, console: Console) -> None:
     }
     if options.baseline:
         turns = {"baseline": baseline_turn, **turns}
-    title = f"{options.arch}, width {options.width}, {options.dataset}, batch {options.batch_size}, {options.device}"
-    with report.processes_apart() as start:
-        calls = {contender: start() for contender in turns}
+    title = f"{options.arch}, width {options.width}, {options.dataset}, batch {options.batch_size}, {DEVICE}"
+    with report.processes_apart() as start_process:
+        calls = {contender: start_process() for contender in turns}
         taken = report.take_turns(
             {NAMES[contender]: partial(calls[contender], turn, options) for contender, turn in turns.items()},
             repeats=options.repeats,
@@ -351,7 +345,7 @@ def measure(options: Options, console: Console) -> None:
         )
         memory = {NAMES[contender]: [call(peak_mib, options)] for contender, call in calls.items()}
         with console.waiting("profile"):
-            profile = start()(training_turn, "real", options, options.steps)
+            profile = start_process()(training_turn, "real", options, options.steps)
         figures = [
             Figures(title=title, unit="images/s", turns=taken),
             Figures(title="Peak memory", unit="MiB of the process", turns=memory),
@@ -362,7 +356,7 @@ def measure(options: Options, console: Console) -> None:
             ),
         ]
         if options.optimizers:
-            call = start()
+            call = start_process()
             optimizers = {
                 "SGD, torch, foreach": partial(call, optimizer_turn, "sgd", options),
                 "LARS": partial(call, optimizer_turn, "lars", options),
