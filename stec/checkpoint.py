@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -34,6 +34,25 @@ class DamagedCheckpoint(Exception):
     """The file cannot be read, or is not what was written; the message says which."""
 
 
+class _Hashing:
+    """What ``torch.save`` writes to, from the beginning to the end: nothing is held in memory or read again."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def checkpoint_path(run_folder: Path, step: int) -> Path:
     return run_folder / f"checkpoint-{step:08d}.pt"
 
@@ -50,10 +69,19 @@ def save(run_folder: Path, step: int, state: dict[str, Any], *, keep: int, keep_
 
     Raises UserError where the disk refuses; the older checkpoints are then untouched.
     """
-    buffer = io.BytesIO()
-    torch.save({"format_version": FORMAT_VERSION, "step": step, **state}, buffer)
-    buffer.write(MARK + hashlib.sha256(buffer.getbuffer()).digest())
-    write_whole(checkpoint_path(run_folder, step), buffer.getvalue())
+
+    def write(file: IO[bytes]) -> None:
+        hashing = _Hashing(file)
+        try:
+            torch.save({"format_version": FORMAT_VERSION, "step": step, **state}, hashing)  # type: ignore[arg-type]
+        except RuntimeError:
+            # PyTorch tells of a file that ended early, not of why.
+            if hashing.error is not None:
+                raise hashing.error from None
+            raise
+        file.write(MARK + hashing.sha256.digest())
+
+    write_whole(checkpoint_path(run_folder, step), write)
     for old, path in list(checkpoints(run_folder).items())[:-keep]:
         if keep_every_steps is None or old % keep_every_steps != 0:
             try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from stec.errors import UserError
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write ``content`` under a temporary name beside ``path``, flush it to the disk, then rename it.
+def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write ``content``, or have it write to a file, under a temporary name beside ``path``, flush, then rename.
 
     A crash or a power cut at any moment leaves the old file or the new one. Raises UserError where the disk refuses;
     the old file is then untouched.
@@ -18,7 +20,10 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
