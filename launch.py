@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import os
@@ -87,18 +86,6 @@ def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
     return config, chosen.print_config
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step: fresh memory costs a page fault every 4 KiB.
-
-    Activations are allocated and freed in every step; by default each of them goes back to the system.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        no_maps, trim_threshold, largest = -4, -1, 2**31 - 1  # M_MMAP_MAX, M_TRIM_THRESHOLD
-        mallopt(no_maps, 0)
-        mallopt(trim_threshold, largest)
-
-
 def start(
     mixed_precision: str, process_timeout_s: int = 1800, deterministic: bool = False
 ) -> tuple[Accelerator, Console, str]:
@@ -134,7 +121,6 @@ def start(
         # Filling fresh memory would only help code that reads it before writing.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cpu":
-        keep_freed_memory()
         # accelerate launch allows each process one thread unless told otherwise.
         torch.set_num_threads(own_cpus())
     return accelerator, Console(enabled=accelerator.is_main_process), precision

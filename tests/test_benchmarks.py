@@ -18,10 +18,11 @@ import torch
 import torchvision
 from PIL import Image
 
-from benchmarks import exactness, nt_xent, report, stages, step_model, throughput, tries
+from benchmarks import exactness, nt_xent, report, stages, step, step_model, throughput, tries
 from pipelines import reference
 from pipelines.images import ImageFiles
 from stec.console import Console
+from stec.optim import Lars
 from tests.test_data_sets import CIFAR10_FILES, random_batches, write_cifar10_binary
 
 ROOT = Path(__file__).parents[1]
@@ -263,3 +264,40 @@ def test_ctrl_c_ends_in_one_sentence(cifar10: list[str], tmp_path: Path) -> None
         return False
 
     assert wait_for(all_ended, seconds=30)
+
+
+def test_the_step(cifar10: list[str], tmp_path: Path) -> None:
+    flags = [
+        *cifar10,
+        "--width",
+        "4",
+        "--batch_size",
+        "8",
+        "--steps",
+        "2",
+        "--repeats",
+        "1",
+        "--workers",
+        "1",
+        "--baseline",
+    ]
+    speeds, memory, parts, optimizers = figures(run(step.main, flags, tmp_path))
+    assert list(speeds) == list(memory) == list(step.NAMES.values())
+    assert all(values[0] > 0 for values in speeds.values())
+    assert parts["step"][0] == max(values[0] for values in parts.values()) and parts["saving"] == [0]
+    assert optimizers.keys() == {"SGD, torch, foreach", "LARS"}
+
+
+def test_the_plain_lars_is_ours() -> None:
+    """What the plain loop does a parameter after the other is what training does at once."""
+    outcomes = []
+    for kind in (step.OfficialLars, Lars):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2, bias=False)
+        optimizer = kind(layer.parameters(), lr=0.5, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+        outcomes.append(layer.weight.detach())
+    torch.testing.assert_close(*outcomes)
