@@ -11,6 +11,7 @@ logged fetched at once.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ from benchmarks import report
 from benchmarks.report import Figures, Output
 from benchmarks.throughput import RandomViews
 from launch import start
-from pipelines.index import open_data_set
+from pipelines.index import DataSet, open_data_set
 from pipelines.loader import Loader
 from pipelines.order import Order
 from stec import engine
@@ -129,11 +130,17 @@ class Some:
         return itertools.cycle(two)
 
 
+@cache
+def data_set_of(name: Any, data_dir: Path | None) -> DataSet:
+    """Loaded once in a process."""
+    return open_data_set(name, data_dir)
+
+
 def training_turn(contender: Contender, options: Options, profile: int = 0) -> dict[str, float]:
     """Metrics of the second half of a short training run; with ``profile``, milliseconds of the parts of a step."""
     config = options.config(profile=profile)
     accelerator, _, precision = start(options.mixed_precision)
-    data_set = open_data_set(config.dataset, config.data_dir)
+    data_set = data_set_of(options.dataset, options.data_dir)
     loader = Loader(
         Order(data_set.train, Policy.of(config), seed=0, batch_size=options.batch_size),
         backend="auto",
@@ -162,6 +169,8 @@ def training_turn(contender: Contender, options: Options, profile: int = 0) -> d
         )
         line = folder.profile if profile else folder.metrics
         values: dict[str, float] = json.loads(line.read_text().splitlines()[-1])
+    del loader
+    gc.collect()
     return values
 
 
@@ -245,7 +254,7 @@ def plain_optimizers(model: Model, config: TrainConfig) -> list[torch.optim.Opti
 def baseline_turn(options: Options) -> float:
     """A plain loop on real images. The inverse model's targets are made up, which costs the loop nothing."""
     config, device = options.config(), DEVICE
-    data_set = open_data_set(config.dataset, config.data_dir)
+    data_set = data_set_of(options.dataset, options.data_dir)
     model = engine.initial_model(config, CLASSES)
     model.encoder.memory_format = torch.contiguous_format
     model.to(device, memory_format=torch.contiguous_format).train()  # type: ignore[call-overload]
