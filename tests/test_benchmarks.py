@@ -18,11 +18,24 @@ import torch
 import torchvision
 from PIL import Image
 
-from benchmarks import exactness, nt_xent, report, stages, step, step_model, throughput, tries
+from benchmarks import (
+    exactness,
+    nt_xent,
+    quality,
+    report,
+    roofline,
+    scaling,
+    stages,
+    step,
+    step_model,
+    throughput,
+    tries,
+)
 from pipelines import reference
 from pipelines.images import ImageFiles
 from stec.console import Console
 from stec.optim import Lars
+from tests.runs import Run
 from tests.test_data_sets import CIFAR10_FILES, random_batches, write_cifar10_binary
 
 ROOT = Path(__file__).parents[1]
@@ -301,3 +314,67 @@ def test_the_plain_lars_is_ours() -> None:
             optimizer.step()
         outcomes.append(layer.weight.detach())
     torch.testing.assert_close(*outcomes)
+
+
+def test_scaling(tmp_path: Path) -> None:
+    flags = "--width 4 --processes 1 2 --global_batch 8 --local_batch 4 --steps 1 --views 64 --shares 4 --repeats 1"
+    fixed_global, fixed_local, gathers, shares = figures(run(scaling.main, flags.split(), tmp_path))
+    assert len(fixed_global) == len(fixed_local) == 2
+    assert gathers.keys() == {"64 views"} and shares.keys() == {"16 of 64 views"}
+
+
+def test_the_counted_operations_are_the_published_ones() -> None:
+    """torchvision's documentation has 4.09 billion multiplications for an image of 224 px, classifier included."""
+    layers = roofline.encoder_layers("imagenet-resnet50")
+    multiplications = sum(layer.forward_flops for layer in layers.values()) / 2 / 2 + 2048 * 1000
+    assert multiplications == pytest.approx(4.09e9, rel=2e-3)
+    # 3 x 3 x 64 of them for each of 64 channels of 56 x 56 pixels, two views; and as much for either gradient.
+    layer = layers["layer1.0.conv2"]
+    assert layer.forward_flops == layer.backward_flops / 2 == 2 * 2 * 9 * 64 * 64 * 56 * 56
+    # In and out, 64 channels each, in 2 bytes.
+    assert layer.forward_bytes == 2 * 2 * 2 * 64 * 56 * 56
+
+
+def test_the_roofline(capsys: pytest.CaptureFixture[str]) -> None:
+    assert roofline.main(["--recipes", "cifar10-resnet18", "--batch_size", "64"]) == 0
+    assert "which nobody measured" in capsys.readouterr().out
+
+
+def test_quality(cifar10: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both paths are trained from the same start; runs that have ended are read and not made again."""
+    made = []
+
+    def launched(arguments: Sequence[str]) -> None:
+        made.append(list(arguments))
+        Run(*arguments).end()
+
+    monkeypatch.setattr(quality, "_launch", launched)
+    flags = ["--data_dir", cifar10[-1], "--runs", str(tmp_path / "runs"), "--images", "40", "--seeds", "2"]
+    flags += [
+        "--objectives",
+        "stec",
+        "--max_epochs",
+        "2",
+        "--width",
+        "4",
+        "--batch_size",
+        "8",
+        "--learning_rate",
+        "0.1",
+    ]
+    written = [tmp_path / "f.json", tmp_path / "f.md"]
+    output = ["--json", str(written[0]), "--markdown", str(written[1])]
+    assert quality.main([*flags, *output]) == 0
+    assert len(made) == 4
+    accuracies = json.loads(written[0].read_text())["accuracies"]
+    assert {len(values) for of_kind in accuracies.values() for values in of_kind.values()} == {2}
+    assert "| S-TEC, fp32 (no) |" in written[1].read_text() and " ± " in written[1].read_text()
+    assert quality.main([*flags, *output]) == 0 and len(made) == 4
+    assert quality.main([*flags, "--learning_rate", "0.2"]) == 2
+
+
+def test_agreement_is_judged_by_the_deviation() -> None:
+    near = quality.Comparison.of("S-TEC", "probe", [0.50, 0.52, 0.54], [0.51, 0.53, 0.55])
+    far = quality.Comparison.of("S-TEC", "probe", [0.50, 0.51, 0.52], [0.60, 0.61, 0.62])
+    assert near.agrees and not far.agrees and near.deviation == pytest.approx(0.02)
+    assert quality.Comparison.of("S-TEC", "probe", [0.5], [0.5]).agrees is None
