@@ -31,7 +31,7 @@ from pipelines.order import Order, Share
 from stec.commands import VIEWS, Policy
 from stec.config import DataSetName, TrainConfig
 from stec.console import Console
-from stec.errors import UserError
+from stec.files import write_whole
 from stec.run_folder import write_json
 
 BATCH_SIZE = 50
@@ -63,9 +63,7 @@ class Options:
 
     def check(self) -> None:
         """Raise UserError for what cannot be measured."""
-        for name, value in {"views": self.views, "workers": self.workers}.items():
-            if value < 1:
-                raise UserError(f"--{name} {value} must be at least 1.")
+        report.check_positive(self, "views", "workers")
         report.check_writable(self.json, self.picture)
 
 
@@ -225,7 +223,7 @@ def save_picture(pairs: Sequence[Pair], path: Path, cell: int = 160, text: int =
         for k, view in enumerate((theirs, ours, ((theirs - ours).abs() * AMPLIFIED).clamp(max=1))):
             pixels = Image.fromarray((view * 255).round().byte().permute(1, 2, 0).numpy())
             canvas.paste(pixels.resize((cell, cell), Image.Resampling.NEAREST), (k * cell, top + text))
-    report.save_whole(path, lambda temporary: canvas.save(temporary, format="PNG"))
+    write_whole(path, lambda file: canvas.save(file, format="PNG"))
 
 
 def measure(options: Options, console: Console) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -43,8 +43,17 @@ class Options(Output):
     """Times that each is measured, after one for warming up."""
     memory_gib: float = 16.0
     """The plain version is not tried where it would need more."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute."""
+
+    def check(self) -> None:
+        """Raise UserError for what cannot be measured."""
+        report.check(self)
+        report.check_positive(self, "views", "feat_dim", "repeats", "memory_gib")
+        if any(views % 2 for views in self.views):
+            raise UserError(f"--views {' '.join(map(str, self.views))} must be even numbers.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda needs a CUDA GPU and there is none; use cpu.")
 
 
 def peak_bytes(device: str) -> int:
@@ -73,9 +82,7 @@ def measure(version: str, views: int, device: str, feat_dim: int) -> tuple[float
 
 
 def benchmark(options: Options) -> None:
-    report.check(options)
-    if min(options.views) < 2 or any(views % 2 for views in options.views):
-        raise UserError(f"--views {' '.join(map(str, options.views))} must be even numbers of 2 and more.")
+    options.check()
     console = Console(enabled=True)
     figures: list[Figures] = []
     remarks: list[str] = []

@@ -1,6 +1,6 @@
 """Whether what makes training fast leaves what it learns unchanged: S-TEC and SimCLR, in fp32 and by the fast path.
 
-    python -m benchmarks.quality --data_dir DATA --images 10000 --fast_flags "--compile 1"
+    python -m benchmarks.quality --data_dir DATA --images 10000 --fast_flags="--compile 1"
 
 Each run is a ``launch.py`` of its own on CIFAR-10. Runs that have ended are read and not made again, others go on from
 their last checkpoint, so this can be stopped at any time and started again by the same command.
@@ -55,7 +55,7 @@ class Options:
     objectives: tuple[Objective, ...] = ("stec", "simclr")
     """What is trained."""
     fast_flags: str = ""
-    """Flags of launch.py that make the fast path, beside --mixed_precision auto."""
+    """Flags of launch.py that make the fast path, beside --mixed_precision auto; write --fast_flags="--compile 1"."""
     max_epochs: int = 10
     """Epochs of each run, one of them for warming up."""
     arch: Literal["resnet18", "resnet50"] = "resnet18"
@@ -76,8 +76,7 @@ class Options:
     def check(self) -> None:
         """Raise UserError for what cannot be measured."""
         report.check_writable(self.json, self.markdown)
-        if self.seeds < 1:
-            raise UserError(f"--seeds {self.seeds} must be at least 1.")
+        report.check_positive(self, "seeds")
         if not self.objectives:
             raise UserError(f"--objectives needs at least one of {', '.join(NAMES)}.")
 
@@ -204,8 +203,8 @@ def measure(options: Options, console: Console) -> None:
         found.setdefault((run.objective, run.path), []).append(run.results(options))
 
     accuracies: dict[tuple[Objective, str], Accuracies] = {
-        key: {name: [r[key_] for r in results] for key_, name in METRICS.items() if key_ in results[0]}
-        for key, results in found.items()
+        kind: {name: [r[metric] for r in results] for metric, name in METRICS.items() if metric in results[0]}
+        for kind, results in found.items()
     }
     rows = []
     for (objective, path), results in found.items():

@@ -23,6 +23,7 @@ from typing import Any
 
 from stec.console import Console
 from stec.errors import UserError
+from stec.files import write_whole
 from stec.run_folder import write_json
 
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "Pillow", "accelerate")
@@ -161,6 +162,23 @@ def machine() -> dict[str, str]:
     }
 
 
+def wait_for_gpu() -> None:
+    """Return when the GPU, if this process uses one, has done all that it was asked to."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def check_positive(options: object, *names: str) -> None:
+    """Raise UserError where one of these options, a number, several of them or None, is not above 0."""
+    for name in names:
+        value = getattr(options, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if value is not None and not min(values, default=0) > 0:
+            raise UserError(f"--{name} {' '.join(map(str, values))} must be more than 0.")
+
+
 def _is_installed(name: str) -> bool:
     try:
         importlib.metadata.version(name)
@@ -238,18 +256,7 @@ def draw_chart(figures: Sequence[Figures], about: Mapping[str, str], path: Path)
         axis.spines[["top", "right"]].set_visible(False)
     caption = "\n".join(f"{name}: {value}" for name, value in about.items())
     picture.supxlabel(caption, x=0.01, ha="left", fontsize="xx-small", wrap=True)
-    save_whole(path, lambda temporary: picture.savefig(temporary, format="png", dpi=150))
-
-
-def save_whole(path: Path, save: Callable[[Path], object]) -> None:
-    """Have ``save`` write to a temporary name beside ``path``, then rename. Raises UserError where the disk refuses."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror}); check folder and disk.") from error
+    write_whole(path, lambda file: picture.savefig(file, format="png", dpi=150))
 
 
 def run(benchmark: Callable[[], None]) -> int:

@@ -189,8 +189,10 @@ def batch_norm_collectives_ms(name: str, batch_size: int, step_ms: float) -> flo
 
 
 def show(options: Options, console: Console) -> None:
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UserError(f"--batch_size {options.batch_size} must be at least 1.")
+    report.check_positive(options, "batch_size")
+    for name in options.recipes:
+        if recipe(name).stop_gradient == 2:
+            raise UserError(f"--recipes {name} does not train its encoder; name recipes that do.")
     console.say("Counted, and divided by the vendors' peaks: upper bounds, which nobody measured.")
     for name in options.recipes:
         show_recipe(name, options.batch_size or recipe(name).batch_size, console)

@@ -37,10 +37,9 @@ from stec.batch import Batch
 from stec.commands import VIEWS, Policy, draw
 from stec.config import TrainConfig
 from stec.console import Console
-from stec.engine import initial_model
+from stec.engine import initial_model, objective_of, optimizer_of
 from stec.errors import UserError
-from stec.objective import Objective, Weights, nt_xent
-from stec.optim import make_optimizer
+from stec.objective import nt_xent
 from stec.processes import gather
 from stec.recipes import recipe
 from stec.step import Step
@@ -80,12 +79,8 @@ class Options(Output):
     def check(self) -> None:
         """Raise UserError for what cannot be measured."""
         report.check(self)
-        for name in ("width", "global_batch", "local_batch", "steps", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1.")
-        for name in ("processes", "shares"):
-            if min(getattr(self, name), default=0) < 1:
-                raise UserError(f"--{name} {' '.join(map(str, getattr(self, name)))} must be numbers of 1 and more.")
+        counts = ("width", "global_batch", "local_batch", "steps", "repeats", "processes", "shares")
+        report.check_positive(self, *counts)
         for count in self.processes:
             if self.global_batch % count:
                 raise UserError(f"--global_batch {self.global_batch} must be a multiple of --processes {count}.")
@@ -145,27 +140,15 @@ def trainer(place: Place, local_batch: int, options: Options) -> Callable[[], No
     """A function that makes one step of training."""
     accelerator, config = join(place, options.mixed_precision), options.config(local_batch)
     model = initial_model(config, CLASSES)
-    optimizer = make_optimizer(
-        model,
-        config.optimizer,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        nesterov=bool(config.nesterov),
-    )
-    weights = Weights(
-        discrimination=config.discrimination_lambda,
-        manipulation=config.manip_lambda,
-        supervised=config.supervised_lambda,
-    )
-    step = Step(model, Objective(weights, temperature=config.temperature), accelerator, affine=config.affine)
-    prepared = accelerator.prepare_optimizer(optimizer)
+    step = Step(model, objective_of(config), accelerator, affine=config.affine)
+    optimizer = accelerator.prepare_optimizer(optimizer_of(config, model))
     batch = synthetic_batch(config, accelerator.device)
     model.train()
 
     def train() -> None:
         step([batch])
-        prepared.step()
-        prepared.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return train
 
@@ -242,19 +225,16 @@ class Group:
         return float(np.mean([future.result() for future in done]))
 
 
-def gpus() -> int:
-    """Asked of the driver, so that this process does not start CUDA."""
-    return torch.cuda.device_count()
-
-
 def measure(options: Options, console: Console) -> None:
     options.check()
     remarks = []
-    counts = [count for count in options.processes if not gpus() or count <= gpus()]
+    # Asked of the driver: this process does not start CUDA.
+    gpus = torch.cuda.device_count()
+    counts = [count for count in options.processes if not gpus or count <= gpus]
     if len(counts) < len(options.processes):
-        remarks.append(f"On {gpus()} GPU(s) no more processes than that were measured.")
+        remarks.append(f"On {gpus} GPU(s) no more processes than that were measured.")
     if not counts:
-        raise UserError(f"--processes {options.processes[0]} needs as many GPUs, and there are {gpus()}.")
+        raise UserError(f"--processes {options.processes[0]} needs as many GPUs, and there are {gpus}.")
     repeats, title = options.repeats, f"{options.recipe}, width {options.width}"
     threads = {count: max(1, report.cores() // count) for count in counts}
     names = {count: f"{count} process(es) of {threads[count]} thread(s)" for count in counts}
@@ -284,7 +264,7 @@ def measure(options: Options, console: Console) -> None:
                 taken = report.take_turns(turns, repeats=repeats, console=console)
                 name = f"NT-Xent, the share of one of {count} processes, alone with {report.cores()} thread(s)"
                 figures.append(Figures(title=name, unit="ms", turns=taken))
-    cores = f"All processes share {report.cores()} core(s)" if not gpus() else "Each process has a GPU of its own"
+    cores = f"All processes share {report.cores()} core(s)" if not gpus else "Each process has a GPU of its own"
     remarks.append(f"{cores}; the shares of NT-Xent are computed by one process alone.")
     report.publish(figures, options, console, remarks)
 

@@ -43,7 +43,6 @@ from stec.batch import Batch
 from stec.commands import Policy
 from stec.config import TrainConfig
 from stec.console import Console
-from stec.errors import UserError
 from stec.model import Model
 from stec.objective import inverse_loss
 from stec.optim import MOMENTUM, learning_rate_factor, make_optimizer
@@ -141,6 +140,8 @@ def training_turn(contender: Contender, options: Options, profile: int = 0) -> d
     config = options.config(profile=profile)
     accelerator, _, precision = start(options.mixed_precision)
     data_set = data_set_of(options.dataset, options.data_dir)
+    # The probe of a data set whose training images have no labels would need images of its own.
+    classes = len(data_set.classes) if data_set.labelled is data_set.train else 0
     loader = Loader(
         Order(data_set.train, Policy.of(config), seed=0, batch_size=options.batch_size),
         backend="auto",
@@ -158,9 +159,9 @@ def training_turn(contender: Contender, options: Options, profile: int = 0) -> d
                 training=Some(loader, steps, repeated=contender == "synthetic"),
                 labelled=None,
                 test=None,
-                classes=len(data_set.classes),
+                classes=classes,
             ),
-            engine.initial_model(config, len(data_set.classes)),
+            engine.initial_model(config, classes),
             accelerator=accelerator,
             console=Console(enabled=False),
             folder=folder,
@@ -183,17 +184,12 @@ def timed_steps(step: Callable[[], object], options: Options) -> float:
     """Images per second of as many steps, after as many for warming up."""
     for _ in range(options.steps):
         step()
-    _wait_for_gpu()
+    report.wait_for_gpu()
     started = time.perf_counter()
     for _ in range(options.steps):
         step()
-    _wait_for_gpu()
+    report.wait_for_gpu()
     return options.steps * options.batch_size / (time.perf_counter() - started)
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def bare_turn(options: Options) -> float:
@@ -201,7 +197,7 @@ def bare_turn(options: Options) -> float:
     config = options.config()
     accelerator, *_ = start(options.mixed_precision)
     model = engine.initial_model(config, CLASSES).to(accelerator.device).train()
-    views = torch.rand(options.batch_size, 2, 3, *_size(config), device=accelerator.device)
+    views = torch.rand(options.batch_size, 2, 3, config.view_size_px, config.view_size_px, device=accelerator.device)
 
     def step() -> None:
         with accelerator.autocast():
@@ -210,11 +206,6 @@ def bare_turn(options: Options) -> float:
         model.zero_grad()
 
     return timed_steps(step, options)
-
-
-def _size(config: TrainConfig) -> tuple[int, int]:
-    size = Policy.of(config).size
-    return size, size
 
 
 class OfficialLars(torch.optim.Optimizer):
@@ -308,7 +299,7 @@ def baseline_turn(options: Options) -> float:
     return images_per_second
 
 
-def peak_mib(options: Options) -> float:
+def peak_mib() -> float:
     """The most memory that this process ever had, and what its worker processes had to themselves."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
@@ -334,10 +325,10 @@ def optimizer_turn(kind: Literal["sgd", "lars"], options: Options) -> float:
         p.grad = torch.randn_like(p)
 
     def once() -> float:
-        _wait_for_gpu()
+        report.wait_for_gpu()
         started = time.perf_counter()
         optimizer.step()
-        _wait_for_gpu()
+        report.wait_for_gpu()
         return 1000 * (time.perf_counter() - started)
 
     for _ in range(3):
@@ -350,8 +341,8 @@ def optimizer_turn(kind: Literal["sgd", "lars"], options: Options) -> float:
 
 def measure(options: Options, console: Console) -> None:
     report.check(options)
-    if min(options.batch_size, options.steps, options.repeats, options.width) < 1:
-        raise UserError("--batch_size, --steps, --repeats and --width must be at least 1.")
+    report.check_positive(options, "steps", "repeats")
+    options.config().validate()
     open_data_set(options.dataset, options.data_dir)
     turns: dict[Contender, Callable[..., float]] = {
         "real": partial(loop_turn, "real"),
@@ -368,7 +359,7 @@ def measure(options: Options, console: Console) -> None:
             repeats=options.repeats,
             console=console,
         )
-        memory = {NAMES[contender]: [call(peak_mib, options)] for contender, call in calls.items()}
+        memory = {NAMES[contender]: [call(peak_mib)] for contender, call in calls.items()}
         with console.waiting("profile"):
             profile = start_process()(training_turn, "real", options, options.steps)
         figures = [

@@ -58,6 +58,12 @@ class Options:
     memory_gb_per_s: float = 1500.0
     """Rate of a GPU's memory."""
 
+    def check(self) -> None:
+        """Raise UserError for what makes no sense."""
+        counts = ("batch_size", "gpus", "gpus_per_node")
+        rates = ("compute_ms", "node_gb_per_s", "network_gb_per_s", "node_us", "network_us", "memory_gb_per_s")
+        report.check_positive(self, *counts, *rates)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -125,6 +131,7 @@ def gathered_bytes(sizes: Sizes, batch_size: int) -> int:
 
 
 def model(options: Options) -> None:
+    options.check()
     sizes = sizes_of(options)
     batch_size = options.batch_size or recipe(options.recipe).batch_size
     console = Console(enabled=True)

@@ -69,12 +69,7 @@ class PipelineOptions(report.Output):
 
     def check(self) -> None:
         """Raise UserError for what cannot be measured."""
-        limits = {"batch_size": self.batch_size, "workers": self.workers, "repeats": self.repeats}
-        for name, value in limits.items():
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value} must be at least 1.")
-        if not self.seconds > 0:
-            raise UserError(f"--seconds {self.seconds} must be more than 0.")
+        report.check_positive(self, "batch_size", "workers", "repeats", "seconds")
         report.check(self)
 
     def order(self, batch_size: int | None = None) -> Order:
@@ -187,20 +182,15 @@ def images_per_second(start: Callable[[], Iterator[Any]], options: PipelineOptio
     batches = start()
     for _ in range(options.workers + 2):
         next(batches)
-    _wait_for_gpu()
+    report.wait_for_gpu()
     count, elapsed, started = 0, 0.0, time.perf_counter()
     while elapsed < options.seconds:
         count += sum(len(next(batches)[0]) for _ in range(options.workers))
-        _wait_for_gpu()
+        report.wait_for_gpu()
         elapsed = time.perf_counter() - started
     del batches
     gc.collect()
     return count / elapsed
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def views_turn(contender: Contender, options: Options) -> float:

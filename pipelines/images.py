@@ -162,7 +162,8 @@ class ImageFiles:
                 raise self._bad(image_id, reason(error)) from error
             # No fault of the image: taken out of use, it would be missing where the run goes on.
             raise UserError(
-                f"{path} cannot be read ({reason(error)}); bring its disk back, and go on by --resume auto.", local=True
+                f"{path} cannot be read ({reason(error)}); make it readable again, and go on by --resume auto.",
+                local=True,
             ) from error
         if len(content) < size:
             raise self._bad(image_id, "its shard is shorter than when it was indexed")

@@ -120,6 +120,29 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
     return model
 
 
+def optimizer_of(config: TrainConfig, model: Model) -> torch.optim.Optimizer:
+    """The optimiser that the settings name, over what of the model is trained."""
+    return make_optimizer(
+        model,
+        config.optimizer,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        nesterov=bool(config.nesterov),
+    )
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """The objective with the weights and the temperature of the settings."""
+    return Objective(
+        Weights(
+            discrimination=config.discrimination_lambda,
+            manipulation=config.manip_lambda,
+            supervised=config.supervised_lambda,
+        ),
+        temperature=config.temperature,
+    )
+
+
 def train(
     config: TrainConfig,
     data: Data,
@@ -141,13 +164,6 @@ def train(
     total_steps = config.max_epochs * steps_per_epoch
 
     # --- Model, objective, optimiser ---
-    optimizer = make_optimizer(
-        model,
-        config.optimizer,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        nesterov=bool(config.nesterov),
-    )
     step, train_seconds, wait_seconds = 0, 0.0, 0.0
     if resumed is not None:
         try:
@@ -158,18 +174,11 @@ def train(
                 f"make; go on with the run's own, or name another folder by --results_path."
             ) from error
         step, train_seconds, wait_seconds = resumed["step"], resumed["train_seconds"], resumed["wait_seconds"]
-    objective = Objective(
-        Weights(
-            discrimination=config.discrimination_lambda,
-            manipulation=config.manip_lambda,
-            supervised=config.supervised_lambda,
-        ),
-        temperature=config.temperature,
-    )
     if config.compile:
         _check_compiler(accelerator.device)
         model.encoder.compile()
-    backward = Step(model, objective, accelerator, affine=config.affine)
+    optimizer = optimizer_of(config, model)
+    backward = Step(model, objective_of(config), accelerator, affine=config.affine)
     optimizer = accelerator.prepare_optimizer(optimizer)
     if resumed is not None:
         optimizer.load_state_dict(resumed["optimizer"])

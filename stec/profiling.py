@@ -9,12 +9,12 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from stec.files import unwritable, write_whole
+from stec.files import write_whole
 
 PARTS = (
     "wait for data",
@@ -49,22 +49,16 @@ class StepProfile:
         self.steps, self.device = steps, device
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         self._profile = profile(activities=activities)
-        self._before = WARM_UP_STEPS
-        self._done = 0
+        self._taken = -WARM_UP_STEPS
         self._started_s = self._seconds = 0.0
 
     def after_step(self) -> bool:
         """Whether the profile is complete by now, which is said once."""
-        if self._done == self.steps:
-            return False
-        if self._before > 0:
-            self._before -= 1
-            if self._before == 0:
-                self._profile.start()
-                self._started_s = self._now()
-            return False
-        self._done += 1
-        if self._done < self.steps:
+        self._taken += 1
+        if self._taken == 0:
+            self._profile.start()
+            self._started_s = self._now()
+        if self._taken != self.steps:
             return False
         self._seconds = self._now() - self._started_s
         self._profile.stop()
@@ -80,17 +74,18 @@ class StepProfile:
 
         Raises UserError where the disk refuses.
         """
-        plain, temporary = trace.with_name(".trace.json.tmp"), trace.with_name(f".{trace.name}.tmp")
-        try:
+        # PyTorch writes only to a name, and tells nobody where that fails.
+        plain = trace.with_name(".profile.json.tmp")
+
+        def compress(file: IO[bytes]) -> None:
             self._profile.export_chrome_trace(str(plain))
-            with plain.open("rb") as source, gzip.open(temporary, "wb", compresslevel=3) as target:
+            with plain.open("rb") as source, gzip.open(file, "wb", compresslevel=3) as target:
                 shutil.copyfileobj(source, target)
-            temporary.replace(trace)
-        except OSError as error:
-            raise unwritable(trace, error) from error
+
+        try:
+            write_whole(trace, compress)
         finally:
-            for leftover in (plain, temporary):
-                leftover.unlink(missing_ok=True)
+            plain.unlink(missing_ok=True)
         write_whole(summary, (json.dumps(self.milliseconds()) + "\n").encode())
 
     def milliseconds(self) -> dict[str, float]:

@@ -36,7 +36,7 @@ from pipelines.images import ImageFiles
 from stec.console import Console
 from stec.optim import Lars
 from tests.runs import Run
-from tests.test_data_sets import CIFAR10_FILES, random_batches, write_cifar10_binary
+from tests.test_data_sets import CIFAR10_FILES, random_batches, write_cifar10_binary, write_stl10
 
 ROOT = Path(__file__).parents[1]
 BRIEF = ["--batch_size", "4", "--workers", "1", "--repeats", "1", "--seconds", "0.01"]
@@ -209,10 +209,18 @@ def test_contenders_take_turns_after_a_warm_up() -> None:
 
 WRONG = {
     "no data folder": (throughput.main, ["--dataset", "cifar10"], "needs --data_dir"),
-    "no batch": (throughput.main, ["--batch_size", "0"], "--batch_size 0 must be at least 1"),
+    "no batch": (throughput.main, ["--batch_size", "0"], "--batch_size 0 must be more than 0"),
     "no time": (tries.main, ["--seconds", "0"], "--seconds 0.0 must be more than 0"),
-    "no turns": (stages.main, ["--repeats", "0"], "--repeats 0 must be at least 1"),
-    "no views": (exactness.main, ["--views", "0"], "--views 0 must be at least 1"),
+    "no turns": (stages.main, ["--repeats", "0"], "--repeats 0 must be more than 0"),
+    "no views": (exactness.main, ["--views", "0"], "--views 0 must be more than 0"),
+    "no GPUs": (step_model.main, ["--compute_ms", "69", "--gpus", "0", "1"], "--gpus 0 1 must be more than 0"),
+    "no arithmetic": (step_model.main, ["--compute_ms", "0"], "--compute_ms 0.0 must be more than 0"),
+    "a node of no GPUs": (step_model.main, ["--compute_ms", "69", "--gpus_per_node", "0"], "--gpus_per_node 0 must be"),
+    "nothing trained": (roofline.main, ["--recipes", "stl10-resnet18-linear-fit"], "does not train its encoder"),
+    "no turns of NT-Xent": (nt_xent.main, ["--repeats", "0"], "--repeats 0 must be more than 0"),
+    "no features": (nt_xent.main, ["--feat_dim", "0"], "--feat_dim 0 must be more than 0"),
+    "an odd number of views": (nt_xent.main, ["--views", "4", "5"], "--views 4 5 must be even"),
+    "a batch of one": (step.main, ["--batch_size", "1"], "--batch_size 1 is too small"),
     "no such folder": (stages.main, ["--chart", "missing/c.png"], "missing/c.png cannot be written"),
 }
 
@@ -299,6 +307,13 @@ def test_the_step(cifar10: list[str], tmp_path: Path) -> None:
     assert all(values[0] > 0 for values in speeds.values())
     assert parts["step"][0] == max(values[0] for values in parts.values()) and parts["saving"] == [0]
     assert optimizers.keys() == {"SGD, torch, foreach", "LARS"}
+
+
+def test_the_step_on_images_without_labels(tmp_path: Path) -> None:
+    write_stl10(tmp_path)
+    small = "--width 4 --batch_size 2 --steps 1 --repeats 1 --workers 1 --no_optimizers".split()
+    speeds, _, parts = figures(run(step.main, ["--dataset", "stl10", "--data_dir", str(tmp_path), *small], tmp_path))
+    assert speeds[step.NAMES["real"]][0] > 0 and parts["probe loss"] == [0] and parts["NT-Xent"][0] > 0
 
 
 def test_the_plain_lars_is_ours() -> None:

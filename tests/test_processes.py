@@ -96,7 +96,7 @@ def normalise(accelerator: Accelerator, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def everything(accelerator: Accelerator) -> dict[str, Any]:
-    images, labels = demo.render(split="test")
+    images, labels = demo.load(split="test")
     data = ImageArray(pixels=images, labels=labels)
     exact: dict[str, Any] = {"dtype": torch.float64, "steps": 1, "learning_rate": 0.01}
     return {
