@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, recursively_apply
 from torch import Tensor
 
 from stec import checkpoint, profiling
+from stec.background import Background
 from stec.batch import PlainLoader, TwoViewLoader
 from stec.config import TrainConfig
 from stec.console import Console
@@ -238,10 +240,13 @@ def train(
         )
 
     def save(*, stopping: bool) -> None:
-        """Write a checkpoint of the steps so far; never one with a non-finite loss behind it."""
-        log()
+        """Begin to write a checkpoint of the steps so far; never one with a non-finite loss behind it.
 
-        def write() -> str:
+        When ``stopping``, and after the last step, it is there on return.
+        """
+        log()
+        finish_saving()
+        if accelerator.is_main_process:
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -255,27 +260,44 @@ def train(
                 "train_seconds": train_seconds,
                 "wait_seconds": wait_seconds,
             }
+            # A copy, as training goes on while it is written.
+            copied = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), state)
+            saving.start(partial(write, step, copied))
+        if stopping or step == total_steps:
+            finish_saving(stopping=stopping)
+
+    def write(at_step: int, state: dict[str, Any]) -> None:
+        folder.flush_metrics()
+        checkpoint.save(
+            folder.path,
+            at_step,
+            state,
+            keep=config.keep_checkpoints,
+            keep_every_steps=config.keep_every * steps_per_epoch if config.keep_every is not None else None,
+        )
+
+    def finish_saving(*, stopping: bool = False) -> None:
+        """Wait for the checkpoint that is being written, and learn on all processes how it went."""
+
+        def outcome() -> str:
             try:
-                folder.flush_metrics()
-                checkpoint.save(
-                    folder.path,
-                    step,
-                    state,
-                    keep=config.keep_checkpoints,
-                    keep_every_steps=config.keep_every * steps_per_epoch if config.keep_every is not None else None,
-                )
+                saving.finish()
             except UserError as error:
                 if config.on_save_error == "continue" and not stopping:
-                    return f"warning: {error} Training goes on after step {step} without this checkpoint."
+                    return f"warning: {error} Training goes on without this checkpoint."
                 raise UserError(
                     f"{error} Training stopped after step {step}; the checkpoints before are whole, so go on by adding "
                     f"--results_path {folder.path} --resume auto."
                 ) from error
             return ""
 
-        warning = on_main_process(accelerator, write)
+        warning = on_main_process(accelerator, outcome)
         if warning:
             console.say(warning)
+
+    def saving_failed() -> None:
+        if config.on_save_error == "stop":
+            stops.ask()
 
     # --- The loop ---
     model.train()
@@ -288,7 +310,8 @@ def train(
         StepProfile(config.profile, accelerator.device) if config.profile and accelerator.is_main_process else None
     )
     stops = StopRequests(timeout=timedelta(seconds=config.process_timeout_s))
-    with console.training(first_step=step, total_steps=total_steps), stops:
+    saving = Background(saving_failed)
+    with console.training(first_step=step, total_steps=total_steps), stops, saving:
         chunks = data.training.batches(step * config.accumulate)
         since_log = time.perf_counter()
         while step < total_steps:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from stec.errors import UserError
 from stec.files import remove_leftovers, unwritable, write_whole
 
 DEFAULT_PARENT = Path("runs")
+WRITING_METRICS = threading.Lock()
+"""Training adds lines while a thread beside it brings them to the disk."""
 
 
 class RunFolder:
@@ -39,12 +42,11 @@ class RunFolder:
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Add a line; where the disk refuses, it waits for the next one or for ``flush_metrics``."""
-        self._unwritten += json.dumps(values).encode() + b"\n"
         with contextlib.suppress(OSError):
-            self._write_metrics()
+            self._write_metrics(json.dumps(values).encode() + b"\n")
 
     def flush_metrics(self) -> None:
-        """Bring all lines to the disk. Raises UserError where it refuses."""
+        """Bring all lines to the disk; from any thread. Raises UserError where it refuses."""
         try:
             self._write_metrics()
             if self.metrics.exists():
@@ -53,19 +55,21 @@ class RunFolder:
         except OSError as error:
             raise unwritable(self.metrics, error) from error
 
-    def _write_metrics(self) -> None:
-        if not self._unwritten:
-            return
-        with self.metrics.open("ab", buffering=0) as file:
-            before = file.tell()
-            try:
-                written = file.write(self._unwritten)
-                if written < len(self._unwritten):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                file.truncate(before)  # no half lines
-                raise
-        self._unwritten = b""
+    def _write_metrics(self, line: bytes = b"") -> None:
+        with WRITING_METRICS:
+            self._unwritten += line
+            if not self._unwritten:
+                return
+            with self.metrics.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    written = file.write(self._unwritten)
+                    if written < len(self._unwritten):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(before)  # no half lines
+                    raise
+            self._unwritten = b""
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that a resumed run computes again, and whatever is no line of metrics."""

@@ -19,6 +19,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; what schedulers send before they kill; what SLURM can be asked to send earlier."""
 
 
+FAILURE = max(SIGNALS) + 1
+"""What stands in a signal's place where it is the run itself that cannot go on."""
+
+
 def exit_code(number: int, stop_exit_code: int) -> int:
     """The program's exit code after the signal ``number``."""
     return 130 if number == signal.SIGINT else stop_exit_code
@@ -72,10 +76,15 @@ class StopRequests:
         self._own = max(self._own, number)
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
-    def after_step(self, *, last: bool) -> int:
-        """The signal that some process got, the same on all of them; 0: none. Call it after each step on all processes.
+    def ask(self) -> None:
+        """Ask all processes to stop as a signal would, with ``FAILURE`` for its number; from any thread."""
+        self._own = FAILURE
 
-        After the ``last`` step the answer is waited for, as no later one could give it.
+    def after_step(self, *, last: bool) -> int:
+        """The signal that some process got, or ``FAILURE``, the same on all of them; 0: none.
+
+        Call it after each step on all processes. After the ``last`` step the answer is waited for, as no later one
+        could give it.
         """
         if self._group is None:
             return self._own

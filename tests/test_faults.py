@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -194,7 +195,7 @@ class SignalAtStep:
 
 @dataclass(frozen=True)
 class SignalAtStepAndWhileSaving(SignalAtStep):
-    """And once more in the middle of saving that step."""
+    """And once more in the middle of saving that step; where that is Ctrl-C, the disk then hangs."""
 
     def __call__(self) -> None:
         super().__call__()
@@ -202,6 +203,8 @@ class SignalAtStepAndWhileSaving(SignalAtStep):
 
         def signalled(descriptor: int) -> None:
             os.kill(os.getpid(), self.number)
+            if self.number == signal.SIGINT:
+                time.sleep(1000)
             flush(descriptor)
 
         def saving(folder: Path, step: int, *args: Any, **kwargs: Any) -> None:
@@ -383,7 +386,8 @@ def test_a_full_disk_stops_the_run(whole: Path, small_disk: SmallDisk) -> None:
     assert f"error: {folder}/checkpoint-00000009.pt cannot be written (" in said
     assert ("No space left on device" in said) == small_disk.mounted
     assert (
-        f"Training stopped after step 9; the checkpoints before are whole, so go on by adding --results_path {folder} "
+        f"Training stopped after step 10; the checkpoints before are whole, so go on by adding --results_path {folder} "
+        "--resume auto." in said
     )
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
@@ -403,8 +407,15 @@ def test_training_goes_on_with_a_full_disk_if_told_to(whole: Path, small_disk: S
     folder = cut(whole, small_disk.folder / "run", 8)
     said = resume(folder, "--on_save_error", "continue", prepare=small_disk)
     assert f"warning: {folder}/checkpoint-00000009.pt cannot be written (" in said
-    assert "Training goes on after step 9 without this checkpoint." in said
+    assert "Training goes on without this checkpoint." in said
     assert_same_outcome(folder, whole)
+
+
+def test_a_failed_save_is_noticed_before_the_next_one(whole: Path, small_disk: SmallDisk) -> None:
+    folder = cut(whole, small_disk.folder / "run", 8)
+    said = resume(folder, "--checkpoint_every_steps", "4", prepare=small_disk, code=2)
+    assert f"error: {folder}/checkpoint-00000012.pt cannot be written (" in said
+    assert re.search(r"Training stopped after step 1[345];", said)
 
 
 def test_metrics_wait_for_a_full_disk(small_disk: SmallDisk) -> None:
@@ -482,7 +493,7 @@ def test_no_undamaged_checkpoint_is_left(whole: Path, tmp_path: Path) -> None:
 
 def test_a_second_run_is_refused_while_the_first_lives(whole: Path, tmp_path: Path) -> None:
     folder = cut(whole, tmp_path / "run", 8)
-    first = start(folder, "--resume", "auto", prepare=SignalAtStep(3, signal.SIGSTOP))
+    first = start(folder, "--resume", "auto", prepare=SignalAtStep(4, signal.SIGSTOP))
     while 10 not in checkpoint.checkpoints(folder):
         assert first.process.is_alive()
         time.sleep(0.01)
