@@ -26,6 +26,7 @@ from stec.config import TrainConfig, read_config_file, with_settings
 from stec.console import Console
 from stec.errors import UserError
 from stec.run_folder import RunFolder, write_json, write_text
+from subcommands.train import parse_train
 
 Objective = Literal["stec", "simclr"]
 NAMES: dict[Objective, str] = {"stec": "S-TEC", "simclr": "SimCLR"}
@@ -123,7 +124,7 @@ class Run:
             _launch(arguments)
         if not folder.results.exists():
             raise UserError(f"The run in {folder.path} was stopped; the same command goes on with it.")
-        wanted, _ = launch.parse_train(arguments)
+        wanted, _ = parse_train(arguments)
         made = with_settings(TrainConfig(), read_config_file(folder.config), str(folder.config))
         ours, theirs = wanted.identity(), made.identity()
         differing = [f"--{name} {theirs[name]}" for name in ours if ours[name] != theirs[name]]

@@ -29,7 +29,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
-import launch
 from benchmarks import report
 from benchmarks.report import Figures, Output
 from stec import objective
@@ -43,6 +42,7 @@ from stec.objective import nt_xent
 from stec.processes import gather
 from stec.recipes import recipe
 from stec.step import Step
+from subcommands.common import start
 
 CLASSES = 10
 TIMEOUT_S = 300
@@ -109,7 +109,7 @@ def join(place: Place, mixed_precision: str) -> Accelerator:
         rank, world = str(place.rank), str(place.processes)
         os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(place.port))
-    return launch.start(mixed_precision, TIMEOUT_S)[0]
+    return start(mixed_precision, TIMEOUT_S)[0]
 
 
 def settled() -> None:

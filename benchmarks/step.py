@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader, RandomSampler
 from benchmarks import report
 from benchmarks.report import Figures, Output
 from benchmarks.throughput import RandomViews
-from launch import start
 from pipelines.index import DataSet, open_data_set
 from pipelines.loader import Loader
 from pipelines.order import Order
@@ -48,6 +47,7 @@ from stec.objective import inverse_loss
 from stec.optim import MOMENTUM, learning_rate_factor, make_optimizer
 from stec.profiling import WARM_UP_STEPS
 from stec.run_folder import RunFolder
+from subcommands.common import start
 from tests.plain import plain_nt_xent
 
 Contender = Literal["baseline", "real", "synthetic", "bare"]

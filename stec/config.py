@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from stec.errors import UserError
 
 Switch = Literal[0, 1]
@@ -240,7 +238,7 @@ class TrainConfig:
             "seed": (0, 2**63 - 1),
             "stop_exit_code": (0, 255),
         }
-        _check_ranges(self, limits)
+        check_ranges(self, limits)
         self._check_resolution_schedule()
         for name in ("p_color_jitter", "p_grayscale"):
             if not getattr(self, name) <= 1:
@@ -309,74 +307,7 @@ class TrainConfig:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Evaluate a trained encoder and its probe on the test images of a data set."""
-
-    dataset: DataSetName
-    """Data set to evaluate on."""
-    ckpt_path: Path
-    """The weights: a checkpoint or safetensors file of ours, or an official .ckpt."""
-    data_dir: Path | None = None
-    """Folder that holds the data set."""
-    download: Switch = 0
-    """1: fetch CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
-    backend: Literal["auto", "dali", "torchvision"] = "auto"
-    """What prepares the images; auto is DALI where it is installed."""
-    num_workers: int | None = None
-    """DALI threads or torchvision worker processes, per process; default: this process's share of the CPUs."""
-    view_size: int | None = None
-    """Height and width in px at which the encoder sees an image; default: the data set's own."""
-    arch: Literal["resnet18", "resnet50"] | None = None
-    """Architecture of the encoder; default: what a file of ours says, else resnet18."""
-    width: int | None = None
-    """Channels of the encoder's first stage; default: what a file of ours says, else 64."""
-    batch_size: int = 256
-    """Images per process and step."""
-    mixed_precision: Literal["no", "auto", "fp16", "bf16"] = "no"
-    """Precision of the encoder; no is float32."""
-    json: Path | None = None
-    """Also write the results to this file."""
-
-    def validate(self) -> None:
-        """Raise UserError for the first setting that is out of its range."""
-        limits: dict[str, tuple[int, int | None]] = {
-            "batch_size": (1, None),
-            "width": (1, None),
-            "num_workers": (0, None),
-        }
-        _check_ranges(self, {**limits, "view_size": (SMALLEST_VIEW_PX, LARGEST_VIEW_PX)})
-        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
-            raise UserError(f"--json {self.json} cannot be written; name a file in an existing folder.")
-
-    @property
-    def traits(self) -> DataSetTraits:
-        return DATA_SETS[self.dataset].at(self.view_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportConfig:
-    """Turn a checkpoint, official .ckpt files included, into a safetensors file under our names."""
-
-    checkpoint: Path
-    """File to read; nothing in it is executed."""
-    out: Path
-    """File to write, ending in .safetensors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexConfig:
-    """Index a data set of image files or tar shards, and tell what it holds and which images are bad."""
-
-    data_dir: tyro.conf.Positional[Path]
-    """Folder that holds train and val, or images."""
-    verify: Literal["headers", "full"] = "headers"
-    """full: decode every image, and write the list of bad ones."""
-    bad: Path = Path("bad-images.tsv")
-    """With --verify full: where that list goes, a line of name, tab, reason for each bad image."""
-
-
-def _check_ranges(config: object, limits: Mapping[str, tuple[int, int | None]]) -> None:
+def check_ranges(config: object, limits: Mapping[str, tuple[int, int | None]]) -> None:
     """Raise UserError for the first setting outside its limits; None is a setting left open."""
     for name, (lowest, highest) in limits.items():
         value = getattr(config, name)

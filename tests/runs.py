@@ -15,7 +15,16 @@ from pipelines import demo
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["launch", "torch", "accelerate", "pipelines.graphs", "pipelines.loader", "stec.engine", "stec.run_folder"]
+    [
+        "launch",
+        "subcommands.train",
+        "torch",
+        "accelerate",
+        "pipelines.graphs",
+        "pipelines.loader",
+        "stec.engine",
+        "stec.run_folder",
+    ]
 )
 SMALL_DEMO = {"train": 256, "test": 64}
 """Images of the demo set, for quick evaluations."""

@@ -7,9 +7,9 @@ import shlex
 
 import pytest
 
-import launch
 from stec.config import TrainConfig
 from stec.recipes import RECIPES, flags, recipe
+from subcommands.train import parse_train
 
 OFFICIAL = {
     "cifar10-resnet18": "--dataset cifar10 --arch resnet18 --temperature .5 --learning_rate 4. --manip_lambda 1. "
@@ -63,13 +63,13 @@ def test_every_official_command_has_its_recipe() -> None:
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_a_recipe_is_the_official_flags(name: str) -> None:
-    config, _ = launch.parse_train(shlex.split(OFFICIAL[name]))
+    config, _ = parse_train(shlex.split(OFFICIAL[name]))
     assert config == recipe(name)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_flags_shown_for_a_recipe_make_it(name: str) -> None:
-    shown, _ = launch.parse_train(shlex.split(flags(recipe(name))))
+    shown, _ = parse_train(shlex.split(flags(recipe(name))))
     assert shown == recipe(name)
 
 

@@ -1,0 +1,165 @@
+"""What commands share: their flags, Accelerate and the console, and the images that an encoder sees."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import tyro
+
+from stec.config import (
+    DATA_SETS,
+    LARGEST_VIEW_PX,
+    SMALLEST_VIEW_PX,
+    DataSetName,
+    DataSetTraits,
+    Switch,
+    TrainConfig,
+    check_ranges,
+)
+from stec.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from pipelines.images import Images
+    from pipelines.loader import EvaluationLoader
+    from stec.console import Console
+
+# Before PyTorch is loaded: its idle threads shall sleep, not spin on the cores that DALI's threads need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The profiler's library prints what it does, and an error where there is no GPU.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A trained encoder, and the images that it shall see."""
+
+    dataset: DataSetName
+    """Data set to evaluate on."""
+    ckpt_path: Path
+    """The weights: a checkpoint or safetensors file of ours, or an official .ckpt."""
+    data_dir: Path | None = None
+    """Folder that holds the data set."""
+    download: Switch = 0
+    """1: fetch CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
+    backend: Literal["auto", "dali", "torchvision"] = "auto"
+    """What prepares the images; auto is DALI where it is installed."""
+    num_workers: int | None = None
+    """DALI threads or torchvision worker processes, per process; default: this process's share of the CPUs."""
+    view_size: int | None = None
+    """Height and width in px at which the encoder sees an image; default: the data set's own."""
+    arch: Literal["resnet18", "resnet50"] | None = None
+    """Architecture of the encoder; default: what a file of ours says, else resnet18."""
+    width: int | None = None
+    """Channels of the encoder's first stage; default: what a file of ours says, else 64."""
+    batch_size: int = 256
+    """Images per process and step."""
+    mixed_precision: Literal["no", "auto", "fp16", "bf16"] = "no"
+    """Precision of the encoder; no is float32."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting that is out of its range."""
+        limits: dict[str, tuple[int, int | None]] = {
+            "batch_size": (1, None),
+            "width": (1, None),
+            "num_workers": (0, None),
+        }
+        check_ranges(self, {**limits, "view_size": (SMALLEST_VIEW_PX, LARGEST_VIEW_PX)})
+
+    @property
+    def traits(self) -> DataSetTraits:
+        return DATA_SETS[self.dataset].at(self.view_size)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks, before Accelerate is loaded."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def parse(kind: type[C], arguments: list[str], *, name: str, default: C | None = None, epilogue: str = "") -> C:
+    """A configuration from flags; on a mistake tyro explains it and exits with code 2."""
+    return tyro.cli(  # type: ignore[call-overload]
+        kind,
+        prog=f"launch.py {name}".rstrip(),
+        description=(kind.__doc__ or "") + epilogue,
+        args=arguments,
+        use_underscores=True,
+        console_outputs=is_main_process(),
+        **({} if default is None else {"default": default}),
+    )
+
+
+def start(
+    mixed_precision: str, process_timeout_s: int = 1800, deterministic: bool = False
+) -> tuple[Accelerator, Console, str]:
+    """Accelerate, the console and the precision that was chosen, for any command that computes."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    from stec.console import Console
+    from stec.engine import resolve_precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(mixed_precision, device)
+    # Accelerate does not yet know the option by its new name.
+    warnings.filterwarnings("ignore", message=r".*broadcast_buffers.*is deprecated", category=FutureWarning)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=precision,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout_s)),
+        ],
+    )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"Accelerate is set to {accelerator.gradient_accumulation_steps} gradient accumulation steps, which would "
+            f"change the contrastive loss; set --gradient_accumulation_steps 1 for accelerate launch."
+        )
+    if deterministic:
+        # Read when cuBLAS starts; without a fixed workspace it may sum in another order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Filling fresh memory would only help code that reads it before writing.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cpu":
+        # accelerate launch allows each process one thread unless told otherwise.
+        torch.set_num_threads(own_cpus())
+    return accelerator, Console(enabled=accelerator.is_main_process), precision
+
+
+def own_cpus() -> int:
+    """This process's share of the CPUs that may be used."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def workers(config: TrainConfig | EncoderConfig) -> int:
+    """DALI's threads or torchvision's worker processes of this process."""
+    return own_cpus() if config.num_workers is None else config.num_workers
+
+
+def evaluation_loader(
+    config: TrainConfig | EncoderConfig, images: Images, accelerator: Accelerator
+) -> EvaluationLoader:
+    """Images as an encoder sees them in evaluation, prepared as the settings say."""
+    from pipelines.loader import EvaluationLoader
+
+    return EvaluationLoader(
+        images,
+        size=config.traits.view_size_px,
+        resize_px=config.traits.resize_px,
+        batch_size=config.batch_size,
+        backend=config.backend,
+        device=accelerator.device,
+        workers=workers(config),
+    )
