@@ -359,7 +359,8 @@ def train(
         write_safetensors(model.encoder.state_dict(), folder.encoder, metadata)
 
     on_main_process(accelerator, export)
-    with console.waiting("evaluating"):
+    # Evaluation mode and other batch sizes would be compiled anew, for a minute or more.
+    with console.waiting("evaluating"), torch.compiler.set_stance("force_eager"):
         results = _evaluate(config, data, model, accelerator)
     if model.inverse_model is not None:
         results["inverse_model_accuracy"] = last_epoch["manipulation_accuracy"]

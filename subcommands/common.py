@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Before PyTorch is loaded: its idle threads shall sleep, not spin on the cores that DALI's threads need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The profiler's library prints what it does, and an error where there is no GPU.
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 C = TypeVar("C")
 

@@ -107,3 +107,19 @@ def test_simclr_has_no_inverse_model() -> None:
     model = small_model(with_inverse_model=False)
     assert model(torch.rand(4, 2, 3, 32, 32)).command_logits is None
     assert not [name for name in model.state_dict() if name.startswith("inverse_model")]
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_the_encoder_compiles_as_one_graph(width: int) -> None:
+    """Nothing in it falls back to Python (``--compile 1``), and features and gradients stay what they are."""
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18", "cifar", width)
+    images = torch.rand(8, 3, 32, 32)
+    outcomes = []
+    for run in (encoder, torch.compile(encoder, backend="aot_eager", fullgraph=True)):
+        encoder.zero_grad()
+        features = run(images)
+        features.square().sum().backward()
+        outcomes.append([features.detach(), *(p.grad.clone() for p in encoder.parameters())])
+    for plain, compiled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)

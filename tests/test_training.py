@@ -296,7 +296,8 @@ def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: py
 
 def test_a_profile(tmp_path: Path) -> None:
     """The parts of a step make up the step; the trace is what a browser can show."""
-    out, _ = run("--results_path", tmp_path / "run", "--profile", "4")
+    out, err = run("--results_path", tmp_path / "run", "--profile", "4")
+    assert "profiler" not in err  # its library is silent
     parts = json.loads((tmp_path / "run" / "profile.json").read_text())
     assert "4 steps; trace in" in out and "backward" in out
     step = parts.pop("step")
