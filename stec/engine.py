@@ -178,7 +178,8 @@ def train(
         step, train_seconds, wait_seconds = resumed["step"], resumed["train_seconds"], resumed["wait_seconds"]
     if config.compile:
         _check_compiler(accelerator.device)
-        model.encoder.compile()
+        # Left to itself, the compiler makes narrow encoders channels-last, too, and they hang (see encoder.NARROW).
+        model.encoder.compile(options={"layout_optimization": model.encoder.memory_format == torch.channels_last})
     optimizer = optimizer_of(config, model)
     backward = Step(model, objective_of(config), accelerator, affine=config.affine)
     optimizer = accelerator.prepare_optimizer(optimizer)
