@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,11 +85,16 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _program() -> str:
+    """What was called: the console script, which an installation has, or ``launch.py``."""
+    return "stec" if Path(sys.argv[0]).name == "stec" else "launch.py"
+
+
 def parse(kind: type[C], arguments: list[str], *, name: str, default: C | None = None, epilogue: str = "") -> C:
     """A configuration from flags; on a mistake tyro explains it and exits with code 2."""
     return tyro.cli(  # type: ignore[call-overload]
         kind,
-        prog=f"launch.py {name}".rstrip(),
+        prog=f"{_program()} {name}".rstrip(),
         description=(kind.__doc__ or "") + epilogue,
         args=arguments,
         use_underscores=True,

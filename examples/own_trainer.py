@@ -1,0 +1,51 @@
+"""Our two-view loader in a trainer of one's own, here of Barlow Twins: ``python examples/own_trainer.py``."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+import stec
+from pipelines import Loader, Order, open_data_set
+
+STEPS, BATCH, SEED = 8, 64, 0
+
+
+def barlow_twins(z_i: Tensor, z_j: Tensor, off_diagonal: float = 5e-3) -> Tensor:
+    """The loss of Zbontar et al. 2021 on projections [N, F]: their cross-correlation shall be the identity."""
+    z_i, z_j = ((z - z.mean(0)) / (z.std(0) + 1e-6) for z in (z_i, z_j))
+    error = (z_i.T @ z_j / len(z_i) - torch.eye(z_i.shape[1])).square()
+    on_diagonal = error.diagonal().sum()
+    return on_diagonal + off_diagonal * (error.sum() - on_diagonal)
+
+
+def main() -> list[float]:
+    """Train for some steps; returns their losses."""
+    torch.manual_seed(SEED)
+    policy = stec.Policy(size=32, jitter_strength=1.0, p_blur=0.5)
+    order = Order(open_data_set("demo", None).train, policy, seed=SEED, batch_size=BATCH)
+    loader = Loader(order, backend="auto", device=torch.device("cpu"), workers=2)
+
+    encoder = resnet18(num_classes=64)
+    model = nn.Sequential(encoder, nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    losses = []
+    # Batches never end. To go on where a run was stopped, ask for them from that step on: they are the same ones.
+    for step, batch in enumerate(islice(loader.batches(0), STEPS)):
+        z = model(batch.views.flatten(0, 1)).view(BATCH, 2, -1)
+        loss = barlow_twins(z[:, 0], z[:, 1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        blurred = batch.commands.blur.mean()
+        print(f"step {step}: loss {loss:.2f}; of the views {blurred:.0%} were blurred, as batch.commands says")
+    return losses
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""What README and docs tell to do can be done: commands, flags, links and files are those that there are."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from PIL import Image
+from pip._internal.commands import create_command
+
+import launch
+import pipelines
+import stec
+from benchmarks import report
+from subcommands.common import parse
+from tests.conftest import smooth_image
+from tests.runs import Run
+from tests.test_faults import SignalAtStep
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
+}
+PAGES["benchmarks/RESULTS.md"] = (ROOT / "benchmarks/RESULTS.md").read_text()
+
+PLACEHOLDERS = {
+    "--recipe ...": "--recipe cifar10-resnet18",
+    " ...": "",
+    "--dataset D ": "--dataset demo ",
+    "_ms T": "_ms 9",
+}
+"""What stands in the pages for something that a reader fills in, other than the name of a folder or file."""
+PROGRAMS = ("accelerate", "launch.py", "mypy", "pip", "pytest", "python", "ruff", "sbatch", "stec")
+OTHERS = {"python train.py", "python eval.py", "accelerate launch", "launch.py", "stec"}
+"""The official repository's programs, and names that are no command lines."""
+BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text())
+
+
+def fenced(text: str, language: str = "") -> list[str]:
+    """The blocks of a page in that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def inline(text: str) -> list[str]:
+    """The code within a page's sentences and tables, less what a table from official to ours has on its left."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    if "| official " in prose:
+        prose = re.sub(r"^\| .*? \| ", "", prose, flags=re.MULTILINE)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def commands(page: str) -> list[str]:
+    """The command lines of a page."""
+    blocks = [line for block in fenced(PAGES[page]) for line in block.splitlines()]
+    found = [part.strip() for line in [*blocks, *inline(PAGES[page])] for part in line.split(" && ")]
+    found = [re.sub(r"^(\w+=\S+ )+", "", command) for command in found]
+    return [command for command in found if command.split(" ")[0] in PROGRAMS and command not in OTHERS]
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Checks a command line by the parser of the program that it calls, which ends the process where it is wrong."""
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/config.json").write_text('{"seed": 1}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "run", lambda _benchmark: 0)
+
+    def parse_only(*arguments: object, **named: object) -> object:
+        config = parse(*arguments, **named)
+        if hasattr(config, "validate"):
+            config.validate()
+        raise Parsed
+
+    def call_launch(arguments: list[str]) -> None:
+        name = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
+        module = importlib.import_module(f"subcommands.{launch.COMMANDS[name]}")
+        if arguments == [name]:
+            return  # The name of a command, in a sentence.
+        if "--help" in arguments:
+            with pytest.raises(SystemExit, match="0"):
+                launch.main(arguments)
+        elif name == "train":
+            assert launch.main([*arguments, "--print_config"]) == 0
+        elif hasattr(module, "parse"):
+            monkeypatch.setattr(module, "parse", parse_only)
+            with pytest.raises(Parsed):
+                launch.main(arguments)
+        else:
+            assert launch.main(arguments) == 0
+
+    def check_command(command: str) -> None:
+        for placeholder, value in PLACEHOLDERS.items():
+            command = command.replace(placeholder, value)
+        match shlex.split(command):
+            case ["accelerate", "launch", *arguments]:
+                given = launch_command_parser().parse_args(arguments)
+                assert given.config_file is None or (ROOT / given.config_file).is_file()
+                assert given.training_script == ("launch" if given.module else "launch.py")
+                call_launch(given.training_script_args)
+            case ["python", "launch.py", *arguments] | ["launch.py", *arguments] | ["stec", *arguments]:
+                call_launch(arguments)
+            case ["sbatch", script, *arguments]:
+                assert (ROOT / script).is_file()
+                call_launch(arguments)
+            case ["python", "-m", module, *arguments] if module.startswith("benchmarks."):
+                assert importlib.import_module(module).main(arguments) == 0
+            case ["python", "-m", module]:
+                assert importlib.util.find_spec(module) is not None
+            case ["python", "-c", code]:
+                compile(code, command, "exec")
+            case ["python", script]:
+                assert (ROOT / script).is_file()
+            case ["pip", name, *arguments]:
+                _, wanted = create_command(name).parse_args(arguments)
+                extras = re.findall(r"^(\w+) =$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+                assert set(re.findall(r"\[(\w+)\]", command)) <= set(extras)
+                assert name == "check" or wanted or "-e" in arguments
+            case ["pytest", *arguments]:
+                assert all((ROOT / name).exists() for name in arguments if name.endswith(".py"))
+            case ["ruff" | "mypy", *_]:
+                pass  # As in .ci/run, which tests/test_packaging.py sees to.
+            case _:
+                raise AssertionError(f"{command}: no program is known that would check this")
+
+    return check_command
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_understood(page: str, check: Callable[[str], None]) -> None:
+    for command in commands(page):
+        try:
+            check(command)
+        except (SystemExit, AssertionError) as error:
+            raise AssertionError(f"{page} tells to run {command!r}, which is refused: {error!r}") from error
+
+
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    """Every flag of our programs, by their help, and of the programs that start or install them."""
+    shown = io.StringIO()
+    helped = [(launch.main, [name, "--help"]) for name in launch.COMMANDS if name != "recipes"]
+    helped += [(importlib.import_module(f"benchmarks.{name}").main, ["--help"]) for name in BENCHMARKS]
+    for main, arguments in helped:
+        with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+            main(arguments)
+    text = shown.getvalue() + create_command("install").parser.format_help()
+    text += (ROOT / "configs/slurm.sh").read_text()
+    return set(re.findall(r"(?<![\w-])--[\w-]+", text)) | set(launch_command_parser()._option_string_actions)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_exist(page: str, flags: set[str]) -> None:
+    named = {flag for span in inline(PAGES[page]) for flag in re.findall(r"(?<!\S)--[\w-]+", span)}
+    # A page that changes the code may add one.
+    added = {
+        f"--{name}" for patch in fenced(PAGES[page], "diff") for name in re.findall(r"^\+ +(p_\w+): float", patch, re.M)
+    }
+    assert named <= flags | added
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in map(slug, headings), target
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    """Each file of it exists, and each module, example and page is in it."""
+    (tree,) = (block for block in fenced(PAGES["README.md"], "text") if block.startswith("launch.py "))
+    named, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = "" if not line.startswith(" ") else folder
+        named.add(folder + name)
+        folder = name if name.endswith("/") else folder
+    assert not [name for name in named if not (ROOT / name).exists()]
+    described = {name for name in named if (ROOT / name).is_dir() and re.search(rf"^{name} +\S", tree, re.MULTILINE)}
+    there = {
+        str(path.relative_to(ROOT))
+        for pattern in ("*.py", "*/*.py", "*/*.md")
+        for path in ROOT.glob(pattern)
+        if path.name != "__init__.py" and not path.parent.name.startswith((".", "build", "dist"))
+    }
+    assert {name for name in there if f"{Path(name).parent}/" not in described} <= named
+
+
+def test_the_public_names_are_listed() -> None:
+    table = [line.split(" | ")[0] for line in PAGES["docs/install.md"].splitlines() if line.startswith("| `")]
+    listed = {span for cell in table for span in re.findall(r"`((?:stec|pipelines)\.\w+)`", cell)}
+    assert listed == {f"{module.__name__}.{name}" for module in (stec, pipelines) for name in dir(module)}
+
+
+# --- What pages are about, done for real ---
+
+SMALL = (
+    "--dataset folder --batch_size 8 --view_size 32 --max_epochs 2 --warmup_epochs 0 --num_workers 1 --log_every 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 16 pictures."""
+    folder = tmp_path_factory.mktemp("images")
+    for n in range(16):
+        Image.fromarray(smooth_image(40, 50, n)).save(folder / f"{n}.png")
+    return folder
+
+
+def test_own_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's first steps: the index, the training, and its encoder in torchvision's network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    index, train, *_ = (
+        shlex.split(block.replace("IMAGES", str(images)).replace("RUN", str(tmp_path / "run")))
+        for block in fenced(PAGES["docs/train-on-my-images.md"])
+    )
+    assert launch.main(index[2:]) == 0
+    Run(*train[3:], *SMALL).end()
+    (code,) = fenced(PAGES["docs/train-on-my-images.md"], "python")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("RUN", "run"), {})
+
+
+def test_slurm(images: Path, tmp_path: Path) -> None:
+    """What the page's job starts, with SLURM's notice in the midst of it, and once more."""
+    (command,) = fenced(PAGES["docs/slurm.md"])
+    _, script, *given = shlex.split(command.replace("RUN", str(tmp_path / "run")).replace("DATA", str(images)))
+    added = re.search(r'"\$@" (--resume .*)$', (ROOT / script).read_text(), re.MULTILINE)
+    stopped = re.search(r"^STOPPED=(\d+)$", (ROOT / script).read_text(), re.MULTILINE)
+    assert added is not None and stopped is not None
+    flags = [*given, *shlex.split(added[1].replace("$STOPPED", stopped[1]))]
+    assert " ".join(flags[-4:]) == "--resume auto --stop_exit_code 85"
+    flags += [*SMALL, "--arch", "resnet18", "--width", "4", "--gpus", "1", "--num_nodes", "1"]
+    Run(*flags, prepare=SignalAtStep(2, signal.SIGUSR1)).end(85)
+    assert "Going on after step 2." in Run(*flags).end(0)
+
+
+def test_measuring(tmp_path: Path) -> None:
+    """The page's first benchmark, and the profile of a run."""
+    first, *_ = fenced(PAGES["docs/measure.md"])[0].splitlines()
+    brief = "--batch_size 4 --workers 1 --repeats 1 --seconds 0.01 --contenders compiled".split()
+    assert importlib.import_module(first.split()[2]).main([*first.split()[3:], *brief]) == 0
+    profile = fenced(PAGES["docs/measure.md"])[2].replace("RUN", str(tmp_path / "run")).replace("20", "2")
+    small = "--limit_train 128 --batch_size 8 --width 4 --max_epochs 1 --num_workers 1".split()
+    assert "backward" in Run(*shlex.split(profile)[2:], *small).end()
+    assert (tmp_path / "run/profile.json").is_file() and (tmp_path / "run/trace.json.gz").is_file()
+
+
+UPSIDE_DOWN = """
+from dataclasses import replace
+import numpy as np, torch
+from pipelines import ImageArray, Loader, Order, kernels, reference
+from stec.commands import Policy
+from stec.config import TrainConfig
+from stec.geometry import window_matrices
+from subcommands.train import parse_train
+
+config, _ = parse_train(["--p_upside_down", "0.5", "--p_color_jitter", "0", "--p_grayscale", "0"])
+assert Policy.of(config).p_upside_down == 0.5 and TrainConfig().p_upside_down == 0
+pixels = np.random.default_rng(0).integers(0, 256, (8, 40, 50, 3), np.uint8)
+images = ImageArray(pixels=pixels, labels=np.full(8, -1))
+order = Order(images, Policy.of(config), seed=1, batch_size=8)
+share = order.share(0)
+commands, turned = share.commands, share.commands.upside_down
+assert 0.2 < turned.mean() < 0.8
+theta = window_matrices(commands)
+assert ((theta[..., 1, 1] < 0) == turned).all() and ((theta[..., 0, 0] < 0) == commands.flip).all()
+loader = Loader(order, backend="dali", device=torch.device("cpu"), workers=1, operators="dali")
+batch = next(loader.batches(0))
+upright = replace(commands, upside_down=turned & False)
+compiled = np.empty((2, 32, 32, 3), np.float32)
+strides, hw = np.array([150, 3, 1]), (40, 50)
+for n, image_id in enumerate(share.image_ids.tolist()):
+    kernels._make_views(pixels[image_id].reshape(-1), strides, hw, (0, 0), commands.pack()[n], 3, compiled)
+    for v in (0, 1):
+        made, plain = (reference.execute(images.open(image_id), c, share.policy, n, v) for c in (commands, upright))
+        assert torch.equal(made, plain.flip(1) if turned[n, v] else plain)
+        assert np.array_equal(compiled[v], made.permute(1, 2, 0))
+        assert (batch.views[n, v] - made).abs().mean() * 255 < 1
+"""
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Path:
+    """A copy of the project with all changes of the page on commands made."""
+    for name in ("stec", "pipelines", "subcommands", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    patch = "".join(fenced(PAGES["docs/add-a-command.md"], "diff"))
+    subprocess.run(["git", "apply", "-C1", "-"], cwd=tmp_path, input=patch, text=True, check=True)
+    return tmp_path
+
+
+def test_a_command_can_be_added(changed: Path) -> None:
+    """As the page does it; the compiled function runs as Python here, since compiling takes a quarter of a minute."""
+    environment = {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(changed), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", UPSIDE_DOWN],
+        cwd=changed,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_places_to_change_exist() -> None:
+    """Each file and each name that the page on commands speaks of."""
+    source = "".join(
+        path.read_text() for folder in ("stec", "pipelines", "tests") for path in (ROOT / folder).glob("*.py")
+    )
+    for span in inline(PAGES["docs/add-a-command.md"]):
+        if re.fullmatch(r"[\w/]+\.py", span):
+            assert (ROOT / span).is_file(), span
+        elif re.fullmatch(r"\w+", span):
+            assert re.search(rf"\b{span}\b", source), span
