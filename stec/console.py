@@ -1,4 +1,4 @@
-"""What the user sees while training: a live display on a terminal, plain lines elsewhere, tables and hints at the end."""
+"""What the user sees while training: a live display on a terminal, plain lines elsewhere; tables, next steps."""
 
 from __future__ import annotations
 
@@ -151,9 +151,7 @@ class Console:
         if end_of_epoch:
             self._in_lines([epoch, *learning, *pace])
 
-    def _in_lines(
-        self, parts: Sequence[str], *, separator: str = "  ", continued: str = "", indent: str = ""
-    ) -> None:
+    def _in_lines(self, parts: Sequence[str], *, separator: str = "  ", continued: str = "", indent: str = "") -> None:
         """Print parts side by side, each whole, on as many lines as the width asks for; later lines are indented more.
 
         A part that is wider than the terminal has a line of its own, which the terminal wraps.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import shlex
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from accelerate import Accelerator
@@ -75,7 +76,7 @@ def finished(accelerator: Accelerator) -> Iterator[None]:
         finish(accelerator)
 
 
-class Guarded(GeneralTracker):
+class Guarded(GeneralTracker):  # type: ignore[misc]  # Accelerate has no types
     """A tracker of Accelerate's whose failure ends the start of a run, but not a run that has started.
 
     From its first failure on it is left alone: one that waits for a dead network would slow training down.
@@ -154,12 +155,9 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def _quiet(name: str) -> AbstractContextManager[object]:
     """trackio prints how to look at its own folder, which is not where the log is."""
-    with open(os.devnull, "w") as nowhere:
-        with contextlib.redirect_stdout(nowhere) if name == "trackio" else contextlib.nullcontext():
-            yield
+    return contextlib.redirect_stdout(io.StringIO()) if name == "trackio" else contextlib.nullcontext()
 
 
 def _tensorboard(name: str, folder: RunFolder, after_step: int) -> GeneralTracker:
