@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 from rich.console import Console as RichConsole
-from rich.console import RenderableType
+from rich.console import ConsoleDimensions, RenderableType
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -32,7 +32,7 @@ class Console:
             self._rich.is_interactive and self._rich.file.isatty() and "JPY_PARENT_PID" not in os.environ
         )
         if self._rich.is_dumb_terminal:
-            self._rich.width = shutil.get_terminal_size().columns
+            self._rich.size = ConsoleDimensions(*shutil.get_terminal_size())  # which Rich would not ask for
         elif not self._rich.file.isatty() and not self._rich.is_jupyter:
             self._rich.width = UNLIMITED
         self._progress: _Progress | None = None
@@ -154,7 +154,7 @@ class Console:
     def _in_lines(self, parts: Sequence[str], *, separator: str = "  ", continued: str = "", indent: str = "") -> None:
         """Print parts side by side, each whole, on as many lines as the width asks for; later lines are indented more.
 
-        A part that is wider than the terminal has a line of its own, which the terminal wraps.
+        A part that is wider than the terminal has a line of its own, which the terminal wraps; it is not indented.
         """
         line = indent + parts[0]
         for k, part in enumerate(parts[1:], start=1):
@@ -164,6 +164,8 @@ class Console:
             else:
                 self.say(line + continued)
                 line = f"{indent}  {part}"
+                if len(line) > self._rich.width:
+                    line = part
         self.say(line)
 
 
@@ -175,4 +177,8 @@ class _Progress(Progress):
     def get_renderables(self) -> Iterator[RenderableType]:
         yield from super().get_renderables()
         for line in self.below:
-            yield Text(line, no_wrap=True, overflow="ellipsis")
+            text = Text(line, no_wrap=True)
+            # Terminals write ^C where the cursor is; after a full line that would push the display down, and a part of
+            # it would stay.
+            text.truncate(self.console.width - len("^C"), overflow="ellipsis")
+            yield text
