@@ -32,6 +32,7 @@ RUN_LOCAL = frozenset(
         "resume",
         "allow_changes",
         "log_every",
+        "log_with",
         "profile",
         "checkpoint_every",
         "checkpoint_every_steps",
@@ -44,6 +45,9 @@ RUN_LOCAL = frozenset(
     }
 )
 """Settings that may differ between a run and its continuation: they do not change the weights."""
+
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""Accelerate's experiment trackers; each is also the name of a package."""
 
 FIXED = frozenset(
     {
@@ -202,6 +206,8 @@ class TrainConfig:
     """1: go on with changed settings, such as --max_epochs; they are printed and noted in starts.jsonl."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl; metrics leave the device only then."""
+    log_with: str | None = None
+    """Also send metrics to these trackers of Accelerate's, say tensorboard,trackio or wandb; see docs/watch.md."""
     profile: int = 0
     """After some steps of warming up, profile so many: a table, and a trace for https://ui.perfetto.dev."""
     checkpoint_every: int = 1
@@ -240,6 +246,9 @@ class TrainConfig:
         }
         check_ranges(self, limits)
         self._check_resolution_schedule()
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise UserError(f"--log_with {name} is no tracker; known are {', '.join(TRACKERS)}.")
         for name in ("p_color_jitter", "p_grayscale"):
             if not getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name)} is no probability; give 1 or less.")
@@ -258,6 +267,12 @@ class TrainConfig:
     @property
     def traits(self) -> DataSetTraits:
         return DATA_SETS[self.dataset].at(self.view_size)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in ``log_with``, each once."""
+        names = (name.strip() for name in (self.log_with or "").split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
 
     def _check_resolution_schedule(self) -> None:
         if self.resolution_schedule is None:

@@ -228,6 +228,7 @@ def train(
         }
         if accelerator.is_main_process:
             folder.append_metrics(values)
+        accelerator.log({name: value for name, value in values.items() if name != "step"}, step=step)
         epoch_rows.extend(rows)
         end_of_epoch = step % steps_per_epoch == 0
         if end_of_epoch:
@@ -369,6 +370,7 @@ def train(
     results["wait_share"] = wait_seconds / train_seconds
     if accelerator.is_main_process:
         write_json(folder.results, results)
+    accelerator.log({f"results/{name}": value for name, value in results.items()}, step=step)
     return results
 
 

@@ -15,6 +15,7 @@ from stec.config import TrainConfig, read_config_file, with_settings
 from stec.errors import UserError
 from stec.recipes import RECIPES, recipe
 from subcommands.common import evaluation_loader, parse, start, workers
+from subcommands.next_steps import next_steps
 
 if TYPE_CHECKING:
     from stec.console import Console
@@ -93,6 +94,10 @@ def run_training(config: TrainConfig) -> None:
     check_processes(config, accelerator.num_processes)
 
     import torch
+
+    from stec import trackers
+
+    trackers.check_installed(config.trackers)
 
     from pipelines.bad_images import BadImages
     from pipelines.index import open_data_set
@@ -201,7 +206,18 @@ def run_training(config: TrainConfig) -> None:
         console.say(note)
     if resumed is not None:
         console.say(f"Going on after step {resumed['step']}.")
-    with failures.shared():
+    engine.on_main_process(
+        accelerator,
+        lambda: trackers.start(
+            accelerator,
+            config.trackers,
+            folder,
+            config.to_json(),
+            after_step=resumed["step"] if resumed is not None else 0,
+            say=console.say,
+        ),
+    )
+    with failures.shared(), trackers.finished(accelerator):
         results = engine.train(
             config,
             data,
@@ -214,6 +230,10 @@ def run_training(config: TrainConfig) -> None:
         )
     show_results(console, results)
     console.say(f"The run's files are in {folder.path.resolve()}")
+    console.next_steps(
+        "What to do next",
+        next_steps(config, folder.path, classes=data.classes, processes=accelerator.num_processes),
+    )
     accelerator.end_training()
 
 

@@ -1,0 +1,29 @@
+"""What may be done with a finished run, as commands that can be copied."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from stec.config import TrainConfig
+
+
+def next_steps(config: TrainConfig, folder: Path, *, classes: int, processes: int) -> list[tuple[str, list[str]]]:
+    """Purposes and the words of their commands, for the run in ``folder``; without ``classes`` none evaluates it."""
+    launch = sys.argv[0] if Path(sys.argv[0]).name == "launch.py" else "launch.py"
+    alone = ["python", launch]
+    together = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes), launch]
+    data = ["--dataset", config.dataset]
+    if config.data_dir is not None:
+        data += ["--data_dir", str(config.data_dir)]
+    if config.view_size is not None:
+        data += ["--view_size", str(config.view_size)]
+    evaluate = ("evaluate it", [*alone, "eval", *data, "--ckpt_path", str(folder / "model.safetensors")])
+    longer = ["--config", str(folder / "config.json"), "--results_path", str(folder), "--resume", "auto",
+              "--max_epochs", str(2 * config.max_epochs), "--allow_changes", "1"]  # fmt: skip
+    return [
+        *([evaluate] if classes else []),
+        ("see it as a page", [*alone, "report", str(folder)]),
+        ("take it elsewhere", [*alone, "export", str(folder), str(folder / "huggingface"), "--format", "huggingface"]),
+        ("train it longer", [*(alone if processes == 1 else together), *longer]),
+    ]
