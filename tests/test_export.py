@@ -71,7 +71,7 @@ def photographs() -> Tensor:
     if not PHOTOGRAPHS.is_file():
         pytest.skip(f"no photographs at {PHOTOGRAPHS}; set STEC_PHOTOGRAPHS to a tar file of JPEGs")
     with tarfile.open(PHOTOGRAPHS) as archive:
-        files = [member for member in archive if member.name.endswith(".JPEG")][:4]
+        files = [member for member in archive if member.name.endswith(".JPEG")][:2]
         return upright([Image.open(archive.extractfile(file)) for file in files], 224)
 
 
@@ -171,7 +171,7 @@ def test_a_folder_for_the_hub(stem: str, width: int, tmp_path: Path, monkeypatch
         loaded["the card's code"] = names["model"]
     for what, model in loaded.items():
         assert not model.training
-        same_features(model, encoder, generated(), f"huggingface {stem} {width}, {what}")
+        same_features(model, encoder, generated()[..., ::2, ::2], f"huggingface {stem} {width}, {what}")
     loaded["from_pretrained"].save_pretrained(tmp_path / "again")
     for file in out.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
@@ -394,6 +394,7 @@ def test_no_network(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         probe.bind(("127.0.0.1", 0))
         refused = f"http://127.0.0.1:{probe.getsockname()[1]}"
     at(refused, monkeypatch)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its tries
     with pytest.raises(UserError, match=r"^There is no file or folder me/mine here, and the .* cannot be reached"):
         stec.load_encoder("me/mine")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
