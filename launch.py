@@ -1,4 +1,4 @@
-"""Command line of the S-TEC trainer: ``accelerate launch launch.py [train | eval | index | import | ...] [flags]``."""
+"""Command line of the S-TEC trainer: ``accelerate launch launch.py [train | eval | index | export | ...] [flags]``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "evaluate",
     "index": "index",
     "import": "import_checkpoint",
+    "export": "export",
     "recipes": "recipes",
 }
 """Names of commands, and of the modules of ``subcommands`` whose ``run`` they call."""

@@ -31,7 +31,7 @@ from stec.evaluate import (
     knn_accuracy,
     linear_fit_accuracy,
 )
-from stec.export import load_weights, read_weights, write_safetensors
+from stec.export import lasting, load_weights, read_weights, write_safetensors
 from stec.model import Model
 from stec.objective import METRICS, Objective, Weights
 from stec.optim import learning_rate_factor, make_optimizer
@@ -354,9 +354,15 @@ def train(
         del chunks
 
     # --- Results ---
-    metadata = {"config": config.identity(), "step": step, "classes": data.classes}
+    metadata = {
+        "config": config.identity(),
+        "step": step,
+        "classes": data.classes,
+        "environment": lasting(environment),
+    }
 
     def export() -> None:
+        folder.results.unlink(missing_ok=True)  # of a shorter run: of other weights
         write_safetensors(model.state_dict(), folder.model, metadata)
         write_safetensors(model.encoder.state_dict(), folder.encoder, metadata)
 

@@ -100,6 +100,7 @@ def run_training(config: TrainConfig) -> None:
     trackers.check_installed(config.trackers)
 
     from pipelines.bad_images import BadImages
+    from pipelines.fingerprint import fingerprint
     from pipelines.index import open_data_set
     from pipelines.loader import Loader
     from pipelines.order import Order
@@ -174,6 +175,7 @@ def run_training(config: TrainConfig) -> None:
         "precision": precision,
         "backend": loader.backend,
         "training_images": len(data_set.train),
+        "data_fingerprint": fingerprint(data_set.train),
     }
     model = engine.initial_model(config, data.classes)
     folder, resumed, notes = engine.on_main_process(accelerator, lambda: open_run_folder(config, environment))
