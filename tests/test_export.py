@@ -416,7 +416,7 @@ def test_importing_the_package_is_quick() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     with pytest.raises(AttributeError, match="no attribute 'load_decoder'"):
-        _ = stec.load_decoder
+        _ = stec.load_decoder  # type: ignore[attr-defined]
 
 
 def test_fingerprints(photographs: ImageFiles, tmp_path: Path) -> None:
