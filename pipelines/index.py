@@ -71,7 +71,7 @@ def open_split(
     Raises UserError where there is none.
     """
     if name == "folder" and split != "train":
-        raise UserError("--dataset folder has no labels to evaluate with; name a data set that has.")
+        raise UserError(f"--dataset folder has no {split} images; name another --split or data set.")
     if name == "stl10" and data_dir is not None and not download:
         file = {"train": "unlabeled", "labelled": "train", "test": "test"}[split]
         return read_stl10_split(data_dir, file), STL10_CLASSES

@@ -24,8 +24,8 @@ class EvalConfig(EncoderConfig):
     """Evaluate a trained encoder and its probe on the test images."""
 
     measures: tuple[Literal["probe", "linear_fit", "fractions", "knn"], ...] = ()
-    """What is measured: the file's probe, a linear classifier fitted to the labelled images, others fitted to 10 % and to
-    1 % of them, nearest neighbours; default: all that the weights and the data allow."""
+    """What is measured: the file's probe, a linear classifier fitted to the labelled images, others fitted to 10 % and
+    to 1 % of them, nearest neighbours; default: all that the weights and the data allow."""
     seed: int = 0
     """Which images make up the 10 % and 1 %."""
     json: Path | None = None

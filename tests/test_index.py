@@ -258,7 +258,7 @@ def test_images_without_labels(tmp_path: Path, every_format: Path) -> None:
         assert (len(data_set.train), data_set.labelled, data_set.test, data_set.classes) == (count, None, None, ())
         assert (data_set.train.labels == UNLABELLED).all()
         assert len(open_data_set("folder", root, limit_train=4).train) == 4
-    with pytest.raises(UserError, match="--dataset folder has no labels"):
+    with pytest.raises(UserError, match="--dataset folder has no test images"):
         open_split("folder", every_format, "test")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds neither images"):
