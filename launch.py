@@ -12,6 +12,7 @@ from subcommands.common import is_main_process
 COMMANDS = {
     "train": "train",
     "eval": "evaluate",
+    "embed": "embed",
     "index": "index",
     "import": "import_checkpoint",
     "export": "export",
@@ -40,8 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.exit_code
     except KeyboardInterrupt:
         if is_main_process():
-            how_to_go_on = "; a run goes on from its last checkpoint by --resume auto" * (name == "train")
-            print(f"Stopped at once{how_to_go_on}.", file=sys.stderr)
+            print("Stopped at once.", file=sys.stderr)
         return 130
     return 0
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 
@@ -26,10 +26,12 @@ from stec.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
     from pipelines.images import Images
     from pipelines.loader import EvaluationLoader
     from stec.console import Console
+    from stec.model import Model
 
 # Before PyTorch is loaded: its idle threads shall sleep, not spin on the cores that DALI's threads need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -57,6 +59,9 @@ class EncoderConfig:
     """DALI threads or torchvision worker processes, per process; default: this process's share of the CPUs."""
     view_size: int | None = None
     """Height and width in px at which the encoder sees an image; default: the data set's own."""
+    trained_on: DataSetName | None = None
+    """Data set that the encoder was trained on, which decides its first layers; default: what a file of ours says, else
+    that of --dataset."""
     arch: Literal["resnet18", "resnet50"] | None = None
     """Architecture of the encoder; default: what a file of ours says, else resnet18."""
     width: int | None = None
@@ -77,7 +82,11 @@ class EncoderConfig:
 
     @property
     def traits(self) -> DataSetTraits:
-        return DATA_SETS[self.dataset].at(self.view_size)
+        own = DATA_SETS[self.dataset]
+        if self.view_size in (None, own.view_size_px) or own.resize_px is not None:
+            return own.at(self.view_size)
+        # Images that are otherwise used as they are: all of each at the size that is asked for.
+        return replace(own.at(self.view_size), resize_px=self.view_size)
 
 
 def is_main_process() -> bool:
@@ -169,3 +178,46 @@ def evaluation_loader(
         device=accelerator.device,
         workers=workers(config),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a file of weights holds, and the encoder that it is of."""
+
+    path: Path
+    state: dict[str, Tensor]
+    trained_on: str
+    """Data set, which decides the encoder's first layers."""
+    shape: dict[str, Any]
+    """``arch`` and ``width`` of the encoder."""
+
+    @classmethod
+    def read(cls, config: EncoderConfig) -> Weights:
+        """From the file; flags beat what it says. Raises UserError where it is none."""
+        from stec.encoder import ARCHITECTURES
+        from stec.export import read_weights_and_settings
+
+        state, settings = read_weights_and_settings(config.ckpt_path)
+        arch, trained_on = settings.get("arch"), settings.get("dataset")
+        return cls(
+            path=config.ckpt_path,
+            state=state,
+            trained_on=config.trained_on or (trained_on if trained_on in DATA_SETS else config.dataset),
+            shape={
+                "arch": config.arch or (arch if arch in ARCHITECTURES else "resnet18"),
+                "width": config.width or int(settings.get("width", 64)),
+            },
+        )
+
+    def model(self, *, classes: int = 0) -> Model:
+        """The encoder and, for so many classes, the probe. Raises UserError where the weights do not fit."""
+        from stec.export import load_weights
+        from stec.model import Model
+
+        # As for a linear fit: these two parts are all that there is.
+        stem = DATA_SETS[self.trained_on].stem
+        model = Model(**self.shape, stem=stem, classes=classes, stop_gradient=2)
+        parts = ("encoder", "probe") if classes else ("encoder",)
+        wanted = {name: tensor for name, tensor in self.state.items() if name.split(".")[0] in parts}
+        load_weights(model, wanted, self.path, required=parts)
+        return model
