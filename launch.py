@@ -15,6 +15,8 @@ COMMANDS = {
     "index": "index",
     "import": "import_checkpoint",
     "recipes": "recipes",
+    "preview": "preview",
+    "report": "report",
 }
 """Names of commands, and of the modules of ``subcommands`` whose ``run`` they call."""
 

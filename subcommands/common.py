@@ -100,6 +100,19 @@ def parse(kind: type[C], arguments: list[str], *, name: str, default: C | None =
     )
 
 
+def parse_some(kind: type[C], arguments: list[str], *, name: str) -> tuple[C, list[str]]:
+    """As ``parse``, and the flags that are none of this configuration's."""
+    return tyro.cli(
+        kind,
+        prog=f"launch.py {name}",
+        description=kind.__doc__,
+        args=arguments,
+        use_underscores=True,
+        console_outputs=is_main_process(),
+        return_unknown_args=True,
+    )
+
+
 def start(
     mixed_precision: str, process_timeout_s: int = 1800, deterministic: bool = False
 ) -> tuple[Accelerator, Console, str]:
