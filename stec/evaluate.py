@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +29,12 @@ class Features:
     """[N] int64."""
 
 
+def evenly_spread(images: int, limit: int | None) -> NDArray[np.int64]:
+    """The numbers of so many of ``images`` at most (None: of all), first to last."""
+    count = images if limit is None else min(limit, images)
+    return np.arange(count) * images // count
+
+
 def extract_features(
     encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, limit: int | None = None
 ) -> Features:
@@ -36,8 +43,7 @@ def extract_features(
     ``limit``: of so many images at most, evenly spread, since images may be sorted by class. Each process takes one
     stretch of the images; the stretches are padded to equal length for the exchange.
     """
-    count = len(loader) if limit is None else min(limit, len(loader))
-    image_ids = np.arange(count) * len(loader) // count
+    image_ids = evenly_spread(len(loader), limit)
     stretches = np.array_split(image_ids, accelerator.num_processes)
     longest = len(stretches[0])
     own_features = torch.zeros(longest, encoder.feature_dim, device=accelerator.device)
@@ -59,6 +65,13 @@ def extract_features(
         features=torch.cat([part[: len(ids)] for part, ids in zip(all_features, stretches)]),
         labels=torch.cat([part[: len(ids)] for part, ids in zip(all_labels, stretches)]),
     )
+
+
+def nearest(bank: Features, queries: Features, count: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarities [N, count] of each query's nearest in the bank, nearest first, and their rows there."""
+    keys = F.normalize(bank.features, dim=1)
+    similarity, rows = (F.normalize(queries.features, dim=1) @ keys.T).topk(min(count, len(keys)), dim=1)
+    return similarity, rows
 
 
 def knn_accuracy(bank: Features, queries: Features, classes: int, device: torch.device) -> float:

@@ -26,6 +26,8 @@ NO_BREAK = "\u00a0"
 _PAPER, _INK, _FAINT = "#ffffff", "#1b1f24", "#6a737d"
 _MARGIN, _GAP, _LINE, _SIZE = 36, 24, 20, 15
 _NAME_WIDTH = 66
+_WIDE = {"i": 6, "j": 4, "believed": 4}
+"""Widths of outlines: view i's is wider, so that it shows where both are the same."""
 _ROOM = 0.14
 """Of a panel's width on each side, for believed windows that reach beyond the image."""
 
@@ -65,8 +67,7 @@ def panels(example: Example) -> list[Panel]:
     source, commands = example.source, example.commands
     windows, flips = windows_of(window_matrices(commands)[0])
     canvas = _Canvas(source)
-    for v, window in enumerate(windows):
-        canvas.window(window, NAMES[v], flipped=bool(flips[v]))
+    canvas.windows({NAMES[v]: (window, bool(flips[v])) for v, window in enumerate(windows)})
     facts = (("image", example.title), ("size", f"{source.width} x {source.height} px"))
     made = [Panel(heading="source", colour=None, image=canvas.image, words=facts)]
     for v, view in enumerate(example.views):
@@ -80,9 +81,13 @@ def panels(example: Example) -> list[Panel]:
         )
     if example.beliefs is not None:
         canvas = _Canvas(source, room=_ROOM, dim=0.5)
-        canvas.window(windows[0], "i", flipped=bool(flips[0]))
-        canvas.window(windows[1], "j", flipped=bool(flips[1]))
-        canvas.window(example.beliefs.windows[0], "believed", flipped=bool(example.beliefs.flips[0]))
+        canvas.windows(
+            {
+                "i": (windows[0], bool(flips[0])),
+                "j": (windows[1], bool(flips[1])),
+                "believed": (example.beliefs.windows[0], bool(example.beliefs.flips[0])),
+            }
+        )
         made.append(
             Panel(
                 heading="view j, as believed",
@@ -165,23 +170,30 @@ class _Canvas:
         self.image.paste(shown, self.corner)
         self.draw = ImageDraw.Draw(self.image)
 
-    def window(self, window: NDArray[np.float64], name: str, *, flipped: bool) -> None:
-        """The outline of a window (left, top, width, height, as shares of the image), its name, and a mark if it is
-        flipped."""
-        colour = COLOURS[name]
-        x = [self.corner[0] + round(float(share) * self.size[0]) for share in (window[0], window[0] + window[2])]
-        y = [self.corner[1] + round(float(share) * self.size[1]) for share in (window[1], window[1] + window[3])]
-        # Lines lie within the window; that of view i is wider, so that it shows where both are the same.
-        wide = 6 if name == "i" else 4
-        box = (x[0], y[0], max(x[1], x[0] + 2 * wide) - 1, max(y[1], y[0] + 2 * wide) - 1)
-        if name == "believed":
-            self._dashes(box, colour, wide)
-        else:
-            self.draw.rectangle(box, outline=colour, width=wide)
-        self._tag(box, name, colour, flipped)
+    def windows(self, windows: dict[str, tuple[NDArray[np.float64], bool]]) -> None:
+        """The outlines of windows (left, top, width, height, as shares of the image), whether they are flipped, by
+        their names, which stand on top."""
+        boxes = {name: self._box(window, name) for name, (window, _) in windows.items()}
+        for name, box in boxes.items():
+            if name == "believed":
+                self._dashes(box, COLOURS[name])
+            else:
+                self.draw.rectangle(box, outline=COLOURS[name], width=_WIDE[name])
+        for name, (_, flipped) in windows.items():
+            self._tag(boxes[name], name, flipped)
 
-    def _dashes(self, box: tuple[int, int, int, int], colour: str, wide: int) -> None:
+    def _box(self, window: NDArray[np.float64], name: str) -> tuple[int, int, int, int]:
+        """The first and the last pixel of a window, which its lines lie within."""
+        x, y = (
+            [self.corner[k] + round(float(share) * self.size[k]) for share in (window[k], window[k] + window[k + 2])]
+            for k in (0, 1)
+        )
+        smallest = 2 * _WIDE[name]
+        return x[0], y[0], max(x[1], x[0] + smallest) - 1, max(y[1], y[0] + smallest) - 1
+
+    def _dashes(self, box: tuple[int, int, int, int], colour: str) -> None:
         left, top, right, bottom = box
+        wide = _WIDE["believed"]
         self.draw.rectangle(box, outline="white", width=wide)
         dash = 10
         for x in range(left, right + 1, 2 * dash):
@@ -193,7 +205,7 @@ class _Canvas:
             self.draw.rectangle((left, y, left + wide - 1, end), fill=colour)
             self.draw.rectangle((right - wide + 1, y, right, end), fill=colour)
 
-    def _tag(self, box: tuple[int, int, int, int], name: str, colour: str, flipped: bool) -> None:
+    def _tag(self, box: tuple[int, int, int, int], name: str, flipped: bool) -> None:
         """View i's name stands in the window's upper left corner, view j's in its lower right, the believed one's above
         its upper right; a double arrow beside it says that the window is flipped."""
         font = ImageFont.load_default(14)
@@ -203,7 +215,7 @@ class _Canvas:
         top = {"i": box[1], "j": box[3] - height + 1, "believed": box[1] - height}[name]
         left = min(max(left, 0), PANEL_PX - width)
         top = min(max(top, 0), PANEL_PX - height)
-        self.draw.rectangle((left, top, left + width - 1, top + height - 1), fill=colour)
+        self.draw.rectangle((left, top, left + width - 1, top + height - 1), fill=COLOURS[name])
         self.draw.text((left + 6, top + height / 2), name, fill="white", font=font, anchor="lm")
         if flipped:
             middle, start = top + height // 2, left + text + 10
