@@ -70,7 +70,8 @@ tr.differs > * { background: var(--mark); }
 tr.differs > th { padding-left: 8px; color: var(--ink); }
 small { color: var(--faint); }
 details { margin-top: 12px; }
-summary { cursor: pointer; }
+summary { cursor: pointer; font-weight: 600; padding: 4px 0; overflow-wrap: anywhere; }
+details[open] > summary { margin-bottom: 10px; }
 aside { border-left: 4px solid #e07a00; padding: 2px 0 2px 14px; margin: 16px 0 0; }
 aside h3 { margin: 0; }
 ul { margin: 4px 0; padding-left: 20px; overflow-wrap: anywhere; }
@@ -102,8 +103,13 @@ dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 600px) {
   header, main { padding: 0 10px; }
   section { padding: 14px; border-radius: 8px; }
+  .panels { grid-template-columns: 1fr 1fr; gap: 16px 12px; }
   .panels img { width: 100%; }
+  dl { display: block; }
+  dt, dd { display: inline; }
+  dd::after { content: "\\A"; white-space: pre; }
 }
+@media (hover: none) { .modebar { display: none; } }
 @media print { nav { display: none; } section { break-inside: avoid; } }
 """
 
@@ -116,8 +122,12 @@ for (const button of document.querySelectorAll("button[data-run]")) {
     for (const chart of document.querySelectorAll(".js-plotly-plot")) {
       const curves = [...chart.data.keys()].filter((n) => chart.data[n].meta === run);
       if (curves.length) Plotly.restyle(chart, {visible: shown}, curves);
-      else if (shown) Plotly.Plots.resize(chart);
     }
+  });
+}
+for (const folded of document.querySelectorAll("details")) {
+  folded.addEventListener("toggle", () => {
+    for (const chart of folded.querySelectorAll(".js-plotly-plot")) Plotly.Plots.resize(chart);
   });
 }
 """

@@ -13,10 +13,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from stec.config import RUN_LOCAL
 from stec.objective import bin_centres
 from stec.page import page
 from stec.preview import Example, panels, png
 from stec.run_record import RunRecord
+
+_BUTTONS = ["zoom2d", "pan2d", "resetScale2d", "toImage"]
+"""Of a chart: none that would send anything anywhere."""
 
 POINTS = 1000
 """A curve of more points than this becomes one of means over equal stretches."""
@@ -42,7 +46,7 @@ RESULTS = {
     "probe": "probe top-1, trained online",
 }
 ENTRIES = (("x scale", "x shear", "x shift"), ("y shear", "y scale", "y shift"))
-"""The entries of the command; a windows' shears are 0."""
+"""The entries of the command; a window's shears are 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +131,12 @@ def _section(heading: str, content: str, explanation: str = "") -> str:
 
 
 def _by_run(names: Sequence[str], contents: Sequence[str]) -> str:
-    """What there is of each run, under its name."""
+    """What there is of each run, under its name; only the first is unfolded."""
+    shown = [n for n, content in enumerate(contents) if content]
     return "".join(
-        f'<div data-of="{n}"><h3>{_dot(n)}{_safe(name)}</h3>{content}</div>'
-        for n, (name, content) in enumerate(zip(names, contents))
-        if content
+        f'<details data-of="{n}"{" open" if n == shown[0] else ""}><summary>{_dot(n)}{_safe(names[n])}</summary>'
+        f"{contents[n]}</details>"
+        for n in shown
     )
 
 
@@ -208,7 +213,7 @@ def _results(records: Sequence[RunRecord], names: Sequence[str]) -> str:
 
 
 def _settings(records: Sequence[RunRecord], names: Sequence[str]) -> str:
-    """Differing settings first, marked; the others are folded away."""
+    """Differing settings first, those that change what is learnt marked; the others are folded away."""
     known = list(dict.fromkeys(name for record in records for name in record.settings))
     differing, equal = [], []
     for name in known:
@@ -217,8 +222,10 @@ def _settings(records: Sequence[RunRecord], names: Sequence[str]) -> str:
         if all(value == values[0] for value in values):
             equal.append((name, cells, ""))
         else:
-            differing.append((name, cells, "differs"))
-    shown = _table(names, differing) if differing else ""
+            differing.append((name, cells, "" if name in RUN_LOCAL else "differs"))
+    differing.sort(key=lambda row: row[2], reverse=True)
+    explanation = "<p>Marked: settings that change what is learnt.</p>"
+    shown = explanation + _table(names, differing) if differing else ""
     if equal:
         heading = f"{len(equal)} settings that are the same" if len(records) > 1 else f"{len(equal)} settings"
         shown += f"<details><summary>{heading}</summary>{_table(names, equal)}</details>"
@@ -255,7 +262,7 @@ class _Charts:
             full_html=False,
             include_plotlyjs=False,
             div_id=f"chart-{self.count}",
-            config={"displaylogo": False, "responsive": True},
+            config={"displaylogo": False, "responsive": True, "modeBarButtons": [_BUTTONS]},
         )
         return f"<figure><figcaption>{_safe(caption)}</figcaption>{made}</figure>"
 
@@ -288,7 +295,7 @@ def _curves(charts: _Charts, records: Sequence[RunRecord], names: Sequence[str],
         if not figure.data:
             continue
         share = metric.endswith(("accuracy", "share"))
-        figure.update_xaxes(title="epoch" if in_epochs else "step")
+        figure.update_xaxes(rangemode="tozero", title="epoch" if in_epochs else "step")
         figure.update_yaxes(hoverformat=".1%" if share else ".4g", tickformat=".0%" if share else None)
         if share or metric in PACE:
             figure.update_yaxes(rangemode="tozero")

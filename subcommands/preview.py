@@ -39,13 +39,16 @@ class PreviewConfig:
         """Raise UserError for the first setting that is out of its range."""
         check_ranges(self, {"epoch": (0, None), "position": (0, None), "count": (1, 100)})
         if self.out.suffix.lower() != ".png":
-            raise UserError(f"{self.out} does not end in .png; name the picture first: launch.py preview OUT.png ...")
+            raise UserError(f"{self.out} does not end in .png, the format that is written.")
         if self.out.is_dir() or not self.out.parent.is_dir():
             raise UserError(f"{self.out} cannot be written; name a file in an existing folder.")
 
 
 def run(arguments: list[str]) -> None:
     """Show the views of some images in a picture, as training sees or saw them."""
+    # Behind flags of training, which are not known here, it could not be told from their values.
+    if not arguments or (arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments)):
+        raise UserError("launch.py preview needs the name of the picture first: launch.py preview OUT.png ...")
     config, rest = parse_some(PreviewConfig, arguments, name="preview")
     config.validate()
     settings, _ = parse_train([*(["--config", str(config.config)] if config.config else []), *rest])
@@ -106,4 +109,4 @@ def run(arguments: list[str]) -> None:
     )
     if is_main_process():
         write_whole(config.out, png(picture))
-    console.say(f"{len(shown)} images are shown in {config.out}.")
+    console.say(f"{len(shown)} image(s) shown in {config.out}")
