@@ -16,11 +16,7 @@ from subcommands.train import parse_train, title
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Show the views of some images in a picture: a row for each, with what was executed in words.
-
-    Every flag of training is understood, too: --recipe, --dataset, --data_dir, --seed and the others say what would be
-    trained on.
-    """
+    """Show some images' views in a picture, with what was executed in words; takes every flag of training, too."""
 
     out: tyro.conf.Positional[Path]
     """The picture to write, ending in .png."""
