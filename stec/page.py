@@ -44,6 +44,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --paper: #101418; --card: #191f25; --ink: #e6eaee; --faint: #9aa5b1; --line: #2d363f; --mark: #3d3214; }
 }
+@media (prefers-color-scheme: dark) { .panels figcaption { filter: brightness(1.5); } }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
@@ -107,9 +108,11 @@ dd { margin: 0; overflow-wrap: anywhere; }
   .panels img { width: 100%; }
   dl { display: block; }
   dt, dd { display: inline; }
+  dt { margin-right: .5em; }
+  .modebar { display: none !important; }
   dd::after { content: "\\A"; white-space: pre; }
 }
-@media (hover: none) { .modebar { display: none; } }
+@media (hover: none) { .modebar { display: none !important; } }
 @media print { nav { display: none; } section { break-inside: avoid; } }
 """
 

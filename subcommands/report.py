@@ -48,9 +48,7 @@ class ReportConfig:
         if self.out.suffix.lower() not in (".html", ".htm") or self.out.is_dir() or not self.out.parent.is_dir():
             raise UserError(f"--out {self.out} cannot be written; name an .html file in an existing folder.")
         if importlib.util.find_spec("plotly") is None:
-            raise UserError(
-                "launch.py report draws with plotly, which is not installed; run pip install 'stec[report]'."
-            )
+            raise UserError("launch.py report draws with plotly, which is not installed; run pip install plotly.")
 
 
 def run(arguments: list[str]) -> None:
