@@ -105,6 +105,11 @@ def test_what_an_inverse_model_believes_becomes_a_window(convention: Convention)
     np.testing.assert_array_equal(said.windows, said.best_windows)
     np.testing.assert_array_equal(said.flips, commands.flip[:, 1])
     assert min(overlap(a, b) for a, b in zip(said.windows[inside], true_windows[inside])) > 0.9
+    # A window has no shear, whatever is believed of it.
+    sheared = true.clone()
+    sheared[:, 0, 1] = sheared[:, 1, 0] = 400
+    again = beliefs(model_that_says(sheared, 501), torch.zeros(len(commands), 2, 3, 32, 32), commands, convention)
+    np.testing.assert_array_equal(again.windows, said.windows)
 
 
 def test_confusion_counts_what_was_believed() -> None:
