@@ -17,6 +17,8 @@ COMMANDS = {
     "import": "import_checkpoint",
     "export": "export",
     "recipes": "recipes",
+    "preview": "preview",
+    "report": "report",
 }
 """Names of commands, and of the modules of ``subcommands`` whose ``run`` they call."""
 

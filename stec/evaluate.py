@@ -182,21 +182,27 @@ def score(classified: Tensor, labels: Tensor, *, fitted_to: int | None = None, p
     )
 
 
+def nearest(bank: Features, queries: Features, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine similarities [N, count] of each query's nearest in the bank, nearest first, and their rows there, both on
+    the host. A bank of fewer gives fewer.
+    """
+    keys = F.normalize(bank.features.to(device), dim=1)
+    found = [
+        (F.normalize(features.to(device), dim=1) @ keys.T).topk(min(count, len(keys)), dim=1)
+        for features in queries.features.split(1024)
+    ]
+    return torch.cat([best.values.cpu() for best in found]), torch.cat([best.indices.cpu() for best in found])
+
+
 def knn_votes(bank: Features, queries: Features, classes: int, device: torch.device) -> Tensor:
     """[N, C] on the host: the votes of each query's 20 nearest neighbours in the bank.
 
     Cosine similarity s, votes weighted by exp(s / 0.07), as in Wu et al. 2018, "Unsupervised Feature Learning via
     Non-Parametric Instance Discrimination".
     """
-    keys = F.normalize(bank.features.to(device), dim=1)
-    key_labels = bank.labels.to(device)
-    neighbours = min(NEIGHBOURS, len(keys))
+    similarity, rows = nearest(bank, queries, NEIGHBOURS, device)
     votes = torch.zeros(len(queries.labels), classes)
-    for chunk, features in zip(votes.split(1024), queries.features.split(1024), strict=True):
-        similarity, nearest = (F.normalize(features.to(device), dim=1) @ keys.T).topk(neighbours, dim=1)
-        of_chunk = torch.zeros(len(features), classes, device=device)
-        chunk.copy_(of_chunk.scatter_add_(1, key_labels[nearest], torch.exp(similarity / 0.07)))
-    return votes
+    return votes.scatter_add_(1, bank.labels[rows], torch.exp(similarity / 0.07))
 
 
 def linear_fit_logits(bank: Features, queries: Features, classes: int, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import warnings
@@ -25,11 +26,13 @@ from stec.config import (
 from stec.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
     from torch import Tensor
 
     from pipelines.images import Images
-    from pipelines.loader import EvaluationLoader
+    from pipelines.index import DataSet
+    from pipelines.loader import EvaluationLoader, Loader
     from stec.console import Console
     from stec.model import Model
 
@@ -112,6 +115,19 @@ def parse(kind: type[C], arguments: list[str], *, name: str, default: C | None =
     )
 
 
+def parse_some(kind: type[C], arguments: list[str], *, name: str) -> tuple[C, list[str]]:
+    """As ``parse``, and the flags that are none of this configuration's."""
+    return tyro.cli(
+        kind,
+        prog=f"launch.py {name}",
+        description=kind.__doc__,
+        args=arguments,
+        use_underscores=True,
+        console_outputs=is_main_process(),
+        return_unknown_args=True,
+    )
+
+
 def start(
     mixed_precision: str, process_timeout_s: int = 1800, deterministic: bool = False
 ) -> tuple[Accelerator, Console, str]:
@@ -161,6 +177,59 @@ def own_cpus() -> int:
 def workers(config: TrainConfig | EncoderConfig) -> int:
     """DALI's threads or torchvision's worker processes of this process."""
     return own_cpus() if config.num_workers is None else config.num_workers
+
+
+def training_loader(
+    config: TrainConfig,
+    data_set: DataSet,
+    *,
+    device: torch.device,
+    precision: str,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Loader:
+    """The batches that a configuration trains on, prepared as the settings say. Raises UserError where there is none.
+
+    ``precision`` is the model's: in 16 bits views leave a GPU's pipeline as such.
+    """
+    from pipelines.bad_images import BadImages
+    from pipelines.loader import Loader
+    from pipelines.order import Order
+    from stec.commands import PROBE_STREAM, Policy
+
+    policy = Policy.of(config)
+    sharing: dict[str, Any] = {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "process_index": process_index,
+        "num_processes": num_processes,
+        "accumulate": config.accumulate,
+        "view_size_at": config.view_size_at if config.resolution_schedule is not None else None,
+    }
+    bad = BadImages(data_set.train, max_share=config.max_bad_share)
+    order = Order(data_set.train, policy, **sharing, bad=bad, shuffle_window=config.shuffle_window)
+    probe_order = None
+    if data_set.labelled is not None and data_set.labelled is not data_set.train:
+        # As in the official code: one view of a labelled image beside each unlabelled one, not blurred or solarized.
+        probe_order = Order(
+            data_set.labelled,
+            dataclasses.replace(policy, p_blur=0.0, p_solarize=0.0),
+            **sharing,
+            views=1,
+            command_stream=PROBE_STREAM,
+            epoch_length=len(data_set.train),
+        )
+        if config.stop_gradient == 2:
+            order, probe_order = probe_order, None
+    return Loader(
+        order,
+        backend=config.backend,
+        device=device,
+        workers=workers(config),
+        probe_order=probe_order,
+        # DALI knows no bfloat16; float16 holds [0, 1] more finely.
+        half=device.type == "cuda" and precision != "no",
+    )
 
 
 def evaluation_loader(
