@@ -1,4 +1,4 @@
-"""Command line of the S-TEC trainer: ``accelerate launch launch.py [train | eval | index | import | ...] [flags]``."""
+"""Command line of the S-TEC trainer: ``accelerate launch launch.py [train | eval | index | export | ...] [flags]``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from subcommands.common import is_main_process
 COMMANDS = {
     "train": "train",
     "eval": "evaluate",
+    "embed": "embed",
     "index": "index",
     "import": "import_checkpoint",
+    "export": "export",
     "recipes": "recipes",
+    "preview": "preview",
+    "report": "report",
 }
 """Names of commands, and of the modules of ``subcommands`` whose ``run`` they call."""
 
@@ -39,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.exit_code
     except KeyboardInterrupt:
         if is_main_process():
-            how_to_go_on = "; a run goes on from its last checkpoint by --resume auto" * (name == "train")
-            print(f"Stopped at once{how_to_go_on}.", file=sys.stderr)
+            print("Stopped at once.", file=sys.stderr)
         return 130
     return 0
 

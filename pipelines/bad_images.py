@@ -39,14 +39,18 @@ class BadImages:
         What the file holds already, from an earlier part of the run, is known from now on.
         """
         self.listed_in, self._say = file, say
-        self._is_bad[self._listed()] = True
+        self.know(file)
+
+    def know(self, file: Path) -> None:
+        """Take those images out of use that the list in ``file`` names; nothing is written there."""
+        self._is_bad[self._listed(file)] = True
         self._check_share()
 
     def add(self, bad: BadImage) -> None:
         """Take an image out of use. Raises UserError where that makes too many."""
         assert isinstance(self.images, ImageFiles), "images in memory are never bad"
         # Another process may have met it first: it is told once.
-        if bad.image_id not in self._listed():
+        if bad.image_id not in self._listed(self.listed_in):
             name = self.images.name(bad.image_id)
             self._say(f"Bad image, another one stands in for it: {name} ({bad.reason})")
             if self.listed_in is not None:
@@ -86,11 +90,11 @@ class BadImages:
         """How many are known."""
         return int(self._is_bad.sum())
 
-    def _listed(self) -> list[int]:
-        """Ids in the list on disk; lines that are none are left alone."""
-        if self.listed_in is None or not self.listed_in.exists():
+    def _listed(self, file: Path | None) -> list[int]:
+        """Ids in a list on disk; lines that are none are left alone."""
+        if file is None or not file.exists():
             return []
-        starts = (line.split("\t", 1)[0] for line in self.listed_in.read_text(errors="replace").splitlines())
+        starts = (line.split("\t", 1)[0] for line in file.read_text(errors="replace").splitlines())
         return [int(start) for start in starts if start.isdecimal() and int(start) < len(self.images)]
 
     def _check_share(self) -> None:

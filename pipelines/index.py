@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from pipelines.splits import Kind, Progress, read_split, silent
 from stec.errors import UserError
 
 SPLITS = ("train", "val")
+SplitName = Literal["train", "labelled", "test"]
+"""The splits of a ``DataSet``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,23 +63,25 @@ def open_data_set(
     return _limited(data_set, name, limit_train)
 
 
-def open_test_images(
-    name: str, data_dir: Path | None, *, download: bool = False, progress: Progress = silent
+def open_split(
+    name: str, data_dir: Path | None, split: SplitName, *, download: bool = False, progress: Progress = silent
 ) -> tuple[Images, tuple[str, ...]]:
-    """The test split alone and the classes of a data set: all that an evaluation needs to be on disk.
+    """One split alone, the only one that must be on disk, and the classes of a data set.
 
     Raises UserError where there is none.
     """
-    if name == "folder":
-        raise UserError("--dataset folder has no labels to evaluate with; name a data set that has.")
+    if name == "folder" and split != "train":
+        raise UserError(f"--dataset folder has no {split} images; name another --split or data set.")
     if name == "stl10" and data_dir is not None and not download:
-        return read_stl10_split(data_dir, "test"), STL10_CLASSES
+        file = {"train": "unlabeled", "labelled": "train", "test": "test"}[split]
+        return read_stl10_split(data_dir, file), STL10_CLASSES
     if name == "imagenet" and data_dir is not None and not download:
-        split = _labelled_split(data_dir, "val", progress)
-        return split.images, split.classes
-    data_set = open_data_set(name, data_dir, download=download)
-    assert data_set.test is not None, "all others have test images"
-    return data_set.test, data_set.classes
+        found = _labelled_split(data_dir, "val" if split == "test" else "train", progress)
+        return found.images, found.classes
+    data_set = open_data_set(name, data_dir, download=download, progress=progress)
+    images = {"train": data_set.train, "labelled": data_set.labelled, "test": data_set.test}[split]
+    assert images is not None, "all others have all splits"
+    return images, data_set.classes
 
 
 def _cifar10(data_dir: Path) -> DataSet:

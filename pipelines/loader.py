@@ -359,9 +359,14 @@ class EvaluationLoader:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, image_ids: NDArray[np.int64]) -> Iterator[PlainBatch]:
-        """The images of these numbers, in this order."""
-        parts = [image_ids[k : k + self.batch_size] for k in range(0, len(image_ids), self.batch_size)]
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return self.images.labels
+
+    def batches(self, *stretches: NDArray[np.int64]) -> Iterator[PlainBatch]:
+        """The images of these numbers, in this order; no batch holds images of two stretches."""
+        size = self.batch_size
+        parts = [stretch[k : k + size] for stretch in stretches for k in range(0, len(stretch), size)]
         for part, images in zip(parts, self._images(parts)):
             labels = torch.from_numpy(self.images.labels[part])
             yield PlainBatch(images=images, labels=labels.to(self.device, non_blocking=True))

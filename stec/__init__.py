@@ -5,7 +5,8 @@ For use in programs of one's own (``examples/``; the loaders are in ``pipelines`
 * ``draw`` draws the ``Commands`` of a ``Policy``: what is done to each image to make its views;
 * ``relative_windows`` turns them into the command between two views, which the inverse model recovers;
 * ``nt_xent`` and ``inverse_loss`` are the two losses, ``Objective`` their sum, with ``Weights``;
-* ``Encoder``, ``Projection`` and ``InverseModel`` are networks, ``Model`` all of them together.
+* ``Encoder``, ``Projection`` and ``InverseModel`` are networks, ``Model`` all of them together;
+* ``load_encoder`` loads a trained encoder from a file, an exported folder or the Hugging Face Hub.
 
 Each is imported when it is first used.
 """
@@ -29,6 +30,7 @@ _MODULES = {
     "Weights": "objective",
     "draw": "commands",
     "inverse_loss": "objective",
+    "load_encoder": "pretrained",
     "nt_xent": "objective",
     "relative_windows": "geometry",
 }
@@ -48,5 +50,6 @@ if TYPE_CHECKING:
     from stec.objective import Weights as Weights
     from stec.objective import inverse_loss as inverse_loss
     from stec.objective import nt_xent as nt_xent
+    from stec.pretrained import load_encoder as load_encoder
 else:
     __getattr__, __dir__ = lazily(__name__, _MODULES)

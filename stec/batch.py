@@ -59,8 +59,16 @@ class TwoViewLoader(Protocol):
 class PlainLoader(Protocol):
     """Where evaluation gets its images."""
 
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch, at most."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """[N] int64, of all images; -1 where there is none."""
+
     def __len__(self) -> int:
         """Number of images."""
 
-    def batches(self, image_ids: NDArray[np.int64]) -> Iterator[PlainBatch]:
-        """The images of these numbers, in this order."""
+    def batches(self, *stretches: NDArray[np.int64]) -> Iterator[PlainBatch]:
+        """The images of these numbers, in this order; no batch holds images of two stretches."""

@@ -23,15 +23,8 @@ from stec.batch import PlainLoader, TwoViewLoader
 from stec.config import TrainConfig
 from stec.console import Console
 from stec.errors import Interrupted, UserError
-from stec.evaluate import (
-    BANK_LIMIT,
-    NEIGHBOURS,
-    evaluate_probe,
-    extract_features,
-    knn_accuracy,
-    linear_fit_accuracy,
-)
-from stec.export import load_weights, read_weights, write_safetensors
+from stec.evaluate import Measure, evaluate
+from stec.export import lasting, load_weights, read_weights, write_safetensors
 from stec.model import Model
 from stec.objective import METRICS, Objective, Weights
 from stec.optim import learning_rate_factor, make_optimizer
@@ -354,9 +347,15 @@ def train(
         del chunks
 
     # --- Results ---
-    metadata = {"config": config.identity(), "step": step, "classes": data.classes}
+    metadata = {
+        "config": config.identity(),
+        "step": step,
+        "classes": data.classes,
+        "environment": lasting(environment),
+    }
 
     def export() -> None:
+        folder.results.unlink(missing_ok=True)  # of a shorter run: of other weights
         write_safetensors(model.state_dict(), folder.model, metadata)
         write_safetensors(model.encoder.state_dict(), folder.encoder, metadata)
 
@@ -422,15 +421,18 @@ def _evaluate(config: TrainConfig, data: Data, trained: Model, accelerator: Acce
     """Nearest neighbours, linear fit and probe for the trained model and for the one that training started from."""
     if data.test is None or data.labelled is None:
         return {}
-    device = accelerator.device
-    started = initial_model(config, data.classes).to(device)
+    started = initial_model(config, data.classes).to(accelerator.device)
+    measures: tuple[Measure, ...] = ("probe",) if config.stop_gradient == 2 else ("probe", "linear_fit", "knn")
     results: dict[str, float] = {}
     for when, model in (("before", started), ("after", trained)):
-        queries = extract_features(model.encoder, data.test, accelerator)
-        assert model.probe is not None, "what has test images has classes"
-        results[f"probe_{when}"] = evaluate_probe(model.probe, queries)["accuracy"]
-        if config.stop_gradient != 2:
-            bank = extract_features(model.encoder, data.labelled, accelerator, BANK_LIMIT)
-            results[f"knn{NEIGHBOURS}_{when}"] = knn_accuracy(bank, queries, data.classes, device)
-            results[f"linear_fit_{when}"] = linear_fit_accuracy(bank, queries, data.classes, device)
+        scores = evaluate(
+            model.encoder,
+            model.probe,
+            labelled=data.labelled,
+            test=data.test,
+            classes=data.classes,
+            measures=measures,
+            accelerator=accelerator,
+        )
+        results |= {f"{name}_{when}": score.accuracy for name, score in scores.items()}
     return results

@@ -1,21 +1,30 @@
-"""How good features are: nearest neighbours, a fresh linear fit, and the trained probe."""
+"""How good features are: the trained probe, linear fits on all labels and on few, and nearest neighbours."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stec.batch import PlainLoader
 from stec.encoder import Encoder
 
+Measure = Literal["probe", "linear_fit", "fractions", "knn"]
+"""The trained probe; a linear classifier fitted to the labelled images; the same fitted to few of them; the nearest of
+them. ``MEASURES`` has them in the order of tables."""
+MEASURES: tuple[Measure, ...] = ("probe", "linear_fit", "fractions", "knn")
 NEIGHBOURS = 20
-BANK_LIMIT = 50_000
+FIT_LIMIT = 50_000
 """At most so many labelled images serve as neighbours and for the linear fit."""
+PERCENTAGES = (10, 1)
+"""Shares of the labels that ``fractions`` fits to, in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,64 +36,181 @@ class Features:
     labels: Tensor
     """[N] int64."""
 
+    def __getitem__(self, rows: Tensor) -> Features:
+        return Features(features=self.features[rows], labels=self.labels[rows])
 
-def extract_features(
-    encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, limit: int | None = None
-) -> Features:
-    """Features of the loader's images, in order, on every process; the work is shared.
 
-    ``limit``: of so many images at most, evenly spread, since images may be sorted by class. Each process takes one
-    stretch of the images; the stretches are padded to equal length for the exchange.
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How well the images of a data set were classified; shares are 0 to 1."""
+
+    accuracy: float
+    top5_accuracy: float
+    class_accuracies: list[float | None]
+    """Of each class, the share of its images that were told to be of it; None of a class without images."""
+    loss: float | None
+    """Mean cross-entropy; None where the classifier gives no probabilities."""
+    fitted_to: int | None
+    """Labelled images that the classifier was made of; None of the trained probe."""
+
+
+def evaluate(
+    encoder: Encoder,
+    probe: nn.Linear | None,
+    *,
+    labelled: PlainLoader | None,
+    test: PlainLoader,
+    classes: int,
+    measures: Collection[Measure],
+    accelerator: Accelerator,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """Every measure's score on the test images, by name; each image passes the encoder once.
+
+    All processes share that work and return the same. ``probe`` is needed for the measure of that name, ``labelled``
+    for the others. ``seed`` chooses the images of ``fractions``: the same for any encoder.
     """
-    count = len(loader) if limit is None else min(limit, len(loader))
-    image_ids = np.arange(count) * len(loader) // count
-    stretches = np.array_split(image_ids, accelerator.num_processes)
-    longest = len(stretches[0])
-    own_features = torch.zeros(longest, encoder.feature_dim, device=accelerator.device)
-    own_labels = torch.zeros(longest, dtype=torch.int64, device=accelerator.device)
+    scores: dict[str, Score] = {}
+    queries = extract_features(encoder, test, accelerator, np.arange(len(test)))
+    if "probe" in measures:
+        assert probe is not None, "the measure needs it"
+        scores["probe"] = score(probe_logits(probe, queries), queries.labels)
+    fits, neighbours = _chosen(labelled, measures, seed)
+    if not fits and neighbours is None:
+        return scores
+
+    assert labelled is not None, "the other measures need them"
+    wanted = [*fits.values()] + ([neighbours] if neighbours is not None else [])
+    image_ids = np.unique(np.concatenate(wanted))
+    bank = extract_features(encoder, labelled, accelerator, image_ids)
+    device = accelerator.device
+    for name, chosen in fits.items():
+        fitted_to = bank[torch.from_numpy(np.searchsorted(image_ids, chosen))]
+        logits = linear_fit_logits(fitted_to, queries, classes, device)
+        scores[name] = score(logits, queries.labels, fitted_to=len(chosen))
+    if neighbours is not None:
+        keys = bank[torch.from_numpy(np.searchsorted(image_ids, neighbours))]
+        votes = knn_votes(keys, queries, classes, device)
+        scores[f"knn{NEIGHBOURS}"] = score(votes, queries.labels, fitted_to=len(neighbours), probabilities=False)
+    return scores
+
+
+def _chosen(
+    labelled: PlainLoader | None, measures: Collection[Measure], seed: int
+) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64] | None]:
+    """Which labelled images each linear fit gets, by its score's name, and which are neighbours, if any."""
+    fits: dict[str, NDArray[np.int64]] = {}
+    if labelled is None:
+        return fits, None
+    spread = evenly_spread(len(labelled), FIT_LIMIT)
+    if "linear_fit" in measures:
+        fits["linear_fit"] = spread
+    if "fractions" in measures:
+        for percent in PERCENTAGES:
+            fits[f"linear_fit_{percent}_percent"] = class_balanced(labelled.labels, percent / 100, seed)
+    return fits, spread if "knn" in measures else None
+
+
+def evenly_spread(count: int, limit: int) -> NDArray[np.int64]:
+    """Numbers of at most ``limit`` of ``count`` images, evenly spread, since images may be sorted by class."""
+    chosen = min(count, limit)
+    return np.arange(chosen) * count // chosen
+
+
+def class_balanced(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
+    """Ascending numbers of about ``fraction`` of the images, as many of each class, at least one; all where a class has
+    fewer.
+
+    A pure function of the labels and the seed; what a smaller fraction holds, a larger one holds, too.
+    """
+    present = np.unique(labels)
+    per_class = max(1, round(fraction * len(labels) / len(present)))
+    orders = [np.random.default_rng([seed, k]).permutation(np.flatnonzero(labels == k)) for k in present.tolist()]
+    return np.sort(np.concatenate([order[:per_class] for order in orders]))
+
+
+def encode_batches(
+    encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, *stretches: NDArray[np.int64]
+) -> Iterator[Tensor]:
+    """Features [n, D] float32 on the device, batch after batch of the loader, of an encoder in evaluation mode."""
     was_training = encoder.training
     encoder.eval()
+    try:
+        for batch in loader.batches(*stretches):
+            with torch.no_grad(), accelerator.autocast():
+                yield encoder(batch.images).float()
+    finally:
+        encoder.train(was_training)
+
+
+def extract_features(
+    encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, image_ids: NDArray[np.int64]
+) -> Features:
+    """Features of the images of these numbers, in this order, on every process; the work is shared.
+
+    Each process takes one stretch of the images; the stretches are padded to equal length for the exchange.
+    """
+    stretches = np.array_split(image_ids, accelerator.num_processes)
+    longest = len(stretches[0])
+    own = torch.zeros(longest, encoder.feature_dim, device=accelerator.device)
     done = 0
-    with torch.no_grad():
-        for batch in loader.batches(stretches[accelerator.process_index]):
-            here = slice(done, done + len(batch.labels))
-            with accelerator.autocast():
-                own_features[here] = encoder(batch.images).float()
-            own_labels[here] = batch.labels
-            done = here.stop
-    encoder.train(was_training)
-    all_features = accelerator.gather(own_features).cpu().split(longest)
-    all_labels = accelerator.gather(own_labels).cpu().split(longest)
+    for features in encode_batches(encoder, loader, accelerator, stretches[accelerator.process_index]):
+        own[done : done + len(features)] = features
+        done += len(features)
+    gathered = accelerator.gather(own).cpu().split(longest)
     return Features(
-        features=torch.cat([part[: len(ids)] for part, ids in zip(all_features, stretches)]),
-        labels=torch.cat([part[: len(ids)] for part, ids in zip(all_labels, stretches)]),
+        features=torch.cat([part[: len(ids)] for part, ids in zip(gathered, stretches)]),
+        labels=torch.from_numpy(loader.labels[image_ids]),
     )
 
 
-def knn_accuracy(bank: Features, queries: Features, classes: int, device: torch.device) -> float:
-    """Share of queries whose class wins among their 20 nearest neighbours in the bank, 0 to 1.
+def score(classified: Tensor, labels: Tensor, *, fitted_to: int | None = None, probabilities: bool = True) -> Score:
+    """The score of logits or votes [N, C], the highest of which tells an image's class, where the labels are [N].
+
+    ``probabilities``: they are logits.
+    """
+    classes = classified.shape[1]
+    best = classified.topk(min(5, classes), dim=1).indices == labels[:, None]
+    per_class = torch.bincount(labels, minlength=classes)
+    correct = torch.bincount(labels[best[:, 0]], minlength=classes)
+    return Score(
+        accuracy=float(best[:, 0].float().mean()),
+        top5_accuracy=float(best.any(dim=1).float().mean()),
+        class_accuracies=[right / all_ if all_ else None for right, all_ in zip(correct.tolist(), per_class.tolist())],
+        loss=float(F.cross_entropy(classified, labels)) if probabilities else None,
+        fitted_to=fitted_to,
+    )
+
+
+def nearest(bank: Features, queries: Features, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine similarities [N, count] of each query's nearest in the bank, nearest first, and their rows there, both on
+    the host. A bank of fewer gives fewer.
+    """
+    keys = F.normalize(bank.features.to(device), dim=1)
+    found = [
+        (F.normalize(features.to(device), dim=1) @ keys.T).topk(min(count, len(keys)), dim=1)
+        for features in queries.features.split(1024)
+    ]
+    return torch.cat([best.values.cpu() for best in found]), torch.cat([best.indices.cpu() for best in found])
+
+
+def knn_votes(bank: Features, queries: Features, classes: int, device: torch.device) -> Tensor:
+    """[N, C] on the host: the votes of each query's 20 nearest neighbours in the bank.
 
     Cosine similarity s, votes weighted by exp(s / 0.07), as in Wu et al. 2018, "Unsupervised Feature Learning via
     Non-Parametric Instance Discrimination".
     """
-    keys = F.normalize(bank.features.to(device), dim=1)
-    key_labels = bank.labels.to(device)
-    neighbours = min(NEIGHBOURS, len(keys))
-    correct = 0
-    for features, labels in zip(queries.features.split(1024), queries.labels.split(1024), strict=True):
-        similarity, nearest = (F.normalize(features.to(device), dim=1) @ keys.T).topk(neighbours, dim=1)
-        votes = torch.zeros(len(features), classes, device=device)
-        votes.scatter_add_(1, key_labels[nearest], torch.exp(similarity / 0.07))
-        correct += int((votes.argmax(1).cpu() == labels).sum())
-    return correct / len(queries.labels)
+    similarity, rows = nearest(bank, queries, NEIGHBOURS, device)
+    votes = torch.zeros(len(queries.labels), classes)
+    return votes.scatter_add_(1, bank.labels[rows], torch.exp(similarity / 0.07))
 
 
-def linear_fit_accuracy(bank: Features, queries: Features, classes: int, device: torch.device) -> float:
-    """Top-1 on the queries, 0 to 1, of a logistic regression fitted to the bank's standardised features.
+def linear_fit_logits(bank: Features, queries: Features, classes: int, device: torch.device) -> Tensor:
+    """[N, C] on the host: the queries' logits of a logistic regression fitted to the bank's standardised features.
 
-    Full-batch L-BFGS with an L2 penalty of 1e-4; deterministic.
+    Full-batch L-BFGS with an L2 penalty of 1e-4 on the weights; deterministic.
     """
-    mean, deviation = bank.features.mean(0), bank.features.std(0) + 1e-6
+    mean, deviation = bank.features.mean(0), bank.features.std(0, correction=0) + 1e-6
     train = ((bank.features - mean) / deviation).to(device)
     test = ((queries.features - mean) / deviation).to(device)
     labels = bank.labels.to(device)
@@ -100,17 +226,9 @@ def linear_fit_accuracy(bank: Features, queries: Features, classes: int, device:
 
     optimizer.step(closure)
     with torch.no_grad():
-        predicted = (test @ weight + bias).argmax(1).cpu()
-    return float((predicted == queries.labels).float().mean())
+        return (test @ weight + bias).cpu()
 
 
-def evaluate_probe(probe: nn.Linear, queries: Features) -> dict[str, float]:
-    """Top-1 and top-5 (0 to 1) and mean cross-entropy of a trained probe on the queries, in float32 on the host."""
-    weight, bias = probe.weight.detach().float().cpu(), probe.bias.detach().float().cpu()
-    logits = F.linear(queries.features, weight, bias)
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == queries.labels[:, None]
-    return {
-        "accuracy": float(best[:, 0].float().mean()),
-        "top5_accuracy": float(best.any(dim=1).float().mean()),
-        "loss": float(F.cross_entropy(logits, queries.labels)),
-    }
+def probe_logits(probe: nn.Linear, queries: Features) -> Tensor:
+    """[N, C]: the queries' logits of a trained probe, in float32 on the host."""
+    return F.linear(queries.features, probe.weight.detach().float().cpu(), probe.bias.detach().float().cpu())

@@ -11,11 +11,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from stec import checkpoint
+from stec.checkpoint import FORMAT_VERSION
 from stec.errors import UserError
 from stec.files import write_whole
 from stec.inert_pickle import read_torch_file
 
 PARTS = ("encoder", "projection", "inverse_model", "probe")
+
+LASTING = ("stec", "torch", "python", "training_images", "data_fingerprint")
+"""Of the environment of a run, what its weights tell."""
+OBJECTS = ("config", "environment", "encoder", "results")
+"""Of a file's metadata, what is a JSON object where it is there."""
 
 OFFICIAL_PREFIXES = {
     "encoder.": "encoder.",
@@ -60,8 +67,12 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping
     The metadata is one JSON text under the key ``stec``: safetensors stores several keys in random order, and equal
     runs must give equal files.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_whole(path, save(tensors, {"stec": json.dumps(metadata, sort_keys=True)}))
+    write_whole(path, save(portable(state), {"stec": json.dumps(metadata, sort_keys=True)}))
+
+
+def portable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU, laid out as anyone expects it."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -75,37 +86,66 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def read_weights_and_settings(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """As ``read_weights``, and the settings of the run that a file of ours comes from (empty for other files)."""
-    settings: Any
+    state, metadata = read_weights_and_metadata(path)
+    return state, metadata.get("config", {})
+
+
+def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As ``read_weights``, and what a file of ours says of how it came about (empty for other files)."""
     if path.suffix == ".safetensors":
-        state, settings = _read_safetensors(path)
+        state, metadata = _read_safetensors(path)
     else:
         content = read_torch_file(path)
         found = content.get("state_dict", content.get("model", content))
         if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
             raise UserError(f"{path} holds no weights under state_dict or model; give a checkpoint of a trained model.")
-        state, settings = dict(found), content.get("identity")
-    settings = settings if isinstance(settings, dict) else {}
+        state, metadata = dict(found), _checkpoint_metadata(content, path)
+    metadata = {name: value for name, value in metadata.items() if name not in OBJECTS or isinstance(value, dict)}
     if any(name.startswith(("supervised_head.", "projection.model.")) for name in state):
         try:
-            return from_official_names(state), settings
+            return from_official_names(state), metadata
         except ValueError as error:
             raise UserError(f"{path} is no checkpoint of the official S-TEC model: {error}") from error
     if "conv1.weight" in state:
         encoder = {f"encoder.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
-        return encoder, settings
+        return encoder, metadata
     if "encoder.conv1.weight" not in state:
         raise UserError(f"{path} holds no encoder (no encoder.conv1.weight); give a checkpoint of a trained model.")
-    return state, settings
+    return state, metadata
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+def _checkpoint_metadata(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a checkpoint of ours says. Raises UserError where a later version wrote it, or its checksum does not fit."""
+    version = content.get("format_version", 0)
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(f"{path} is a checkpoint of format {version}, but this version knows {FORMAT_VERSION}; update.")
+    if version == FORMAT_VERSION:
+        try:
+            checkpoint.load(path)
+        except checkpoint.DamagedCheckpoint as damage:
+            raise UserError(f"{path} is damaged ({damage}); take another checkpoint.") from damage
+    environment = content.get("environment")
+    said = {
+        "config": content.get("identity"),
+        "step": content.get("step"),
+        "environment": lasting(environment) if isinstance(environment, dict) else None,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def lasting(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What weights say of the environment that they were trained in: no machine, no path; equal runs say the same."""
+    return {name: environment[name] for name in LASTING if name in environment}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), json.loads(metadata.get("stec", "{}")).get("config")
+            metadata = json.loads((file.metadata() or {}).get("stec", "{}"))
+        return load_file(path), metadata if isinstance(metadata, dict) else {}
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}; give the path of a checkpoint.") from error
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
 
 

@@ -16,7 +16,7 @@ ROLL_CALL_SECONDS = 5.0
 
 
 @contextmanager
-def shared() -> Iterator[None]:
+def shared(how_to_go_on: str = "go on from the last checkpoint by --resume auto") -> Iterator[None]:
     """Tell the other processes of a failure inside, and turn what theirs causes here into a UserError that names it.
 
     An error that all processes run into together is no news to the others; neither is an interruption.
@@ -36,7 +36,7 @@ def shared() -> Iterator[None]:
         if not _lost_contact(error):
             _leave_word(f"{type(error).__name__}: {error}")
             raise
-        raise _who_failed() from error
+        raise _who_failed(how_to_go_on) from error
 
 
 def _lost_contact(error: Exception) -> bool:
@@ -58,14 +58,13 @@ def _leave_word(message: str) -> None:
         _store().set("failed", f"Process {process_index()} failed: {message}")
 
 
-def _who_failed() -> UserError:
+def _who_failed(advice: str) -> UserError:
     """What a failed process left word of, else which ones do not answer a roll call.
 
     Said by the main process or, where that is gone without a word, by the first that is left.
     """
     # A launcher that noticed the failure, too, asks the others to end: not before they have spoken.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    advice = "go on from the last checkpoint by --resume auto"
     try:
         store = _store()
         store.set(f"here {process_index()}", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -27,11 +28,32 @@ def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> N
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _flush_names(path.parent)
+        _flush(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
+
+
+def write_folder_whole(path: Path, fill: Callable[[Path], object]) -> None:
+    """Have ``fill`` write files to a folder of a temporary name beside ``path``, flush them, then rename it.
+
+    Whatever happens meanwhile, ``path`` is not there or whole. Raises UserError where the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by one that was killed
+        temporary.mkdir()
+        fill(temporary)
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+        temporary.rename(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
@@ -45,10 +67,10 @@ def remove_leftovers(folder: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _flush_names(folder: Path) -> None:
-    """A renamed file is there after a power cut only once its folder is on the disk, too."""
+def _flush(path: Path) -> None:
+    """Bring a file, or a folder's names, to the disk: after a power cut, a renamed file is there only then."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

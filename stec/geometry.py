@@ -66,6 +66,33 @@ def relative_windows(
     return relative[:, :2].astype(np.float32)
 
 
+def following_windows(
+    theta_from: NDArray[np.float64], command: NDArray[np.floating], convention: Convention = "official"
+) -> NDArray[np.float64]:
+    """The window matrices [N, 3, 3] that the commands [N, 2, 3] lead to from ``theta_from`` [N, 3, 3].
+
+    The inverse of ``relative_windows``: a view's window and the command to the other view give the other's window.
+    """
+    whole = np.zeros_like(theta_from)
+    whole[:, :2], whole[:, 2, 2] = command, 1
+    if convention == "egocentric":
+        return theta_from @ whole
+    if convention == "exact":
+        return whole @ theta_from
+    return whole @ np.linalg.inv(official_inverse(theta_from))
+
+
+def windows_of(theta: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Left, top, width and height [..., 4] of windows as shares of the image, and whether they are flipped [...].
+
+    ``theta`` [..., 3, 3] are window matrices; what is off their diagonal, a shear, is left out, and a window may reach
+    beyond the image.
+    """
+    half_width, half_height = np.abs(theta[..., 0, 0]), np.abs(theta[..., 1, 1])
+    left, top = (theta[..., 0, 2] - half_width + 1) / 2, (1 - theta[..., 1, 2] - half_height) / 2
+    return np.stack([left, top, half_width, half_height], axis=-1), theta[..., 0, 0] < 0
+
+
 def colour_maps(
     commands: Commands, part: Literal["before", "after"]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

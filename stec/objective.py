@@ -151,14 +151,24 @@ def nt_xent(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tenso
         return _NTXent.apply(z_i, z_j, temperature)
 
 
+COMMAND_REACH = (2.0, 2.0, 0.5)
+"""The entries of a command's columns are binned from minus this to this."""
+
+
 def command_bins(command: Tensor, n_bins: int) -> Tensor:
     """The bin of each entry of commands [N, 2, 3]: int64 [N, 2, 3], 0 to ``n_bins`` - 1.
 
     Equal bins over [-2, 2], the translation column over [-0.5, 0.5]; what lies outside falls into the outermost.
     """
-    high = command.new_tensor([2, 2, 0.5])
+    high = command.new_tensor(COMMAND_REACH)
     share = (command + high) / (2 * high)
     return torch.clamp(torch.round(share * n_bins - 0.5), 0, n_bins - 1).long()
+
+
+def bin_centres(bins: Tensor, n_bins: int) -> Tensor:
+    """The middles of bins: commands [N, 2, 3] float32 of int64 [N, 2, 3], as ``command_bins`` counts them."""
+    high = torch.tensor(COMMAND_REACH, device=bins.device)
+    return ((bins + 0.5) / n_bins * 2 - 1) * high
 
 
 def inverse_loss(logits: Tensor, command: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,18 +29,20 @@ def exit_code(number: int, stop_exit_code: int) -> int:
 
 
 @contextmanager
-def at_once(stop_exit_code: int) -> Iterator[None]:
-    """While open, SIGTERM and SIGUSR1 raise Interrupted wherever the program is, as Ctrl-C raises KeyboardInterrupt."""
+def at_once(
+    stop_exit_code: int, how_to_go_on: str = "a run goes on from its last checkpoint by --resume auto"
+) -> Iterator[None]:
+    """While open, signals raise Interrupted wherever the program is; of Ctrl-C, it comes out as that."""
+    sentence = f"Stopped at once; {how_to_go_on}."
 
     def stop(number: int, _frame: object) -> None:
-        raise Interrupted(
-            "Stopped at once; a run goes on from its last checkpoint by --resume auto.",
-            exit_code=exit_code(number, stop_exit_code),
-        )
+        raise Interrupted(sentence, exit_code=exit_code(number, stop_exit_code))
 
     before = {number: signal.signal(number, stop) for number in SIGNALS if number != signal.SIGINT}
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(sentence, exit_code=exit_code(signal.SIGINT, stop_exit_code)) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -6,8 +6,10 @@ import contextlib
 import importlib.util
 import io
 import os
+import queue
 import shlex
 import sqlite3
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -77,9 +79,10 @@ def finished(accelerator: Accelerator) -> Iterator[None]:
 
 
 class Guarded(GeneralTracker):  # type: ignore[misc]  # Accelerate has no types
-    """A tracker of Accelerate's whose failure ends the start of a run, but not a run that has started.
+    """A tracker of Accelerate's that training neither waits for nor ends with.
 
-    From its first failure on it is left alone: one that waits for a dead network would slow training down.
+    A failure to start raises UserError. Later a thread of its own hands it what is logged; after its first failure
+    there it is left alone.
     """
 
     name = "guarded"
@@ -89,6 +92,8 @@ class Guarded(GeneralTracker):  # type: ignore[misc]  # Accelerate has no types
         super().__init__()
         self.name, self._folder, self._after_step, self._say = name, folder, after_step, say
         self._works: GeneralTracker | None = None
+        self._lines: queue.SimpleQueue[tuple[dict[str, Any], int | None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     @property
     def tracker(self) -> object:
@@ -98,7 +103,9 @@ class Guarded(GeneralTracker):  # type: ignore[misc]  # Accelerate has no types
         with self._at_start():
             made = MAKERS.get(self.name, _other)(self.name, self._folder, self._after_step)
             made.start()
-            self._works = made
+        self._works = made
+        self._thread = threading.Thread(target=self._hand_over, daemon=True)
+        self._thread.start()
         if self.name in HOW_TO_LOOK:
             self._say(f"Watch by: {HOW_TO_LOOK[self.name](self._folder)}")
 
@@ -114,12 +121,20 @@ class Guarded(GeneralTracker):  # type: ignore[misc]  # Accelerate has no types
             else:
                 self._works.store_init_configuration(values)
 
-    def log(self, values: dict[str, Any], step: int | None = None, **options: Any) -> None:
-        with self._later():
-            if self._works is not None:
-                self._works.log(values, step=step, **options)
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self._lines.put((values, step))
+
+    def _hand_over(self) -> None:
+        while (line := self._lines.get()) is not None:
+            values, step = line
+            with self._later():
+                if self._works is not None:
+                    self._works.log(values, step=step)
 
     def finish(self) -> None:
+        if self._thread is not None:
+            self._lines.put(None)
+            self._thread.join()
         with self._later(), _quiet(self.name):
             if isinstance(self._works, TrackioTracker):
                 import trackio

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 
@@ -25,11 +26,15 @@ from stec.config import (
 from stec.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
+    from torch import Tensor
 
     from pipelines.images import Images
-    from pipelines.loader import EvaluationLoader
+    from pipelines.index import DataSet
+    from pipelines.loader import EvaluationLoader, Loader
     from stec.console import Console
+    from stec.model import Model
 
 # Before PyTorch is loaded: its idle threads shall sleep, not spin on the cores that DALI's threads need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -57,6 +62,9 @@ class EncoderConfig:
     """DALI threads or torchvision worker processes, per process; default: this process's share of the CPUs."""
     view_size: int | None = None
     """Height and width in px at which the encoder sees an image; default: the data set's own."""
+    trained_on: DataSetName | None = None
+    """Data set that the encoder was trained on, which decides its first layers; default: what a file of ours says, else
+    that of --dataset."""
     arch: Literal["resnet18", "resnet50"] | None = None
     """Architecture of the encoder; default: what a file of ours says, else resnet18."""
     width: int | None = None
@@ -77,7 +85,11 @@ class EncoderConfig:
 
     @property
     def traits(self) -> DataSetTraits:
-        return DATA_SETS[self.dataset].at(self.view_size)
+        own = DATA_SETS[self.dataset]
+        if self.view_size in (None, own.view_size_px) or own.resize_px is not None:
+            return own.at(self.view_size)
+        # Images that are otherwise used as they are: all of each at the size that is asked for.
+        return replace(own.at(self.view_size), resize_px=self.view_size)
 
 
 def is_main_process() -> bool:
@@ -100,6 +112,19 @@ def parse(kind: type[C], arguments: list[str], *, name: str, default: C | None =
         use_underscores=True,
         console_outputs=is_main_process(),
         **({} if default is None else {"default": default}),
+    )
+
+
+def parse_some(kind: type[C], arguments: list[str], *, name: str) -> tuple[C, list[str]]:
+    """As ``parse``, and the flags that are none of this configuration's."""
+    return tyro.cli(
+        kind,
+        prog=f"launch.py {name}",
+        description=kind.__doc__,
+        args=arguments,
+        use_underscores=True,
+        console_outputs=is_main_process(),
+        return_unknown_args=True,
     )
 
 
@@ -154,6 +179,59 @@ def workers(config: TrainConfig | EncoderConfig) -> int:
     return own_cpus() if config.num_workers is None else config.num_workers
 
 
+def training_loader(
+    config: TrainConfig,
+    data_set: DataSet,
+    *,
+    device: torch.device,
+    precision: str,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Loader:
+    """The batches that a configuration trains on, prepared as the settings say. Raises UserError where there is none.
+
+    ``precision`` is the model's: in 16 bits views leave a GPU's pipeline as such.
+    """
+    from pipelines.bad_images import BadImages
+    from pipelines.loader import Loader
+    from pipelines.order import Order
+    from stec.commands import PROBE_STREAM, Policy
+
+    policy = Policy.of(config)
+    sharing: dict[str, Any] = {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "process_index": process_index,
+        "num_processes": num_processes,
+        "accumulate": config.accumulate,
+        "view_size_at": config.view_size_at if config.resolution_schedule is not None else None,
+    }
+    bad = BadImages(data_set.train, max_share=config.max_bad_share)
+    order = Order(data_set.train, policy, **sharing, bad=bad, shuffle_window=config.shuffle_window)
+    probe_order = None
+    if data_set.labelled is not None and data_set.labelled is not data_set.train:
+        # As in the official code: one view of a labelled image beside each unlabelled one, not blurred or solarized.
+        probe_order = Order(
+            data_set.labelled,
+            dataclasses.replace(policy, p_blur=0.0, p_solarize=0.0),
+            **sharing,
+            views=1,
+            command_stream=PROBE_STREAM,
+            epoch_length=len(data_set.train),
+        )
+        if config.stop_gradient == 2:
+            order, probe_order = probe_order, None
+    return Loader(
+        order,
+        backend=config.backend,
+        device=device,
+        workers=workers(config),
+        probe_order=probe_order,
+        # DALI knows no bfloat16; float16 holds [0, 1] more finely.
+        half=device.type == "cuda" and precision != "no",
+    )
+
+
 def evaluation_loader(
     config: TrainConfig | EncoderConfig, images: Images, accelerator: Accelerator
 ) -> EvaluationLoader:
@@ -169,3 +247,46 @@ def evaluation_loader(
         device=accelerator.device,
         workers=workers(config),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a file of weights holds, and the encoder that it is of."""
+
+    path: Path
+    state: dict[str, Tensor]
+    trained_on: str
+    """Data set, which decides the encoder's first layers."""
+    shape: dict[str, Any]
+    """``arch`` and ``width`` of the encoder."""
+
+    @classmethod
+    def read(cls, config: EncoderConfig) -> Weights:
+        """From the file; flags beat what it says. Raises UserError where it is none."""
+        from stec.encoder import ARCHITECTURES
+        from stec.export import read_weights_and_settings
+
+        state, settings = read_weights_and_settings(config.ckpt_path)
+        arch, trained_on = settings.get("arch"), settings.get("dataset")
+        return cls(
+            path=config.ckpt_path,
+            state=state,
+            trained_on=config.trained_on or (trained_on if trained_on in DATA_SETS else config.dataset),
+            shape={
+                "arch": config.arch or (arch if arch in ARCHITECTURES else "resnet18"),
+                "width": config.width or int(settings.get("width", 64)),
+            },
+        )
+
+    def model(self, *, classes: int = 0) -> Model:
+        """The encoder and, for so many classes, the probe. Raises UserError where the weights do not fit."""
+        from stec.export import load_weights
+        from stec.model import Model
+
+        # As for a linear fit: these two parts are all that there is.
+        stem = DATA_SETS[self.trained_on].stem
+        model = Model(**self.shape, stem=stem, classes=classes, stop_gradient=2)
+        parts = ("encoder", "probe") if classes else ("encoder",)
+        wanted = {name: tensor for name, tensor in self.state.items() if name.split(".")[0] in parts}
+        load_weights(model, wanted, self.path, required=parts)
+        return model

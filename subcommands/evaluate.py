@@ -2,70 +2,157 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from stec.errors import UserError
-from subcommands.common import EncoderConfig, evaluation_loader, parse, start
+from subcommands.common import EncoderConfig, Weights, evaluation_loader, parse, start
+
+if TYPE_CHECKING:
+    from pipelines.images import Images
+    from stec.evaluate import Score
+
+CLASSES_SHOWN = 20
+"""Of data sets with more classes, the table leaves them to the file of ``--json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(EncoderConfig):
     """Evaluate a trained encoder and its probe on the test images."""
 
+    measures: tuple[Literal["probe", "linear_fit", "fractions", "knn"], ...] = ()
+    """What is measured: the file's probe, a linear classifier fitted to the labelled images, others fitted to 10 % and
+    to 1 % of them, nearest neighbours; default: all that the weights and the data allow."""
+    seed: int = 0
+    """Which images make up the 10 % and 1 %."""
     json: Path | None = None
     """Also write the results to this file."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         super().validate()
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed} is too small; give 0 or more.")
         if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
             raise UserError(f"--json {self.json} cannot be written; name a file in an existing folder.")
 
 
 def run(arguments: list[str]) -> None:
-    """Evaluate a trained encoder and its probe on the test images; the last line printed is the accuracy."""
+    """Evaluate a trained encoder and its probe on the test images; with a probe, the last line is its accuracy."""
     config = parse(EvalConfig, arguments, name="eval")
     config.validate()
     accelerator, console, precision = start(config.mixed_precision)
 
-    from pipelines.index import open_test_images
+    from pipelines.index import open_split
     from stec import engine
-    from stec.evaluate import evaluate_probe, extract_features
-    from stec.export import load_weights, read_weights_and_settings
-    from stec.model import DEFAULT_HIDDEN_MLP, Model
+    from stec.evaluate import MEASURES, evaluate
     from stec.run_folder import write_json
 
-    state, settings = read_weights_and_settings(config.ckpt_path)
+    weights = Weights.read(config)
+    asked = config.measures or MEASURES
     with console.counting() as progress:
-        images, classes = engine.main_process_first(
-            accelerator,
-            lambda: open_test_images(
-                config.dataset,
-                config.data_dir,
-                download=bool(config.download) and accelerator.is_main_process,
-                progress=progress,
-            ),
-        )
-    known_arch = settings["arch"] if settings.get("arch") in DEFAULT_HIDDEN_MLP else "resnet18"
-    model = Model(
-        arch=config.arch or known_arch,
-        stem=config.traits.stem,
-        classes=len(classes),
-        width=config.width or int(settings.get("width", 64)),
-        with_inverse_model=False,
-    )
-    wanted = {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "probe."))}
-    load_weights(model, wanted, config.ckpt_path, required=("encoder", "probe"))
-    model.to(accelerator.device)
-    loader = evaluation_loader(config, images, accelerator)
-    console.say(f"{config.ckpt_path} on the {len(loader)} test images of {config.dataset}, precision {precision}")
+
+        def open_images(split: Literal["labelled", "test"]) -> tuple[Images, tuple[str, ...]]:
+            fetch = bool(config.download) and accelerator.is_main_process
+            return open_split(config.dataset, config.data_dir, split, download=fetch, progress=progress)
+
+        def why_not_labelled() -> str:
+            try:
+                open_images("labelled")
+            except UserError as error:
+                return str(error)
+            return ""
+
+        test, classes = engine.main_process_first(accelerator, lambda: open_images("test"))
+        labelled: Images | None = None
+        reasons = dict.fromkeys(MEASURES, "")
+        if set(asked) != {"probe"}:
+            reason = engine.on_main_process(accelerator, why_not_labelled)
+            reasons = dict.fromkeys(MEASURES, reason)
+            if not reason:
+                labelled, known = engine.main_process_first(accelerator, lambda: open_images("labelled"))
+                if known[: len(classes)] != classes:
+                    raise UserError(f"The test images in {config.data_dir} have other classes than the labelled ones.")
+                classes = known
+    reasons["probe"] = why_no_probe(config, weights, len(classes))
+    measures = tuple(measure for measure in asked if not reasons[measure])
+    left_out = [(measure, reasons[measure]) for measure in asked if reasons[measure]]
+    if left_out and (config.measures or not measures):
+        raise UserError(f"{left_out[0][0]} cannot be measured: {left_out[0][1]}")
+
+    model = weights.model(classes=len(classes) if "probe" in measures else 0).to(accelerator.device)
+    console.say(f"{config.ckpt_path} on the {len(test)} test images of {config.dataset}, precision {precision}")
+    for measure, reason in left_out:
+        console.say(f"Not measured: {measure}. {reason}")
     with console.waiting("evaluating"):
-        assert model.probe is not None
-        results = evaluate_probe(model.probe, extract_features(model.encoder, loader, accelerator))
+        scores = evaluate(
+            model.encoder,
+            model.probe,
+            labelled=None if labelled is None else evaluation_loader(config, labelled, accelerator),
+            test=evaluation_loader(config, test, accelerator),
+            classes=len(classes),
+            measures=measures,
+            accelerator=accelerator,
+            seed=config.seed,
+        )
+    console.table("Of the test images", ["", *map(column, scores)], table(scores, classes))
+    probe = scores.get("probe")
+    summary = {} if probe is None else {name: getattr(probe, name) for name in ("loss", "top5_accuracy", "accuracy")}
     if config.json is not None and accelerator.is_main_process:
-        write_json(config.json, {"dataset": config.dataset, "ckpt_path": str(config.ckpt_path), **results})
-    console.say(f"loss {results['loss']:.4f}")
-    console.say(f"top5_accuracy {results['top5_accuracy']:.4f}")
-    console.say(f"accuracy {results['accuracy']:.4f}")
+        facts = {"dataset": config.dataset, "ckpt_path": str(config.ckpt_path), "trained_on": weights.trained_on}
+        written = {
+            name: {**dataclasses.asdict(of), "class_accuracies": by_name(of, classes)} for name, of in scores.items()
+        }
+        write_json(config.json, {**facts, "test_images": len(test), **summary, "measures": written})
+    for name, value in summary.items():
+        console.say(f"{name} {value:.4f}")
     accelerator.end_training()
+
+
+def why_no_probe(config: EvalConfig, weights: Weights, classes: int) -> str:
+    """Why the file's probe cannot be evaluated, empty if it can."""
+    probe = weights.state.get("probe.weight")
+    if probe is None:
+        return f"{config.ckpt_path} holds no probe; fit one by --measures linear_fit."
+    if weights.trained_on != config.dataset:
+        return f"The probe of {config.ckpt_path} was trained on {weights.trained_on}; fit one by --measures linear_fit."
+    if len(probe) != classes:
+        return f"The probe of {config.ckpt_path} tells {len(probe)} classes apart, but {config.dataset} has {classes}."
+    return ""
+
+
+def column(name: str) -> str:
+    """What a person calls a score."""
+    if name.startswith("knn"):
+        return f"kNN, k {name[3:]}"
+    return name.replace("_percent", " %").replace("linear_fit_", "fit to ").replace("_", " ")
+
+
+def table(scores: Mapping[str, Score], classes: Sequence[str]) -> list[list[str]]:
+    """Rows of the closing table: a column for each score."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    of_all = scores.values()
+    rows = [
+        ["top-1", *(percent(score.accuracy) for score in of_all)],
+        ["top-5", *(percent(score.top5_accuracy) for score in of_all)],
+        ["loss", *("-" if score.loss is None else f"{score.loss:.3f}" for score in of_all)],
+        ["fitted to", *("-" if score.fitted_to is None else str(score.fitted_to) for score in of_all)],
+    ]
+    shown = {name: [score.class_accuracies[k] for score in of_all] for k, name in enumerate(classes)}
+    if len(classes) > CLASSES_SHOWN:
+        measured = [[value for value in score.class_accuracies if value is not None] for score in of_all]
+        shown = {
+            "worst class": [min(values) for values in measured],
+            "best class": [max(values) for values in measured],
+        }
+    return rows + [[name, *map(percent, values)] for name, values in shown.items()]
+
+
+def by_name(score: Score, classes: Sequence[str]) -> dict[str, float | None]:
+    return dict(zip(classes, score.class_accuracies, strict=True))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stec import __version__
 from stec.config import TrainConfig, read_config_file, with_settings
 from stec.errors import UserError
 from stec.recipes import RECIPES, recipe
-from subcommands.common import evaluation_loader, parse, start, workers
+from subcommands.common import evaluation_loader, parse, start, training_loader
 from subcommands.next_steps import next_steps
 
 if TYPE_CHECKING:
@@ -99,12 +98,9 @@ def run_training(config: TrainConfig) -> None:
 
     trackers.check_installed(config.trackers)
 
-    from pipelines.bad_images import BadImages
+    from pipelines.fingerprint import fingerprint
     from pipelines.index import open_data_set
-    from pipelines.loader import Loader
-    from pipelines.order import Order
     from stec import engine, failures
-    from stec.commands import PROBE_STREAM, Policy
     from stec.run_folder import open_run_folder
 
     device = accelerator.device
@@ -121,39 +117,15 @@ def run_training(config: TrainConfig) -> None:
         )
     if config.stop_gradient == 2 and not data_set.classes:
         raise UserError(f"--stop_gradient 2 trains a probe, but --dataset {config.dataset} has no labels.")
-    policy = Policy.of(config)
-    bad = BadImages(data_set.train, max_share=config.max_bad_share)
-    sharing: dict[str, Any] = {
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "process_index": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
-        "accumulate": config.accumulate,
-        "view_size_at": config.view_size_at if config.resolution_schedule is not None else None,
-    }
-    order = Order(data_set.train, policy, **sharing, bad=bad, shuffle_window=config.shuffle_window)
-    probe_order = None
-    if data_set.labelled is not None and data_set.labelled is not data_set.train:
-        # As in the official code: one view of a labelled image beside each unlabelled one, not blurred or solarized.
-        probe_order = Order(
-            data_set.labelled,
-            dataclasses.replace(policy, p_blur=0.0, p_solarize=0.0),
-            **sharing,
-            views=1,
-            command_stream=PROBE_STREAM,
-            epoch_length=len(data_set.train),
-        )
-        if config.stop_gradient == 2:
-            order, probe_order = probe_order, None
-    loader = Loader(
-        order,
-        backend=config.backend,
+    loader = training_loader(
+        config,
+        data_set,
         device=device,
-        workers=workers(config),
-        probe_order=probe_order,
-        # DALI knows no bfloat16; float16 holds [0, 1] more finely.
-        half=device.type == "cuda" and precision != "no",
+        precision=precision,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
     )
+    order, bad = loader.order, loader.order.bad
     labelled, test = (
         None if images is None else evaluation_loader(config, images, accelerator)
         for images in (data_set.labelled, data_set.test)
@@ -174,6 +146,7 @@ def run_training(config: TrainConfig) -> None:
         "precision": precision,
         "backend": loader.backend,
         "training_images": len(data_set.train),
+        "data_fingerprint": fingerprint(data_set.train),
     }
     model = engine.initial_model(config, data.classes)
     folder, resumed, notes = engine.on_main_process(accelerator, lambda: open_run_folder(config, environment))

@@ -82,6 +82,10 @@ WRONG = {
         "does not end at the size of the views, 32 px; let it",
     ),
     "views that stay small": (["--resolution_schedule", "16:24"], "or change that size by --view_size 24"),
+    "unknown tracker": (
+        ["--log_with", "tensorboard,tensorbord"],
+        "--log_with tensorbord is no tracker; known are aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard,",
+    ),
     "huge batch": (["--batch_size", "9000"], "only 8192 training images; use --batch_size 8192 or less"),
     "fp16 on a CPU": (["--mixed_precision", "fp16"], "needs a CUDA GPU"),
     "fewer processes than said": (["--gpus", "2"], "accelerate launch --multi_gpu --num_processes 2 launch.py"),

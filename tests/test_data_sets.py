@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 
 from pipelines import demo, splits
 from pipelines.images import ImageArray, ImageFiles
-from pipelines.index import open_data_set, open_test_images
+from pipelines.index import open_data_set, open_split
 from stec.errors import UserError
 from tests.conftest import smooth_image
 
@@ -264,10 +264,10 @@ def test_limited_folders_keep_all_classes(photographs: Path) -> None:
 def test_an_evaluation_needs_the_test_images_alone(tmp_path: Path, photographs: Path) -> None:
     folder = write_stl10(tmp_path / "stl")
     (folder / "unlabeled_X.bin").unlink()
-    images, classes = open_test_images("stl10", tmp_path / "stl")
+    images, classes = open_split("stl10", tmp_path / "stl", "test")
     assert (len(images), len(classes)) == (4, 10)
     shutil.rmtree(photographs / "train")
-    images, classes = open_test_images("imagenet", photographs)
+    images, classes = open_split("imagenet", photographs, "test")
     assert (len(images), len(classes)) == (9, 3)
 
 

@@ -27,7 +27,7 @@ from pipelines import splits
 from pipelines.cache import cache_file
 from pipelines.headers import MAX_PIXELS
 from pipelines.images import UNLABELLED, ImageFiles, Names
-from pipelines.index import check_labels, open_data_set, open_test_images
+from pipelines.index import check_labels, open_data_set, open_split
 from pipelines.shards import sample_key
 from pipelines.splits import read_split, verified
 from stec.errors import BadImage, UserError
@@ -241,7 +241,7 @@ def test_shards_make_an_imagenet(tmp_path: Path) -> None:
     data_set = open_data_set("imagenet", tmp_path, limit_train=10)
     assert data_set.labelled is data_set.train and data_set.classes == ("0", "1", "2", "3")
     assert (len(data_set.train), len(data_set.test)) == (10, 5)
-    images, classes = open_test_images("imagenet", tmp_path)
+    images, classes = open_split("imagenet", tmp_path, "test")
     assert (len(images), len(classes)) == (5, 4)
     shutil.rmtree(tmp_path / "val")
     write_shards(tmp_path / "val", labels=False)
@@ -258,8 +258,8 @@ def test_images_without_labels(tmp_path: Path, every_format: Path) -> None:
         assert (len(data_set.train), data_set.labelled, data_set.test, data_set.classes) == (count, None, None, ())
         assert (data_set.train.labels == UNLABELLED).all()
         assert len(open_data_set("folder", root, limit_train=4).train) == 4
-    with pytest.raises(UserError, match="--dataset folder has no labels"):
-        open_test_images("folder", every_format)
+    with pytest.raises(UserError, match="--dataset folder has no test images"):
+        open_split("folder", every_format, "test")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds neither images"):
         open_data_set("folder", tmp_path / "empty")

@@ -1,0 +1,121 @@
+"""What an inverse model believes about pairs of views: bins, commands and windows, beside the true ones.
+
+Shapes: N pairs of views, K bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stec.batch import Batch
+from stec.commands import Commands
+from stec.config import TrainConfig, with_settings
+from stec.export import load_weights, read_weights_and_settings
+from stec.geometry import Convention, following_windows, relative_windows, window_matrices, windows_of
+from stec.heads import COMMAND_SHAPE
+from stec.model import Model, encode
+from stec.objective import bin_centres, command_bins
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beliefs:
+    """What an inverse model believes the commands from view i to view j to be, and where it so believes j's window."""
+
+    true_bins: NDArray[np.int64]
+    """[N, 2, 3]: the bins that the executed commands fall into."""
+    believed_bins: NDArray[np.int64]
+    """[N, 2, 3]: the bins with the largest logits."""
+    windows: NDArray[np.float64]
+    """[N, 4]: left, top, width and height of the believed windows, as shares of the image; they may reach beyond it."""
+    flips: NDArray[np.bool_]
+    """[N]: whether they are believed to be flipped."""
+    best_windows: NDArray[np.float64]
+    """[N, 4]: where the true bins lead, which is as near as any belief in bins can come."""
+
+
+def load_trained(path: Path, fallback: TrainConfig) -> tuple[Model, Convention]:
+    """The encoder in a file of weights, its inverse model if it has one, in evaluation mode; and the convention of the
+    commands.
+
+    What the file does not say of itself, as an official checkpoint does not, ``fallback`` says. Raises UserError where
+    the file cannot be used.
+    """
+    state, settings = read_weights_and_settings(path)
+    known = {name: value for name, value in settings.items() if name in ("arch", "width", "affine", "dataset")}
+    config = with_settings(fallback, known, str(path))
+    sizes = {}
+    with_inverse_model = {"inverse_model.hidden.weight", "inverse_model.output.weight"} <= state.keys()
+    if with_inverse_model:
+        sizes = {
+            "manip_hidden_mlp": len(state["inverse_model.hidden.weight"]),
+            "n_bins": len(state["inverse_model.output.weight"]) // (COMMAND_SHAPE[0] * COMMAND_SHAPE[1]),
+        }
+    model = Model(
+        arch=config.arch,
+        stem=config.traits.stem,
+        classes=0,
+        width=config.width,
+        with_inverse_model=with_inverse_model,
+        **sizes,
+    )
+    required = ("encoder", "inverse_model") if with_inverse_model else ("encoder",)
+    wanted = {name: tensor for name, tensor in state.items() if name.startswith(tuple(f"{part}." for part in required))}
+    load_weights(model, wanted, path, required=required)
+    return model.eval(), config.affine
+
+
+@torch.no_grad()
+def beliefs(model: Model, views: Tensor, commands: Commands, convention: Convention) -> Beliefs:
+    """Ask an inverse model, in evaluation mode, about the pairs ``views`` [N, 2, 3, H, W] that ``commands`` made."""
+    assert model.inverse_model is not None, "only an inverse model believes anything"
+    n_bins = model.inverse_model.n_bins
+    pairs = encode(model.encoder, views.float(), trained=False)
+    believed = model.inverse_model(pairs[:, 0], pairs[:, 1]).argmax(1).cpu()
+    true = command_bins(torch.from_numpy(relative_windows(commands, convention=convention)), n_bins)
+    windows, flips = _windows(believed, n_bins, commands, convention)
+    return Beliefs(
+        true_bins=true.numpy(),
+        believed_bins=believed.numpy(),
+        windows=windows,
+        flips=flips,
+        best_windows=_windows(true, n_bins, commands, convention)[0],
+    )
+
+
+def _windows(
+    bins: Tensor, n_bins: int, commands: Commands, convention: Convention
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    command = bin_centres(bins, n_bins).numpy()
+    # Windows have no shear, but the middle of its bin need not be 0, and would displace them.
+    command[:, 0, 1] = command[:, 1, 0] = 0
+    return windows_of(following_windows(window_matrices(commands)[:, 0], command, convention))
+
+
+def overlap(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Intersection over union, 0 to 1, of two windows (left, top, width, height)."""
+    low, high = np.maximum(first[:2], second[:2]), np.minimum(first[:2] + first[2:], second[:2] + second[2:])
+    common = float(np.prod(np.maximum(high - low, 0)))
+    return common / (float(np.prod(first[2:])) + float(np.prod(second[2:])) - common)
+
+
+def confusion(model: Model, batches: Iterable[Batch], convention: Convention) -> NDArray[np.int64]:
+    """[2, 3, K, K]: how often, entry by entry, a true bin (row) was believed to be which (column).
+
+    Pairs with a solarized view, which an inverse model is not trained on, are left out.
+    """
+    assert model.inverse_model is not None, "only an inverse model believes anything"
+    n_bins = model.inverse_model.n_bins
+    counts = np.zeros((*COMMAND_SHAPE, n_bins, n_bins), np.int64)
+    row, column = np.indices(COMMAND_SHAPE)
+    for batch in batches:
+        asked = beliefs(model, batch.views, batch.commands, convention)
+        plain = ~batch.commands.solarize.any(axis=1)
+        np.add.at(counts, (row, column, asked.true_bins[plain], asked.believed_bins[plain]), 1)
+    return counts

@@ -1,0 +1,217 @@
+"""Measures of features against scikit-learn and NumPy, and ``launch.py eval`` as a user starts it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+import launch
+from pipelines import demo
+from stec.batch import PlainBatch
+from stec.encoder import Encoder
+from stec.evaluate import Features, class_balanced, evaluate, knn_votes, linear_fit_logits, score
+from tests.conftest import smooth_image
+from tests.runs import SMALL_DEMO, together
+from tests.test_embed import write_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def clusters() -> tuple[Features, Features]:
+    """300 and 200 features of 12 numbers in 7 overlapping classes."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 1, (7, 12))
+    made = []
+    for count in (300, 200):
+        labels = rng.integers(0, 7, count)
+        values = (centres[labels] + rng.normal(0, 1.5, (count, 12))) * rng.uniform(0.5, 3, 12) + 5
+        made.append(Features(features=torch.from_numpy(values).float(), labels=torch.from_numpy(labels)))
+    return made[0], made[1]
+
+
+def test_the_linear_fit_is_scikit_learns_logistic_regression(clusters: tuple[Features, Features]) -> None:
+    """Whose penalty is that of a sum over the images, not of a mean."""
+    bank, queries = clusters
+    scaler = StandardScaler().fit(bank.features.numpy())
+    theirs = LogisticRegression(C=1 / (2e-4 * len(bank.labels)), max_iter=5000, tol=1e-8)
+    theirs.fit(scaler.transform(bank.features.numpy()), bank.labels.numpy())
+    expected = theirs.predict_proba(scaler.transform(queries.features.numpy()))
+    ours = linear_fit_logits(bank, queries, 7, CPU).softmax(1).numpy()
+    np.testing.assert_allclose(ours, expected, atol=5e-3)
+    assert 0.4 < (ours.argmax(1) == queries.labels.numpy()).mean() < 0.9
+
+
+def test_neighbours_are_scikit_learns(clusters: tuple[Features, Features]) -> None:
+    bank, queries = clusters
+    theirs = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    theirs.fit(bank.features.double().numpy(), bank.labels.numpy())
+    expected = theirs.predict_proba(queries.features.double().numpy())
+    votes = knn_votes(bank, queries, 7, CPU)
+    np.testing.assert_allclose((votes / votes.sum(1, keepdim=True)).numpy(), expected, atol=1e-4)
+    few = knn_votes(bank[torch.arange(5)], queries, 7, CPU)
+    assert ((few > 0).sum(1) <= 5).all()
+
+
+def test_scores_are_those_of_a_loop() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(0, 1, (50, 8)).astype(np.float32), rng.integers(0, 7, 50)
+    right: list[bool] = []
+    right5: list[bool] = []
+    by_class: list[list[bool]] = [[] for _ in range(8)]
+    loss = 0.0
+    for row, label in zip(logits.astype(float), labels, strict=True):
+        order = sorted(range(8), key=lambda k: -row[k])
+        right.append(order[0] == label)
+        right5.append(label in order[:5])
+        by_class[label].append(order[0] == label)
+        loss -= (row[label] - np.log(np.exp(row).sum())) / len(labels)
+    found = score(torch.from_numpy(logits), torch.from_numpy(labels))
+    assert found.accuracy == pytest.approx(np.mean(right)) and found.top5_accuracy == pytest.approx(np.mean(right5))
+    assert found.class_accuracies == [pytest.approx(np.mean(k)) if k else None for k in by_class]
+    assert found.class_accuracies[7] is None
+    assert found.loss == pytest.approx(loss, abs=1e-6)
+
+
+def test_fractions_are_balanced_nested_and_repeatable() -> None:
+    labels = np.repeat([0, 1, 2, 4], [400, 300, 290, 10])
+    shuffled = np.random.default_rng(0).permutation(labels)
+    tenth, hundredth = (class_balanced(shuffled, fraction, 3) for fraction in (0.1, 0.01))
+    assert np.bincount(shuffled[tenth]).tolist() == [25, 25, 25, 0, 10]
+    assert np.bincount(shuffled[hundredth]).tolist() == [2, 2, 2, 0, 2]
+    assert set(hundredth) < set(tenth) and (np.diff(tenth) > 0).all()
+    np.testing.assert_array_equal(tenth, class_balanced(shuffled, 0.1, 3))
+    assert set(tenth) != set(class_balanced(shuffled, 0.1, 4))
+    assert len(class_balanced(shuffled, 1e-6, 3)) == 4, "one of each class"
+
+
+class Counting:
+    """Random images, each of which is counted when it is asked for."""
+
+    batch_size = 16
+
+    def __init__(self, count: int) -> None:
+        self.images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
+        self.labels = np.arange(count) % 4
+        self.asked = np.zeros(count, int)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, *stretches: NDArray[np.int64]) -> Iterator[PlainBatch]:
+        for ids in (stretch[k : k + 16] for stretch in stretches for k in range(0, len(stretch), 16)):
+            self.asked[ids] += 1
+            yield PlainBatch(images=self.images[ids], labels=torch.from_numpy(self.labels[ids]))
+
+
+def test_each_image_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all measures together; where there are many labelled images, only those that some measure needs."""
+    encoder, accelerator = Encoder("resnet18", "cifar", 4), Accelerator(cpu=True)
+    for limit in (1000, 50):
+        monkeypatch.setattr("stec.evaluate.FIT_LIMIT", limit)
+        labelled, test = Counting(200), Counting(40)
+        arguments: dict[str, Any] = {"labelled": labelled, "test": test, "classes": 4, "accelerator": accelerator}
+        scores = evaluate(
+            encoder, torch.nn.Linear(32, 4), measures=("probe", "linear_fit", "fractions", "knn"), **arguments
+        )
+        assert list(scores) == ["probe", "linear_fit", "linear_fit_10_percent", "linear_fit_1_percent", "knn20"]
+        assert [of.fitted_to for of in scores.values()] == [None, min(limit, 200), 20, 4, min(limit, 200)]
+        assert (test.asked == 1).all() and labelled.asked.max() == 1
+        assert labelled.asked.sum() == (
+            200 if limit == 1000 else len({*range(0, 200, 4), *class_balanced(labelled.labels, 0.1, 0)})
+        )
+        alone = evaluate(encoder, None, measures=("knn",), **arguments)
+        assert alone["knn20"] == scores["knn20"]
+
+
+# --- The command ---
+
+
+@pytest.fixture(autouse=True)
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, count in SMALL_DEMO.items():
+        monkeypatch.setitem(demo.IMAGES, split, count)
+
+
+EVAL = "eval --dataset demo --num_workers 1 --batch_size 24 --ckpt_path".split()
+
+
+def test_all_measures_on_one_process_and_on_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "weights.safetensors"
+    write_weights(weights, stem="cifar", trained_on="demo", width=4)
+    arguments = [*EVAL, str(weights), "--json"]
+    processes = together(2, *arguments, tmp_path / "2.json")
+    assert launch.main([*arguments, str(tmp_path / "1.json")]) == 0
+    said = capsys.readouterr().out
+    for process in processes:
+        process.end()
+    one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
+    assert list(one["measures"]) == ["probe", "linear_fit", "linear_fit_10_percent", "linear_fit_1_percent", "knn20"]
+    for name, expected in one["measures"].items():
+        found = two["measures"][name]
+        assert found["accuracy"] == expected["accuracy"] and found["class_accuracies"] == expected["class_accuracies"]
+    probe = one["measures"]["probe"]
+    assert said.splitlines()[-1] == f"accuracy {probe['accuracy']:.4f}" == f"accuracy {one['accuracy']:.4f}"
+    assert list(probe["class_accuracies"]) == list(demo.CLASSES)
+    for shown in ("linear fit", "fit to 10 %", "kNN, k 20", "hourglass", f"{one['measures']['knn20']['accuracy']:.1%}"):
+        assert shown in said
+
+
+def test_an_encoder_is_evaluated_on_another_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its own first layers and without its probe, whose classes, though as many, are others."""
+    weights = tmp_path / "weights.safetensors"
+    write_weights(weights, stem="stl10", trained_on="stl10", width=4)
+    assert launch.main([*EVAL, str(weights), "--json", str(tmp_path / "out.json")]) == 0
+    said = capsys.readouterr().out
+    assert "Not measured: probe." in said and "was trained on stl10" in said
+    measured = json.loads((tmp_path / "out.json").read_text())
+    assert list(measured["measures"]) == ["linear_fit", "linear_fit_10_percent", "linear_fit_1_percent", "knn20"]
+    assert measured["trained_on"] == "stl10" and "accuracy" not in measured
+    assert launch.main([*EVAL, str(weights), "--measures", "probe", "knn"]) == 2
+    assert "probe cannot be measured: The probe of" in capsys.readouterr().err
+    assert launch.main([*EVAL, str(weights), "--trained_on", "demo"]) == 2
+    assert "encoder.conv1.weight is (4, 3, 7, 7) instead of (4, 3, 3, 3)" in capsys.readouterr().err
+
+
+def test_the_probe_needs_the_test_images_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for n in range(30):
+        file = tmp_path / "data" / "val" / f"class {n % 10}" / f"{n}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(smooth_image(50, 60, seed=n)).save(file)
+    weights = tmp_path / "weights.safetensors"
+    write_weights(weights, stem="imagenet", trained_on="imagenet", width=4)
+    arguments = [
+        *EVAL,
+        str(weights),
+        "--dataset",
+        "imagenet",
+        "--data_dir",
+        str(tmp_path / "data"),
+        "--view_size",
+        "32",
+    ]
+    assert launch.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1].startswith("accuracy ") and "Not measured: knn." in said
+    assert launch.main([*arguments, "--measures", "knn"]) == 2
+    assert "knn cannot be measured: --data_dir" in capsys.readouterr().err
+
+    (tmp_path / "data" / "train" / "another").mkdir(parents=True)
+    Image.fromarray(smooth_image(50, 60, seed=1)).save(tmp_path / "data" / "train" / "another" / "1.png")
+    assert launch.main(arguments) == 2
+    assert "have other classes than the labelled ones" in capsys.readouterr().err

@@ -1,0 +1,334 @@
+"""The report of runs, as a browser shows it, and of runs that are unfinished, damaged or hostile."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import launch
+from pipelines import demo
+from stec.config import TrainConfig
+from stec.evaluate import Features, evenly_spread, nearest
+from stec.export import write_safetensors
+from stec.model import Model
+from stec.report import Look, Neighbours, _thinned, report
+from stec.run_record import read_run
+from tests.runs import SMALL_DEMO
+
+pytest.importorskip("plotly")
+
+SETTINGS = TrainConfig(width=4, manip_hidden_mlp=8, manip_lambda=1.0, batch_size=16, warmup_epochs=0, max_epochs=4,
+                       num_workers=1, feat_dim=8, hidden_mlp=8)  # fmt: skip
+
+
+def write_run(folder: Path, *, steps: int = 40, finished: bool = True, **changed: object) -> Path:
+    """A run's files as training leaves them, without the training."""
+    folder.mkdir()
+    settings = replace(SETTINGS, **changed)
+    (folder / "config.json").write_text(json.dumps(settings.to_json()))
+    (folder / "starts.jsonl").write_text(
+        json.dumps({"after_step": 0, "processes": 1, "device": "cpu", "training_images": 256, "stec": "0"}) + "\n"
+    )
+    lines = []
+    for step in range(2, steps + 1, 2):
+        lines.append(
+            {
+                "step": step,
+                "epoch": (step - 1) // 16,
+                "steps": 2,
+                "loss": 9 - step / 10,
+                "discrimination": 4 - step / 20,
+                "discrimination_accuracy": step / 100,
+                "manipulation": 1.8 * (settings.manip_lambda > 0),
+                "manipulation_accuracy": step / 80 * (settings.manip_lambda > 0),
+                "supervised": 2.3,
+                "supervised_accuracy": 0.1,
+                "learning_rate": 0.001,
+                "images_per_second": 100.0 + step,
+                "wait_share": 0.25,
+            }
+        )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if finished:
+        (folder / "results.json").write_text(json.dumps({"knn20_before": 0.11, "knn20_after": 0.5 + steps / 1000}))
+        torch.manual_seed(0)
+        model = Model(
+            arch="resnet18",
+            stem="cifar",
+            classes=10,
+            width=4,
+            feat_dim=8,
+            hidden_mlp=8,
+            manip_hidden_mlp=8,
+            with_inverse_model=settings.manip_lambda > 0,
+        )
+        write_safetensors(model.state_dict(), folder / "model.safetensors", {"config": settings.identity()})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "IMAGES", SMALL_DEMO)
+
+
+# --- What a folder tells ---
+
+
+def test_a_finished_run_is_read_whole(tmp_path: Path) -> None:
+    record = read_run(write_run(tmp_path / "run", steps=64))
+    assert record.remarks == [] and record.progress == "finished, step 64 of 64"
+    assert len(record.metrics) == 32 and record.steps_per_epoch == 16
+    assert record.weights == tmp_path / "run" / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "remark"),
+    [
+        ("metrics.jsonl", '{"step": 2, "loss": 1}\n{"step": 4, "lo\n[]\n{"step": "x"}\n{"step": 6, "loss": null}\n',
+         "4 of 5 lines of metrics.jsonl are damaged and left out."),
+        ("metrics.jsonl", "", "metrics.jsonl is empty."),
+        ("metrics.jsonl", '{"step": 1e999, "loss": 1}\n', "1 of 1 lines of metrics.jsonl are damaged and left out."),
+        ("config.json", '{"batch_size": 16, "colour_space": "lab", "zoom": 2}',
+         "config.json has settings that this version does not know (colour_space, zoom), as a newer one writes them; "
+         "what depends on them is left out."),
+        ("config.json", '{"batch_size": "many"}',
+         "config.json: batch_size is 'many'; give a value of type int. What depends on the settings is left out."),
+        ("config.json", "[]", "config.json holds no JSON object."),
+        ("results.json", "{", "results.json cannot be read ("),
+        ("results.json", None, "There is no results.json: the run is not finished."),
+        ("starts.jsonl", None, "starts.jsonl cannot be read (No such file or directory)."),
+        ("starts.jsonl", "\x00\xff", "1 of 1 lines of starts.jsonl are damaged and left out."),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_damaged_is_said_and_the_rest_is_shown(
+    file: str, content: str | None, remark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "model.safetensors").unlink()
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    record = read_run(folder)
+    assert len(record.remarks) == 1 and record.remarks[0].startswith(remark)
+    assert remark.split("'")[0] in report([record], [Look()])
+
+
+def test_lines_that_a_killed_process_left_behind_do_not_count_twice(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=6)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 1}\n{"step": 6, "loss": 2}\n')
+    assert [(line["step"], line["loss"]) for line in read_run(folder).metrics] == [(2, 8.8), (4, 1), (6, 2)]
+
+
+def test_long_curves_become_means() -> None:
+    points = np.stack([np.arange(5000.0), np.arange(5000.0) ** 2], axis=1)
+    x, y = _thinned(points)
+    assert len(x) == 1000
+    np.testing.assert_allclose(x[:2], [2, 7])
+    np.testing.assert_allclose(y[0], np.mean([0, 1, 4, 9, 16]))
+    x, y = _thinned(points[:3])
+    np.testing.assert_array_equal(y, [0, 1, 4])
+
+
+def test_nearest_by_cosine() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (Features(features=torch.randn(n, 5, generator=generator), labels=torch.zeros(n)) for n in (30, 4))
+    similarity, rows = nearest(bank, queries, 3, torch.device("cpu"))
+    for n, query in enumerate(queries.features.numpy().astype(np.float64)):
+        keys = bank.features.numpy().astype(np.float64)
+        cosine = keys @ query / np.linalg.norm(keys, axis=1) / np.linalg.norm(query)
+        assert rows[n].tolist() == np.argsort(-cosine)[:3].tolist()
+        np.testing.assert_allclose(similarity[n], np.sort(cosine)[::-1][:3], rtol=1e-5)
+    assert evenly_spread(10, 5).tolist() == [0, 2, 4, 6, 8] and evenly_spread(3, 9).tolist() == [0, 1, 2]
+
+
+# --- The page ---
+
+
+class Elements(HTMLParser):
+    """Names of the elements of a page, and its texts outside scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data: str) -> None:
+        if self.names and self.names[-1] != "script":
+            self.texts.append(data)
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
+
+
+def test_nothing_that_came_from_files_becomes_markup(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / HOSTILE.replace("/", ""))
+    settings = json.loads((folder / "config.json").read_text()) | {HOSTILE: HOSTILE, "dataset": HOSTILE}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "starts.jsonl").write_text(json.dumps({"device": HOSTILE, "processes": HOSTILE}) + "\n")
+    picture = Image.new("RGB", (32, 32))
+    look = Look(
+        neighbours=[Neighbours(image=picture, name=HOSTILE, nearest=[(picture, HOSTILE, 0.5)])], remarks=[HOSTILE]
+    )
+    made = Elements(report([read_run(folder)], [look]))
+    assert made.names.count("img") == 2 and not [name for name, _ in made.attributes if name == "onerror"]
+    assert sum(HOSTILE in text for text in made.texts) >= 4
+
+
+def test_mistakes_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run")
+    (tmp_path / "no run").mkdir()
+    for arguments, sentence in [
+        ([str(tmp_path / "no run")], f"{tmp_path / 'no run'} is no run"),
+        ([str(folder), str(tmp_path / "absent")], f"{tmp_path / 'absent'} is no run"),
+        ([], "needs the folder of a run"),
+        ([str(folder), "--out", str(tmp_path)], "name an .html file in an existing folder"),
+        ([str(folder), "--out", str(tmp_path / "nowhere" / "r.html")], "name an .html file in an existing folder"),
+        ([str(folder), "--images", "0"], "--images 0 is too small"),
+    ]:
+        assert launch.main(["report", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert sentence in said and said.count("\n") == 1
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_data_that_cannot_be_reached_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run", dataset="cifar10", data_dir=tmp_path / "gone")
+    out = tmp_path / "report.html"
+    assert launch.main(["report", str(folder), "--out", str(out)]) == 0
+    assert "The data cannot be shown" in capsys.readouterr().out
+    shown = Elements(out.read_text())
+    assert "Learning curves" in shown.texts and "Nearest neighbours" not in shown.texts
+
+
+# --- In a browser ---
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync"
+).split()
+
+
+@pytest.fixture(scope="module")
+def browser():  # type: ignore[no-untyped-def]
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The report of three runs: S-TEC, SimCLR, and one that has only begun."""
+    folder = tmp_path_factory.mktemp("runs")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(demo, "IMAGES", SMALL_DEMO)
+    runs = [
+        write_run(folder / "stec", steps=64),
+        write_run(folder / "simclr", manip_lambda=0.0, seed=5),
+        write_run(folder / "a name that is much longer than those of all others, for phones", finished=False),
+    ]
+    out = folder / "report.html"
+    assert launch.main(["report", *map(str, runs), "--out", str(out), "--images", "64"]) == 0
+    yield out
+    patch.undo()
+
+
+def opened(browser, file: Path, **options: object):  # type: ignore[no-untyped-def]
+    """The page, and what it asked for or complained of."""
+    page = browser.new_page(**options)
+    events: list[str] = []
+    page.on("request", lambda request: events.append(request.url) if not request.url.startswith("data:") else None)
+    page.on("console", lambda message: events.append(message.text))
+    page.on("pageerror", lambda error: events.append(str(error)))
+    page.goto(file.as_uri())
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length > 10")
+    return page, events
+
+
+def test_the_page_needs_nothing_else_and_its_buttons_hide_a_run(browser, page_file: Path) -> None:  # type: ignore[no-untyped-def]
+    page, events = opened(browser, page_file)
+    headings = page.locator("h2").all_inner_texts()
+    assert headings == [
+        "Runs", "Results", "Learning curves", "Pace", "Views", "What the inverse model believes",
+        "Nearest neighbours", "Settings",
+    ]  # fmt: skip
+    loss = page.locator("figure", has=page.get_by_text("Loss", exact=True))
+    assert loss.locator(".scatterlayer .trace").count() == 3
+    cells = page.locator('td[data-of="0"]:visible').count()
+    assert cells > 10
+    button = page.get_by_role("button", name="stec", exact=True)
+    button.click()
+    assert loss.locator(".scatterlayer .trace").count() == 2
+    assert page.locator('td[data-of="0"]:visible').count() == 0 and button.get_attribute("aria-pressed") == "false"
+    button.click()
+    assert loss.locator(".scatterlayer .trace").count() == 3
+    assert page.locator('td[data-of="0"]:visible').count() == cells
+    # Only S-TEC has an inverse model: six entries.
+    assert page.locator(".heatmaplayer .hm").count() == 6
+    assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+    marked = page.locator("tr.differs th").all_inner_texts()
+    assert sorted(marked) == ["manip_lambda", "seed"]
+    assert page.locator("td strong").all_inner_texts() == ["56.4%"]
+    assert events == [page_file.as_uri()]
+    page.close()
+
+
+def test_dark_scheme(browser, page_file: Path) -> None:  # type: ignore[no-untyped-def]
+    page, events = opened(browser, page_file, color_scheme="light")
+
+    def brightness(selector: str, style: str) -> float:
+        colour = page.locator(selector).first.evaluate(f"(part) => getComputedStyle(part).{style}")
+        return sum(map(float, colour[4:-1].split(","))) / 3
+
+    def brightnesses() -> list[float]:
+        parts = (
+            ("body", "backgroundColor"),
+            ("section", "backgroundColor"),
+            ("body", "color"),
+            (".xtick text", "fill"),
+        )
+        return [brightness(*part) for part in parts]
+
+    paper, card, ink, ticks = brightnesses()
+    assert min(paper, card) > 200 and max(ink, ticks) < 130
+    page.emulate_media(color_scheme="dark")
+    paper, card, ink, ticks = brightnesses()
+    assert max(paper, card) < 60 and min(ink, ticks) > 130
+    assert events == [page_file.as_uri()]
+    page.close()
+
+
+def test_on_a_phone_nothing_reaches_beyond_the_screen(browser, page_file: Path) -> None:  # type: ignore[no-untyped-def]
+    page, _ = opened(browser, page_file, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate("window.innerWidth") == 390
+    # Charts fit, tables scroll.
+    widest = page.evaluate("Math.max(...[...document.querySelectorAll('.main-svg')].map((s) => s.clientWidth))")
+    assert 250 < widest <= 390
+    assert page.evaluate("[...document.querySelectorAll('.scroll')].some((box) => box.scrollWidth > box.clientWidth)")
+    # What was folded away when its charts were drawn fits once it is unfolded.
+    page.evaluate("document.querySelectorAll('details').forEach((part) => part.open = true)")
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.close()
