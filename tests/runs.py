@@ -17,6 +17,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
         "launch",
+        "stec.embed",
         "subcommands.train",
         "torch",
         "accelerate",
