@@ -11,7 +11,7 @@ from torchvision.models import resnet18
 import stec
 from pipelines import Loader, Order, open_data_set
 
-STEPS, BATCH, SEED = 8, 64, 0
+STEPS, BATCH, SEED = 8, 32, 0
 
 
 def barlow_twins(z_i: Tensor, z_j: Tensor, off_diagonal: float = 5e-3) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import os
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -18,7 +18,6 @@ from stec.files import write_folder_whole, write_whole
 from stec.pretrained import Trained
 
 Format = Literal["torchvision", "timm", "huggingface", "full"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "torchvision": (".safetensors", ".pt", ".pth"),
     "timm": (".safetensors", ".pt", ".pth"),

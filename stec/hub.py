@@ -58,6 +58,7 @@ class HubEncoder(
         super().__init__(arch, stem, width)
         self.metadata = metadata or {}
         """As ``stec.formats.describe`` makes it."""
+        self.eval()  # older mixins leave what they load in training mode
 
     @classmethod
     def of(cls, trained: Trained, metadata: dict[str, Any]) -> HubEncoder:
@@ -65,7 +66,7 @@ class HubEncoder(
         with torch.device("meta"):
             encoder = cls(trained.arch, trained.stem, trained.width, metadata)
         encoder.load_state_dict(trained.encoder.state_dict(), assign=True)
-        return encoder.eval()
+        return encoder
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """As the mixin does, with metadata in the file, so that it can be loaded without its folder, too."""

@@ -1,4 +1,4 @@
-"""What commands share: their flags, Accelerate and the console, and the images that an encoder sees."""
+"""What commands share: their flags, Accelerate and the console, an encoder and the images that it sees."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def next_steps(config: TrainConfig, folder: Path, *, classes: int, processes: in
               "--max_epochs", str(2 * config.max_epochs), "--allow_changes", "1"]  # fmt: skip
     return [
         *([evaluate] if classes else []),
-        ("see it as a page", [*alone, "report", str(folder)]),
+        ("see it as a page", [*alone, "report", str(folder), "--out", str(folder / "report.html")]),
         ("take it elsewhere", [*alone, "export", str(folder), str(folder / "huggingface"), "--format", "huggingface"]),
         ("train it longer", [*(alone if processes == 1 else together), *longer]),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -17,6 +18,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
         "launch",
+        "stec.embed",
         "subcommands.train",
         "torch",
         "accelerate",
@@ -49,6 +51,8 @@ def _run(arguments: list[str], logs: Sequence[str], prepare: Prepare | None, env
     demo.IMAGES.update(SMALL_DEMO)
     import launch
 
+    # Ctrl-C is ignored by what a shell without a terminal starts in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if prepare is not None:
         prepare()
     code = launch.main(arguments)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -24,7 +25,6 @@ import launch
 import pipelines
 import stec
 from benchmarks import report
-from subcommands.common import parse
 from tests.conftest import smooth_image
 from tests.runs import Run
 from tests.test_faults import SignalAtStep
@@ -82,11 +82,14 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "run", lambda _benchmark: 0)
 
-    def parse_only(*arguments: object, **named: object) -> object:
-        config = parse(*arguments, **named)
-        if hasattr(config, "validate"):
-            config.validate()
-        raise Parsed
+    def stops(parser: Callable[..., object]) -> Callable[..., object]:
+        def parse_only(*arguments: object, **named: object) -> object:
+            config = parser(*arguments, **named)
+            if hasattr(config, "validate"):
+                config.validate()
+            raise Parsed
+
+        return parse_only
 
     def call_launch(arguments: list[str]) -> None:
         name = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
@@ -98,9 +101,8 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
                 launch.main(arguments)
         elif name == "train":
             assert launch.main([*arguments, "--print_config"]) == 0
-        elif hasattr(module, "parse"):
-            monkeypatch.setattr(module, "parse", parse_only)
-            with pytest.raises(Parsed):
+        elif parsers := [parser for parser in ("parse", "parse_train") if hasattr(module, parser)]:
+            with patch.object(module, parsers[-1], stops(getattr(module, parsers[-1]))), pytest.raises(Parsed):
                 launch.main(arguments)
         else:
             assert launch.main(arguments) == 0
