@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor
 
 from stec.batch import Batch
 from stec.commands import Commands
-from stec.config import TrainConfig, with_settings
-from stec.export import load_weights, read_weights_and_settings
 from stec.geometry import Convention, following_windows, relative_windows, window_matrices, windows_of
 from stec.heads import COMMAND_SHAPE
 from stec.model import Model, encode
@@ -38,37 +35,6 @@ class Beliefs:
     """[N]: whether they are believed to be flipped."""
     best_windows: NDArray[np.float64]
     """[N, 4]: where the true bins lead, which is as near as any belief in bins can come."""
-
-
-def load_trained(path: Path, fallback: TrainConfig) -> tuple[Model, Convention]:
-    """The encoder in a file of weights, its inverse model if it has one, in evaluation mode; and the convention of the
-    commands.
-
-    What the file does not say of itself, as an official checkpoint does not, ``fallback`` says. Raises UserError where
-    the file cannot be used.
-    """
-    state, settings = read_weights_and_settings(path)
-    known = {name: value for name, value in settings.items() if name in ("arch", "width", "affine", "dataset")}
-    config = with_settings(fallback, known, str(path))
-    sizes = {}
-    with_inverse_model = {"inverse_model.hidden.weight", "inverse_model.output.weight"} <= state.keys()
-    if with_inverse_model:
-        sizes = {
-            "manip_hidden_mlp": len(state["inverse_model.hidden.weight"]),
-            "n_bins": len(state["inverse_model.output.weight"]) // (COMMAND_SHAPE[0] * COMMAND_SHAPE[1]),
-        }
-    model = Model(
-        arch=config.arch,
-        stem=config.traits.stem,
-        classes=0,
-        width=config.width,
-        with_inverse_model=with_inverse_model,
-        **sizes,
-    )
-    required = ("encoder", "inverse_model") if with_inverse_model else ("encoder",)
-    wanted = {name: tensor for name, tensor in state.items() if name.startswith(tuple(f"{part}." for part in required))}
-    load_weights(model, wanted, path, required=required)
-    return model.eval(), config.affine
 
 
 @torch.no_grad()

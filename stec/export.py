@@ -81,13 +81,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     A file of the encoder alone gives the encoder alone. Nothing in the file is executed. Raises UserError where it is
     missing, damaged or none of these.
     """
-    return read_weights_and_settings(path)[0]
-
-
-def read_weights_and_settings(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As ``read_weights``, and the settings of the run that a file of ours comes from (empty for other files)."""
-    state, metadata = read_weights_and_metadata(path)
-    return state, metadata.get("config", {})
+    return read_weights_and_metadata(path)[0]
 
 
 def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -149,10 +143,18 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: Path, *, required: tuple[str, ...]) -> list[str]:
+def load_weights(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    path: Path,
+    *,
+    required: tuple[str, ...],
+    remedy: str = "check --arch, --width, --dataset (for stem and classes) and the sizes of the heads",
+) -> list[str]:
     """Load weights into a ``stec.model.Model``, part by part; returns the names of the parts that were in ``state``.
 
-    Raises UserError with the differences where a part does not fit, or a part of ``required`` is absent.
+    Raises UserError with the differences and the ``remedy`` where a part does not fit, or one of ``required`` is
+    absent.
     """
     wanted = model.state_dict()
     loaded, differences = [], []
@@ -173,9 +175,6 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: Path, *, r
         ]
     if differences:
         shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
-        raise UserError(
-            f"{path} does not fit the model ({shown}); check --arch, --width, --dataset (for stem and "
-            f"classes) and, for training, the sizes of the heads."
-        )
+        raise UserError(f"{path} does not fit the model ({shown}); {remedy}.")
     model.load_state_dict({name: state[name] for name in wanted if name.split(".")[0] in loaded}, strict=False)
     return loaded

@@ -14,6 +14,7 @@ from stec.errors import UserError
 from stec.export import write_safetensors
 from stec.pretrained import WEIGHTS, Trained
 from stec.recipes import RECIPES, flags
+from stec.run_folder import RESULTS
 
 try:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
@@ -23,12 +24,6 @@ except ImportError as error:
         "The Hugging Face Hub needs the package huggingface_hub; install it by pip install -e '.[export]'."
     ) from error
 
-METRICS = {
-    "knn20_after": "kNN (k = 20) top-1",
-    "linear_fit_after": "probe top-1, fitted afresh",
-    "probe_after": "probe top-1, trained online",
-}
-"""What of ``results.json`` is a share of the test images, and what a card calls it."""
 HUB_DATA_SETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
 """Data sets by their names on the Hub."""
 
@@ -84,8 +79,8 @@ class HubEncoder(
         results = self.metadata.get("results", {})
         data_set = config.get("dataset")
         method, how = _method(config)
-        name = " ".join(filter(None, [method, encoder["arch"], data_set]))
-        measured = {title: results[key] for key, title in METRICS.items() if key in results}
+        model_name = " ".join(filter(None, [method, encoder["arch"], data_set]))
+        measured = {title: results[f"{name}_after"] for name, title in RESULTS.items() if f"{name}_after" in results}
         data = ModelCardData(
             license=self.metadata["license"],
             library_name="stec",
@@ -93,7 +88,7 @@ class HubEncoder(
             tags=self._hub_mixin_info.model_card_data.tags,
             datasets=[HUB_DATA_SETS[data_set]] if data_set in HUB_DATA_SETS else None,
             metrics=["accuracy"] if measured else None,
-            model_name=name,
+            model_name=model_name,
             eval_results=[
                 EvalResult(
                     task_type="image-classification",
@@ -108,7 +103,7 @@ class HubEncoder(
             or None,
         )
         text = CARD.format(
-            name=name,
+            name=model_name,
             **{key: encoder[key] for key in ("arch", "width", "stem", "feature_dim")},
             view_size=f" It was trained on views of {encoder['view_size_px']} px." if encoder["view_size_px"] else "",
             method=how,

@@ -17,6 +17,7 @@ from stec.config import RUN_LOCAL
 from stec.objective import bin_centres
 from stec.page import page
 from stec.preview import Example, panels, png
+from stec.run_folder import RESULTS
 from stec.run_record import RunRecord
 
 _BUTTONS = ["zoom2d", "pan2d", "resetScale2d", "toImage"]
@@ -40,11 +41,6 @@ LEARNING = {
     "learning_rate": "Learning rate",
 }
 PACE = {"images_per_second": "Images per second", "wait_share": "Share of time waiting for data"}
-RESULTS = {
-    "knn20": "kNN (k = 20) top-1",
-    "linear_fit": "probe top-1, fitted afresh",
-    "probe": "probe top-1, trained online",
-}
 ENTRIES = (("x scale", "x shear", "x shift"), ("y shear", "y scale", "y shift"))
 """The entries of the command; a window's shears are 0."""
 

@@ -19,6 +19,12 @@ from stec.errors import UserError
 from stec.files import remove_leftovers, unwritable, write_whole
 
 DEFAULT_PARENT = Path("runs")
+RESULTS = {
+    "knn20": "kNN (k = 20) top-1",
+    "linear_fit": "probe top-1, fitted afresh",
+    "probe": "probe top-1, trained online",
+}
+"""The shares of the test images in ``results.json``, before and after training, and what they are called."""
 WRITING_METRICS = threading.Lock()
 """Training adds lines while a thread beside it brings them to the disk."""
 

@@ -28,13 +28,12 @@ from stec.errors import UserError
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-    from torch import Tensor
 
     from pipelines.images import Images
     from pipelines.index import DataSet
     from pipelines.loader import EvaluationLoader, Loader
     from stec.console import Console
-    from stec.model import Model
+    from stec.pretrained import Trained
 
 # Before PyTorch is loaded: its idle threads shall sleep, not spin on the cores that DALI's threads need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -51,7 +50,7 @@ class EncoderConfig:
     dataset: DataSetName
     """Data set to evaluate on."""
     ckpt_path: Path
-    """The weights: a checkpoint or safetensors file of ours, or an official .ckpt."""
+    """The weights: a finished run's folder, a checkpoint or safetensors file of ours, or an official .ckpt."""
     data_dir: Path | None = None
     """Folder that holds the data set."""
     download: Switch = 0
@@ -63,12 +62,12 @@ class EncoderConfig:
     view_size: int | None = None
     """Height and width in px at which the encoder sees an image; default: the data set's own."""
     trained_on: DataSetName | None = None
-    """Data set that the encoder was trained on, which decides its first layers; default: what a file of ours says, else
-    that of --dataset."""
+    """Data set that the encoder was trained on, which decides its first layers and whether its probe can be used;
+    default: what the weights say, else that of --dataset."""
     arch: Literal["resnet18", "resnet50"] | None = None
-    """Architecture of the encoder; default: what a file of ours says, else resnet18."""
+    """Architecture that the encoder must have; the weights tell it."""
     width: int | None = None
-    """Channels of the encoder's first stage; default: what a file of ours says, else 64."""
+    """Channels that the encoder's first stage must have; the weights tell it."""
     batch_size: int = 256
     """Images per process and step."""
     mixed_precision: Literal["no", "auto", "fp16", "bf16"] = "no"
@@ -90,6 +89,12 @@ class EncoderConfig:
             return own.at(self.view_size)
         # Images that are otherwise used as they are: all of each at the size that is asked for.
         return replace(own.at(self.view_size), resize_px=self.view_size)
+
+
+def check_place(path: Path, flag: str = "") -> None:
+    """Raise UserError where ``path``, which ``flag`` gave, is no place for a file."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{flag} {path} cannot be written; name a file in an existing folder.".lstrip())
 
 
 def is_main_process() -> bool:
@@ -249,44 +254,22 @@ def evaluation_loader(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """What a file of weights holds, and the encoder that it is of."""
+def read_encoder(config: EncoderConfig) -> tuple[Trained, str]:
+    """The weights that the flags name, and the data set that they were trained on.
 
-    path: Path
-    state: dict[str, Tensor]
-    trained_on: str
-    """Data set, which decides the encoder's first layers."""
-    shape: dict[str, Any]
-    """``arch`` and ``width`` of the encoder."""
+    Raises UserError where there are none, or they are of another encoder than the flags say.
+    """
+    from stec.pretrained import read_trained
 
-    @classmethod
-    def read(cls, config: EncoderConfig) -> Weights:
-        """From the file; flags beat what it says. Raises UserError where it is none."""
-        from stec.encoder import ARCHITECTURES
-        from stec.export import read_weights_and_settings
-
-        state, settings = read_weights_and_settings(config.ckpt_path)
-        arch, trained_on = settings.get("arch"), settings.get("dataset")
-        return cls(
-            path=config.ckpt_path,
-            state=state,
-            trained_on=config.trained_on or (trained_on if trained_on in DATA_SETS else config.dataset),
-            shape={
-                "arch": config.arch or (arch if arch in ARCHITECTURES else "resnet18"),
-                "width": config.width or int(settings.get("width", 64)),
-            },
-        )
-
-    def model(self, *, classes: int = 0) -> Model:
-        """The encoder and, for so many classes, the probe. Raises UserError where the weights do not fit."""
-        from stec.export import load_weights
-        from stec.model import Model
-
-        # As for a linear fit: these two parts are all that there is.
-        stem = DATA_SETS[self.trained_on].stem
-        model = Model(**self.shape, stem=stem, classes=classes, stop_gradient=2)
-        parts = ("encoder", "probe") if classes else ("encoder",)
-        wanted = {name: tensor for name, tensor in self.state.items() if name.split(".")[0] in parts}
-        load_weights(model, wanted, self.path, required=parts)
-        return model
+    trained = read_trained(
+        config.ckpt_path,
+        stem=None if config.trained_on is None else DATA_SETS[config.trained_on].stem,
+        otherwise=config.traits.stem,
+    )
+    for flag in ("arch", "width"):
+        if getattr(config, flag) not in (None, getattr(trained, flag)):
+            raise UserError(
+                f"{trained.path} does not fit the model that --{flag} {getattr(config, flag)} asks for: it is a "
+                f"{trained.arch} of width {trained.width}; leave --{flag} out."
+            )
+    return trained, config.trained_on or trained.trained_on or config.dataset

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from stec.errors import UserError
-from subcommands.common import EncoderConfig, Weights, evaluation_loader, parse, start
+from subcommands.common import EncoderConfig, check_place, evaluation_loader, parse, read_encoder, start
 
 if TYPE_CHECKING:
     from pipelines.images import ImageFiles, Images
@@ -37,8 +37,7 @@ class EmbedConfig(EncoderConfig):
         super().validate()
         if self.out.suffix not in (".safetensors", ".npy"):
             raise UserError(f"{self.out} must end in .safetensors or .npy, the formats that are written.")
-        if self.out.is_dir() or not self.out.parent.is_dir():
-            raise UserError(f"{self.out} cannot be written; name a file in an existing folder.")
+        check_place(self.out)
 
 
 def run(arguments: list[str]) -> None:
@@ -61,8 +60,8 @@ def embed_split(config: EmbedConfig) -> None:
     from stec import engine, failures
     from stec.embed import embed, fingerprint, is_complete
 
-    weights = Weights.read(config)
-    encoder = weights.model().encoder
+    trained, trained_on = read_encoder(config)
+    encoder = trained.encoder
     with console.counting() as progress:
         images, classes = engine.main_process_first(
             accelerator,
@@ -81,8 +80,9 @@ def embed_split(config: EmbedConfig) -> None:
             "classes": list(classes),
             "images": _digest(images),
             "weights": fingerprint(encoder.state_dict()),
-            **weights.shape,
-            "trained_on": weights.trained_on,
+            "arch": trained.arch,
+            "width": trained.width,
+            "trained_on": trained_on,
             "view_size": loader.size,
             "backend": loader.backend,
             "batch_size": config.batch_size,

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stec.errors import UserError
-from subcommands.common import EncoderConfig, Weights, evaluation_loader, parse, start
+from subcommands.common import EncoderConfig, check_place, evaluation_loader, parse, read_encoder, start
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pipelines.images import Images
     from stec.evaluate import Score
 
@@ -36,8 +38,8 @@ class EvalConfig(EncoderConfig):
         super().validate()
         if self.seed < 0:
             raise UserError(f"--seed {self.seed} is too small; give 0 or more.")
-        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
-            raise UserError(f"--json {self.json} cannot be written; name a file in an existing folder.")
+        if self.json is not None:
+            check_place(self.json, "--json")
 
 
 def run(arguments: list[str]) -> None:
@@ -51,7 +53,8 @@ def run(arguments: list[str]) -> None:
     from stec.evaluate import MEASURES, evaluate
     from stec.run_folder import write_json
 
-    weights = Weights.read(config)
+    trained, trained_on = read_encoder(config)
+    model = trained.model("probe")
     asked = config.measures or MEASURES
     with console.counting() as progress:
 
@@ -77,13 +80,13 @@ def run(arguments: list[str]) -> None:
                 if known[: len(classes)] != classes:
                     raise UserError(f"The test images in {config.data_dir} have other classes than the labelled ones.")
                 classes = known
-    reasons["probe"] = why_no_probe(config, weights, len(classes))
+    reasons["probe"] = why_no_probe(config, model.probe, trained_on, len(classes))
     measures = tuple(measure for measure in asked if not reasons[measure])
     left_out = [(measure, reasons[measure]) for measure in asked if reasons[measure]]
     if left_out and (config.measures or not measures):
         raise UserError(f"{left_out[0][0]} cannot be measured: {left_out[0][1]}")
 
-    model = weights.model(classes=len(classes) if "probe" in measures else 0).to(accelerator.device)
+    model.to(accelerator.device)
     console.say(f"{config.ckpt_path} on the {len(test)} test images of {config.dataset}, precision {precision}")
     for measure, reason in left_out:
         console.say(f"Not measured: {measure}. {reason}")
@@ -102,7 +105,7 @@ def run(arguments: list[str]) -> None:
     probe = scores.get("probe")
     summary = {} if probe is None else {name: getattr(probe, name) for name in ("loss", "top5_accuracy", "accuracy")}
     if config.json is not None and accelerator.is_main_process:
-        facts = {"dataset": config.dataset, "ckpt_path": str(config.ckpt_path), "trained_on": weights.trained_on}
+        facts = {"dataset": config.dataset, "ckpt_path": str(config.ckpt_path), "trained_on": trained_on}
         written = {
             name: {**dataclasses.asdict(of), "class_accuracies": by_name(of, classes)} for name, of in scores.items()
         }
@@ -112,15 +115,15 @@ def run(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
-def why_no_probe(config: EvalConfig, weights: Weights, classes: int) -> str:
+def why_no_probe(config: EvalConfig, probe: nn.Linear | None, trained_on: str, classes: int) -> str:
     """Why the file's probe cannot be evaluated, empty if it can."""
-    probe = weights.state.get("probe.weight")
     if probe is None:
         return f"{config.ckpt_path} holds no probe; fit one by --measures linear_fit."
-    if weights.trained_on != config.dataset:
-        return f"The probe of {config.ckpt_path} was trained on {weights.trained_on}; fit one by --measures linear_fit."
-    if len(probe) != classes:
-        return f"The probe of {config.ckpt_path} tells {len(probe)} classes apart, but {config.dataset} has {classes}."
+    if trained_on != config.dataset:
+        return f"The probe of {config.ckpt_path} was trained on {trained_on}; fit one by --measures linear_fit."
+    known = probe.out_features
+    if known != classes:
+        return f"The probe of {config.ckpt_path} tells {known} classes apart, but {config.dataset} has {classes}."
     return ""
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from stec.errors import UserError
-from subcommands.common import is_main_process, parse
+from subcommands.common import check_place, is_main_process, parse
 
 if TYPE_CHECKING:
     from pipelines.cache import Split
@@ -32,8 +31,7 @@ class IndexConfig:
 def run(arguments: list[str]) -> None:
     """Index every split of a data set of image files or shards, and tell what it holds and which images are bad."""
     config = parse(IndexConfig, arguments, name="index")
-    if config.bad.is_dir() or not config.bad.parent.is_dir():
-        raise UserError(f"--bad {config.bad} cannot be written; name a file in an existing folder.")
+    check_place(config.bad, "--bad")
 
     from pipelines.cache import cache_file
     from pipelines.index import check_labels, splits_below

@@ -10,7 +10,7 @@ import tyro
 
 from stec.config import check_ranges
 from stec.errors import UserError
-from subcommands.common import is_main_process, parse_some, training_loader
+from subcommands.common import check_place, is_main_process, parse_some, training_loader
 from subcommands.train import parse_train, title
 
 
@@ -29,15 +29,14 @@ class PreviewConfig:
     count: int = 4
     """Images to show."""
     ckpt_path: Path | None = None
-    """Also show where the inverse model in this file believes view j's window to be."""
+    """Also show where the inverse model of this run's folder or file believes view j's window to be."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         check_ranges(self, {"epoch": (0, None), "position": (0, None), "count": (1, 100)})
         if self.out.suffix.lower() != ".png":
             raise UserError(f"{self.out} does not end in .png, the format that is written.")
-        if self.out.is_dir() or not self.out.parent.is_dir():
-            raise UserError(f"{self.out} cannot be written; name a file in an existing folder.")
+        check_place(self.out)
 
 
 def run(arguments: list[str]) -> None:
@@ -55,21 +54,24 @@ def run(arguments: list[str]) -> None:
 
     from pipelines.examples import examples
     from pipelines.index import open_data_set
-    from stec.beliefs import load_trained
     from stec.console import Console
     from stec.engine import resolve_precision
     from stec.files import write_whole
+    from stec.pretrained import read_trained
     from stec.preview import png, sheet
     from stec.run_record import read_run
 
     console = Console(enabled=is_main_process())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    asked = load_trained(config.ckpt_path, settings) if config.ckpt_path is not None else None
-    if asked is not None and asked[0].inverse_model is None:
-        raise UserError(
-            f"{config.ckpt_path} holds no inverse model (SimCLR, an encoder alone and a linear fit have none); give "
-            f"the model.safetensors of an S-TEC run, or leave --ckpt_path out."
-        )
+    asked = None
+    if config.ckpt_path is not None:
+        trained = read_trained(config.ckpt_path, otherwise=settings.traits.stem)
+        asked = trained.model("inverse_model").to(device), trained.convention or settings.affine
+        if asked[0].inverse_model is None:
+            raise UserError(
+                f"{config.ckpt_path} holds no inverse model (SimCLR, an encoder alone and a linear fit have none); "
+                f"give an S-TEC run's folder or its model.safetensors, or leave --ckpt_path out."
+            )
     with console.counting() as progress:
         data_set = open_data_set(
             settings.dataset, settings.data_dir, limit_train=settings.limit_train, progress=progress
@@ -95,7 +97,7 @@ def run(arguments: list[str]) -> None:
         position=config.position,
         count=min(config.count, positions - config.position),
         classes=data_set.classes,
-        asked=None if asked is None else (asked[0].to(device), asked[1]),
+        asked=asked,
     )
     picture = sheet(
         f"{title(settings).split(' (')[0]} on {settings.dataset}",

@@ -81,7 +81,8 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
     """What the run's model makes of its images, as far as both can be had."""
     from pipelines.examples import examples
     from pipelines.index import open_data_set
-    from stec.beliefs import confusion, load_trained
+    from stec.beliefs import confusion
+    from stec.pretrained import read_trained
     from stec.report import Look
 
     look = Look()
@@ -91,8 +92,8 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
     asked = None
     try:
         if record.weights is not None:
-            asked = load_trained(record.weights, settings)
-            asked[0].to(accelerator.device)
+            trained = read_trained(record.weights, otherwise=settings.traits.stem)
+            asked = trained.model("inverse_model").to(accelerator.device), trained.convention or settings.affine
         else:
             look.remarks.append("There are no weights yet: what the model believes and finds similar is left out.")
     except UserError as error:

@@ -219,14 +219,13 @@ def title(config: TrainConfig) -> str:
 
 def show_results(console: Console, results: dict[str, float]) -> None:
     """The closing table of a run."""
+    from stec.run_folder import RESULTS
 
     def percent(name: str) -> str:
         return f"{results[name]:.1%}" if name in results else "-"
 
     rows = [
-        ["kNN (k = 20) top-1", percent("knn20_before"), percent("knn20_after")],
-        ["probe top-1, fitted afresh", percent("linear_fit_before"), percent("linear_fit_after")],
-        ["probe top-1, trained online", percent("probe_before"), percent("probe_after")],
+        *([title, percent(f"{name}_before"), percent(f"{name}_after")] for name, title in RESULTS.items()),
         ["inverse model, accuracy per entry", "-", percent("inverse_model_accuracy")],
         ["images/s", "-", f"{results['images_per_second']:.0f}"],
         ["share of time waiting for data", "-", percent("wait_share")],

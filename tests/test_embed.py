@@ -284,7 +284,7 @@ def test_bad_images_are_left_out(
 WRONG = {
     "another format": (["out.csv"], "out.csv must end in .safetensors or .npy"),
     "no such folder": (["no/out.npy"], "no/out.npy cannot be written; name a file in an existing folder"),
-    "no weights": (["out.npy", "--ckpt_path", "absent.ckpt"], "There is no file absent.ckpt"),
+    "no weights": (["out.npy", "--ckpt_path", "absent.ckpt"], "There is no file or folder absent.ckpt"),
     "no data": (["out.npy", "--dataset", "cifar10"], "--dataset cifar10 needs --data_dir"),
     "no test images": (
         ["out.npy", "--dataset", "folder", "--data_dir", "."],

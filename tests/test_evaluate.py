@@ -22,6 +22,8 @@ from pipelines import demo
 from stec.batch import PlainBatch
 from stec.encoder import Encoder
 from stec.evaluate import Features, class_balanced, evaluate, knn_votes, linear_fit_logits, score
+from stec.export import to_official_names
+from stec.model import Model
 from tests.conftest import smooth_image
 from tests.runs import SMALL_DEMO, together
 from tests.test_embed import write_weights
@@ -183,6 +185,30 @@ def test_an_encoder_is_evaluated_on_another_data_set(tmp_path: Path, capsys: pyt
     assert "probe cannot be measured: The probe of" in capsys.readouterr().err
     assert launch.main([*EVAL, str(weights), "--trained_on", "demo"]) == 2
     assert "encoder.conv1.weight is (4, 3, 7, 7) instead of (4, 3, 3, 3)" in capsys.readouterr().err
+
+
+def test_a_runs_folder_and_an_official_checkpoint_need_no_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder is that of a finished run; what flags say of the encoder must be true."""
+    folder, official = tmp_path / "run", tmp_path / "official.ckpt"
+    folder.mkdir()
+    (folder / "starts.jsonl").write_text("{}\n")
+    write_weights(folder / "model.safetensors", stem="cifar", trained_on="demo", width=4)
+    probe = ["--measures", "probe"]
+    assert launch.main([*EVAL, str(folder), *probe]) == 2
+    assert "is not finished: it has no results.json yet" in capsys.readouterr().err
+    (folder / "results.json").write_text("{}")
+    model = Model(arch="resnet50", stem="cifar", classes=10, width=8, hidden_mlp=4, feat_dim=4)
+    torch.save({"state_dict": to_official_names(model.state_dict())}, official)
+    for path, flags, wrong, truth in (
+        (folder, ["--arch", "resnet18"], ["--width", "5"], "--width 5 asks for: it is a resnet18 of width 4"),
+        (official, [], ["--arch", "resnet18"], "--arch resnet18 asks for: it is a resnet50 of width 8"),
+    ):
+        assert launch.main([*EVAL, str(path), *probe, *flags]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("accuracy ")
+        assert launch.main([*EVAL, str(path), *probe, *wrong]) == 2
+        assert truth in capsys.readouterr().err
 
 
 def test_the_probe_needs_the_test_images_alone(

@@ -20,7 +20,7 @@ from pipelines.images import ImageArray, ImageFiles
 from pipelines.index import DataSet
 from pipelines.reference import execute
 from stec.batch import Batch
-from stec.beliefs import beliefs, confusion, load_trained, overlap
+from stec.beliefs import beliefs, confusion, overlap
 from stec.commands import Commands, Policy, draw
 from stec.config import TrainConfig
 from stec.geometry import (
@@ -32,6 +32,7 @@ from stec.geometry import (
 )
 from stec.model import Model
 from stec.objective import bin_centres, command_bins
+from stec.pretrained import read_trained
 from stec.preview import COLOURS, PANEL_PX, Example, in_words, panels, sheet
 from subcommands.common import training_loader
 from tests.runs import SMALL_DEMO
@@ -289,8 +290,8 @@ def test_the_command_writes_a_picture(
     model = Model(arch="resnet18", stem="cifar", classes=10, width=4, manip_hidden_mlp=8, n_bins=4)
     identity = {"config": {"arch": "resnet18", "width": 4, "dataset": "demo", "affine": "exact"}}
     save_file(model.state_dict(), weights, {"stec": json.dumps(identity)})
-    loaded, convention = load_trained(weights, TrainConfig())
-    assert convention == "exact" and loaded.inverse_model.n_bins == 4
+    trained = read_trained(weights)
+    assert trained.convention == "exact" and trained.model("inverse_model").inverse_model.n_bins == 4
     picture = tmp_path / "views.png"
     flags = ["--config", str(run_folder / "config.json"), "--epoch", "1", "--position", "239", "--count", "2"]
     assert launch.main(["preview", str(picture), *flags, "--ckpt_path", str(weights)]) == 0
@@ -317,6 +318,7 @@ def test_mistakes_are_told_in_a_sentence(
         ([out, "--count", "0"], "--count 0 is too small"),
         ([out, *ours, "--ckpt_path", str(simclr)], "holds no inverse model"),
         ([out, "--ckpt_path", str(tmp_path / "absent.pt")], "There is no file"),
+        ([out, *ours, "--ckpt_path", str(run_folder)], "is not finished: it has no model.safetensors yet"),
         ([out, "--config", str(tmp_path / "absent.json")], "cannot be read"),
         ([out, "--dataset", "cifar10"], "needs --data_dir"),
         (["views.jpg"], "views.jpg does not end in .png"),
