@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from pipelines.images import ImageArray, ImageFiles, Names
 from tests.runs import leave_nothing_running
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+# A shell starts what it leaves in the background with Ctrl-C ignored, and so would everything that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -51,8 +50,6 @@ def _run(arguments: list[str], logs: Sequence[str], prepare: Prepare | None, env
     demo.IMAGES.update(SMALL_DEMO)
     import launch
 
-    # Ctrl-C is ignored by what a shell without a terminal starts in the background.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if prepare is not None:
         prepare()
     code = launch.main(arguments)
