@@ -67,7 +67,7 @@ def cpu_us_per_view(
     for _ in range(WARM_UP_BATCHES):
         next(batches)
     count, wall, cpu = 0, time.perf_counter(), clock()
-    while time.perf_counter() - wall < seconds:
+    while count == 0 or time.perf_counter() - wall < seconds:
         next(batches)
         count += views_per_batch
     spent = clock() - cpu
@@ -197,7 +197,7 @@ def alone_turn(loop: Any, calls: Sequence[tuple[Any, ...]], seconds: float) -> f
     for arguments in calls:
         loop(1, *arguments)
     count, wall, cpu = 0, time.perf_counter(), time.thread_time()
-    while time.perf_counter() - wall < seconds:
+    while count == 0 or time.perf_counter() - wall < seconds:
         for arguments in calls:
             loop(CALLS_ALONE, *arguments)
         count += CALLS_ALONE * len(calls)

@@ -207,7 +207,7 @@ def dali_decoding_turn(part: Any, options: Options) -> float:
 def pillow_decoding_turn(options: Options) -> float:
     images = order_of(options).images
     count, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < options.seconds:
+    while (elapsed := time.perf_counter() - started) < options.seconds or count == 0:
         images.open(count % len(images))
         count += 1
     return count / elapsed
