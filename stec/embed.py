@@ -33,7 +33,7 @@ PART_BATCHES = 16
 """Batches whose features are written to the disk together: what a killed process loses at most."""
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
+def fingerprint_of_weights(state: Mapping[str, Tensor]) -> str:
     """A digest of weights: of their names, shapes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(state):

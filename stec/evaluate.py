@@ -21,6 +21,8 @@ Measure = Literal["probe", "linear_fit", "fractions", "knn"]
 them. ``MEASURES`` has them in the order of tables."""
 MEASURES: tuple[Measure, ...] = ("probe", "linear_fit", "fractions", "knn")
 NEIGHBOURS = 20
+KNN = f"knn{NEIGHBOURS}"
+"""Name of the neighbours' score."""
 FIT_LIMIT = 50_000
 """At most so many labelled images serve as neighbours and for the linear fit."""
 PERCENTAGES = (10, 1)
@@ -75,40 +77,34 @@ def evaluate(
     if "probe" in measures:
         assert probe is not None, "the measure needs it"
         scores["probe"] = score(probe_logits(probe, queries), queries.labels)
-    fits, neighbours = _chosen(labelled, measures, seed)
-    if not fits and neighbours is None:
+    chosen = _chosen(labelled, measures, seed)
+    if labelled is None or not chosen:
         return scores
 
-    assert labelled is not None, "the other measures need them"
-    wanted = [*fits.values()] + ([neighbours] if neighbours is not None else [])
-    image_ids = np.unique(np.concatenate(wanted))
+    image_ids = np.unique(np.concatenate([*chosen.values()]))
     bank = extract_features(encoder, labelled, accelerator, image_ids)
-    device = accelerator.device
-    for name, chosen in fits.items():
-        fitted_to = bank[torch.from_numpy(np.searchsorted(image_ids, chosen))]
-        logits = linear_fit_logits(fitted_to, queries, classes, device)
-        scores[name] = score(logits, queries.labels, fitted_to=len(chosen))
-    if neighbours is not None:
-        keys = bank[torch.from_numpy(np.searchsorted(image_ids, neighbours))]
-        votes = knn_votes(keys, queries, classes, device)
-        scores[f"knn{NEIGHBOURS}"] = score(votes, queries.labels, fitted_to=len(neighbours), probabilities=False)
+    for name, of_score in chosen.items():
+        classify = knn_votes if name == KNN else linear_fit_logits
+        known = bank[torch.from_numpy(np.searchsorted(image_ids, of_score))]
+        classified = classify(known, queries, classes, accelerator.device)
+        scores[name] = score(classified, queries.labels, fitted_to=len(of_score), probabilities=name != KNN)
     return scores
 
 
-def _chosen(
-    labelled: PlainLoader | None, measures: Collection[Measure], seed: int
-) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64] | None]:
-    """Which labelled images each linear fit gets, by its score's name, and which are neighbours, if any."""
-    fits: dict[str, NDArray[np.int64]] = {}
+def _chosen(labelled: PlainLoader | None, measures: Collection[Measure], seed: int) -> dict[str, NDArray[np.int64]]:
+    """Which labelled images each linear fit gets, and which are neighbours, by their scores' names."""
+    chosen: dict[str, NDArray[np.int64]] = {}
     if labelled is None:
-        return fits, None
+        return chosen
     spread = evenly_spread(len(labelled), FIT_LIMIT)
     if "linear_fit" in measures:
-        fits["linear_fit"] = spread
+        chosen["linear_fit"] = spread
     if "fractions" in measures:
         for percent in PERCENTAGES:
-            fits[f"linear_fit_{percent}_percent"] = class_balanced(labelled.labels, percent / 100, seed)
-    return fits, spread if "knn" in measures else None
+            chosen[f"linear_fit_{percent}_percent"] = class_balanced(labelled.labels, percent / 100, seed)
+    if "knn" in measures:
+        chosen[KNN] = spread
+    return chosen
 
 
 def evenly_spread(count: int, limit: int) -> NDArray[np.int64]:

@@ -107,30 +107,28 @@ def _program() -> str:
     return "stec" if Path(sys.argv[0]).name == "stec" else "launch.py"
 
 
-def parse(kind: type[C], arguments: list[str], *, name: str, default: C | None = None, epilogue: str = "") -> C:
-    """A configuration from flags; on a mistake tyro explains it and exits with code 2."""
-    return tyro.cli(  # type: ignore[call-overload]
+def parse(
+    kind: type[C], arguments: list[str], *, name: str, default: C | None = None, epilogue: str = "", **options: Any
+) -> C:
+    """A configuration from flags; on a mistake tyro explains it and exits with code 2. ``options`` are tyro's."""
+    if default is not None:
+        options["default"] = default
+    return tyro.cli(
         kind,
         prog=f"{_program()} {name}".rstrip(),
         description=(kind.__doc__ or "") + epilogue,
         args=arguments,
         use_underscores=True,
         console_outputs=is_main_process(),
-        **({} if default is None else {"default": default}),
+        **options,
     )
 
 
 def parse_some(kind: type[C], arguments: list[str], *, name: str) -> tuple[C, list[str]]:
     """As ``parse``, and the flags that are none of this configuration's."""
-    return tyro.cli(
-        kind,
-        prog=f"launch.py {name}",
-        description=kind.__doc__,
-        args=arguments,
-        use_underscores=True,
-        console_outputs=is_main_process(),
-        return_unknown_args=True,
-    )
+    both: Any = parse(kind, arguments, name=name, return_unknown_args=True)
+    config, others = both
+    return config, others
 
 
 def start(

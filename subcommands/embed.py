@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -16,7 +15,7 @@ from stec.errors import UserError
 from subcommands.common import EncoderConfig, check_place, evaluation_loader, parse, read_encoder, start
 
 if TYPE_CHECKING:
-    from pipelines.images import ImageFiles, Images
+    from pipelines.images import ImageFiles
 
 GOING_ON = "the same command goes on from the parts that are done"
 STOPPED = 143
@@ -55,10 +54,11 @@ def embed_split(config: EmbedConfig) -> None:
     """From a configuration to the file."""
     accelerator, console, precision = start(config.mixed_precision)
 
+    from pipelines.fingerprint import fingerprint
     from pipelines.images import ImageFiles
     from pipelines.index import open_split
     from stec import engine, failures
-    from stec.embed import embed, fingerprint, is_complete
+    from stec.embed import embed, fingerprint_of_weights, is_complete
 
     trained, trained_on = read_encoder(config)
     encoder = trained.encoder
@@ -78,8 +78,8 @@ def embed_split(config: EmbedConfig) -> None:
             "dataset": config.dataset,
             "split": config.split,
             "classes": list(classes),
-            "images": _digest(images),
-            "weights": fingerprint(encoder.state_dict()),
+            "images": fingerprint(images),
+            "weights": fingerprint_of_weights(encoder.state_dict()),
             "arch": trained.arch,
             "width": trained.width,
             "trained_on": trained_on,
@@ -115,17 +115,3 @@ def embed_split(config: EmbedConfig) -> None:
 def _name_below(images: ImageFiles, image_id: int) -> str:
     """An image's path, or shard and member, below the split's folder."""
     return images.name(image_id).removeprefix(f"{images.root}/")
-
-
-def _digest(images: Images) -> str:
-    """A digest of which images these are: of files their names, sizes and labels, of arrays labels and some pixels."""
-    from pipelines.images import ImageFiles
-
-    if isinstance(images, ImageFiles):
-        arrays: list[Any] = [images.files.blob, images.file_of, images.offset, images.size_bytes, images.labels]
-    else:
-        arrays = [images.labels, images.pixels[:: max(1, len(images) // 64)].copy()]
-    digest = hashlib.sha256(str(len(images)).encode())
-    for array in arrays:
-        digest.update(array.data)
-    return digest.hexdigest()

@@ -62,9 +62,11 @@ def run(arguments: list[str]) -> None:
             fetch = bool(config.download) and accelerator.is_main_process
             return open_split(config.dataset, config.data_dir, split, download=fetch, progress=progress)
 
+        opened: list[tuple[Images, tuple[str, ...]]] = []
+
         def why_not_labelled() -> str:
             try:
-                open_images("labelled")
+                opened.append(open_images("labelled"))
             except UserError as error:
                 return str(error)
             return ""
@@ -76,7 +78,7 @@ def run(arguments: list[str]) -> None:
             reason = engine.on_main_process(accelerator, why_not_labelled)
             reasons = dict.fromkeys(MEASURES, reason)
             if not reason:
-                labelled, known = engine.main_process_first(accelerator, lambda: open_images("labelled"))
+                labelled, known = opened[0] if opened else open_images("labelled")
                 if known[: len(classes)] != classes:
                     raise UserError(f"The test images in {config.data_dir} have other classes than the labelled ones.")
                 classes = known
