@@ -138,6 +138,35 @@ def test_each_image_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> 
         assert alone["knn20"] == scores["knn20"]
 
 
+def test_each_score_is_of_the_measure_that_it_is_called_by() -> None:
+    encoder, accelerator = Encoder("resnet18", "cifar", 4).eval(), Accelerator(cpu=True)
+    labelled, test = Counting(200), Counting(40)
+    scores = evaluate(
+        encoder,
+        None,
+        labelled=labelled,
+        test=test,
+        classes=4,
+        measures=("linear_fit", "knn"),
+        accelerator=accelerator,
+    )
+    with torch.no_grad():
+        bank, queries = (
+            Features(features=encoder(images.images), labels=torch.from_numpy(images.labels))
+            for images in (labelled, test)
+        )
+    expected = {
+        "linear_fit": score(linear_fit_logits(bank, queries, 4, CPU), queries.labels),
+        "knn20": score(knn_votes(bank, queries, 4, CPU), queries.labels),
+    }
+    assert {name: of.class_accuracies for name, of in scores.items()} == {
+        name: of.class_accuracies for name, of in expected.items()
+    }
+    assert expected["knn20"].class_accuracies != expected["linear_fit"].class_accuracies
+    assert scores["knn20"].loss is None, "votes are no probabilities"
+    assert scores["linear_fit"].loss == pytest.approx(expected["linear_fit"].loss, rel=1e-3)
+
+
 # --- The command ---
 
 
