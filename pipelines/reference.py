@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -114,7 +115,7 @@ def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[Ste
         num_workers=workers,
         worker_init_fn=_ignore_stops,
     )
-    return _raising(steps)
+    return _raised(steps)
 
 
 class _EvaluationBatches(Dataset[Tensor | UserError]):
@@ -139,11 +140,14 @@ def reference_evaluation(
 ) -> Iterator[Tensor]:
     """Batches of image ids as evaluation sees the images, each [n, 3, size, size] float32 in [0, 1]."""
     items = _EvaluationBatches(images, batches, resize_px, size)
-    return _raising(DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=_ignore_stops))
+    return _raised(DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=_ignore_stops))
 
 
-def _raising(items: Iterable[T | UserError]) -> Iterator[T]:
+def _raised(items: DataLoader[T | UserError]) -> Iterator[T]:
     """The items, until one is an error, which is raised."""
+    # A DALI pipeline that nobody holds any more ends its threads when Python collects it. A worker forked before that
+    # would wait for ever: it inherits the pipeline, but no threads.
+    gc.collect()
     for item in items:
         if isinstance(item, UserError):
             raise item

@@ -152,16 +152,18 @@ def test_two_processes_make_what_one_makes(whole: Path, weights: Path, tmp_path:
 
 @dataclass(frozen=True)
 class SignalAtPart:
-    """Sends this process a signal when it begins to bring a part to the disk, which then hangs."""
+    """Sends this process a signal, once, when it begins to bring a part to the disk."""
 
     part: int
     number: signal.Signals
 
     def __call__(self) -> None:
         write, flush, written = Parts.write, os.fsync, 0
+        signals = iter([self.number])
 
         def signalled(descriptor: int) -> None:
-            os.kill(os.getpid(), self.number)
+            for number in signals:
+                os.kill(os.getpid(), number)
             flush(descriptor)
 
         def writing(self_: Parts, *what: object) -> None:

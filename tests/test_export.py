@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -425,7 +426,7 @@ def test_fingerprints(photographs: ImageFiles, tmp_path: Path) -> None:
     labels = np.arange(5)
     array = ImageArray(pixels=pixels, labels=labels)
     planes = ImageArray(pixels=np.ascontiguousarray(pixels.transpose(0, 3, 2, 1)), labels=labels, layout="CWH")
-    moved = ImageFiles(**{**photographs.__dict__, "root": tmp_path})
+    moved = replace(photographs, root=tmp_path)
     assert fingerprint(array) == fingerprint(planes)
     assert fingerprint(photographs) == fingerprint(moved)
     others = [
@@ -435,7 +436,7 @@ def test_fingerprints(photographs: ImageFiles, tmp_path: Path) -> None:
         ImageArray(pixels=pixels.reshape(5, 6, 8, 3), labels=labels),
         photographs,
         photographs.limited(32),
-        ImageFiles(**{**photographs.__dict__, "size_bytes": photographs.size_bytes + 1}),
+        replace(photographs, size_bytes=photographs.size_bytes + 1),
     ]
     prints = [fingerprint(images) for images in (array, *others)]
     assert len(set(prints)) == len(prints)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import pickle
 import shutil
 import tarfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def loader(
     operators: Operators | None = None,
     **order: Any,
 ) -> Loader:
-    """A loader of small batches. torchvision's works in this process: forking beside DALI's threads may deadlock."""
+    """A loader of small batches. torchvision's works in this process, which is quicker than starting workers."""
     settings = {"seed": 11, "batch_size": 64, **order}
     workers = workers if backend == "dali" else 0
     return Loader(
@@ -265,6 +267,27 @@ def test_an_order_can_be_sent_to_a_process_that_is_not_forked(demo_test_images: 
         order = pickle.loads(pickle.dumps(order))
         np.testing.assert_array_equal(order.share(40).image_ids, expected.image_ids)
         np.testing.assert_array_equal(order.share(40).commands.pack(), expected.commands.pack())
+
+
+def test_forgotten_pipelines_end_before_workers_are_forked(demo_test_images: ImageArray) -> None:
+    """A worker that collected one would wait for ever for its threads, which were not forked."""
+    order = Order(demo_test_images, Policy(), seed=1, batch_size=4)
+
+    def forget() -> weakref.ref[Any]:
+        batches = Loader(order, backend="dali", device=CPU, workers=1).batches(0)
+        next(batches)
+        cycle: list[Any] = [batches]
+        cycle.append(cycle)
+        return weakref.ref(batches)
+
+    gc.disable()
+    try:
+        forgotten = forget()
+        assert forgotten() is not None
+        next(Loader(order, backend="torchvision", device=CPU, workers=1).batches(0))
+        assert forgotten() is None
+    finally:
+        gc.enable()
 
 
 def test_a_data_set_smaller_than_the_batch_is_refused(demo_test_images: ImageArray) -> None:
