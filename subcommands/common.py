@@ -159,6 +159,8 @@ def start(
             f"Accelerate is set to {accelerator.gradient_accumulation_steps} gradient accumulation steps, which would "
             f"change the contrastive loss; set --gradient_accumulation_steps 1 for accelerate launch."
         )
+    # Shapes stay as they are for many steps, so that trying cuDNN's algorithms pays; another may win in the next run.
+    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         # Read when cuBLAS starts; without a fixed workspace it may sum in another order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
