@@ -31,8 +31,7 @@ from pipelines.order import Order, Share
 from stec.commands import VIEWS, Policy
 from stec.config import DataSetName, TrainConfig
 from stec.console import Console
-from stec.files import write_whole
-from stec.run_folder import write_json
+from stec.files import write_json, write_whole
 
 BATCH_SIZE = 50
 CPU = torch.device("cpu")

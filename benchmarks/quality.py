@@ -22,10 +22,11 @@ import tyro
 
 import launch
 from benchmarks import report
-from stec.config import TrainConfig, read_config_file, with_settings
+from stec.config import TrainConfig, with_settings
 from stec.console import Console
 from stec.errors import UserError
-from stec.run_folder import RunFolder, write_json, write_text
+from stec.files import read_object, write_json, write_text
+from stec.run_folder import RunFolder
 from subcommands.train import parse_train
 
 Objective = Literal["stec", "simclr"]
@@ -125,7 +126,8 @@ class Run:
         if not folder.results.exists():
             raise UserError(f"The run in {folder.path} was stopped; the same command goes on with it.")
         wanted, _ = parse_train(arguments)
-        made = with_settings(TrainConfig(), read_config_file(folder.config), str(folder.config))
+        settings = read_object(folder.config, "remove the run and make it again")
+        made = with_settings(TrainConfig(), settings, str(folder.config))
         ours, theirs = wanted.identity(), made.identity()
         differing = [f"--{name} {theirs[name]}" for name in ours if ours[name] != theirs[name]]
         if differing:

@@ -23,8 +23,7 @@ from typing import Any
 
 from stec.console import Console
 from stec.errors import UserError
-from stec.files import write_whole
-from stec.run_folder import write_json
+from stec.files import write_json, write_whole
 
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "Pillow", "accelerate")
 

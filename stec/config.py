@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
 import typing
 from collections.abc import Mapping
@@ -366,16 +365,3 @@ def _checked(value: Any, declared: Any, where: str) -> Any:
     if not isinstance(value, declared) or isinstance(value, bool):
         raise UserError(f"{where} is {value!r}; give a value of type {declared.__name__}.")
     return value
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file such as a run's ``config.json``. Raises UserError where it is none."""
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read ({error.strerror}); give a JSON file of settings.") from error
-    except ValueError as error:
-        raise UserError(f"--config {path} is not valid JSON ({error}); give a run's config.json.") from error
-    if not isinstance(settings, dict):
-        raise UserError(f'--config {path} holds no JSON object; give settings as {{"batch_size": 256, ...}}.')
-    return settings

@@ -25,8 +25,7 @@ from stec.engine import on_main_process
 from stec.errors import BadImage, UserError
 from stec.evaluate import encode_batches
 from stec.export import write_safetensors
-from stec.files import remove_leftovers, unwritable, write_whole
-from stec.run_folder import write_json
+from stec.files import read_object, remove_leftovers, unwritable, write_json, write_whole
 
 FORMATS = (".safetensors", ".npy")
 PART_BATCHES = 16
@@ -131,12 +130,11 @@ class Parts:
         try:
             self.folder.mkdir(exist_ok=True)
             remove_leftovers(self.folder)
-            found = json.loads(file.read_text()) if file.exists() else None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}); delete {self.folder} to start anew.") from error
-        if found is None:
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        if not file.exists():
             write_json(file, about)
-        elif found != about:
+        elif (found := read_object(file, f"delete {self.folder} to start anew")) != about:
             differing = [name for name in about if found.get(name) != about[name]]
             raise UserError(
                 f"{self.folder} holds parts that were made otherwise ({', '.join(differing)} changed); delete it to "

@@ -25,11 +25,12 @@ from stec.console import Console
 from stec.errors import Interrupted, UserError
 from stec.evaluate import Measure, evaluate
 from stec.export import lasting, load_weights, read_weights, write_safetensors
+from stec.files import write_json
 from stec.model import Model
 from stec.objective import METRICS, Objective, Weights
 from stec.optim import learning_rate_factor, make_optimizer
 from stec.profiling import StepProfile, part
-from stec.run_folder import RunFolder, write_json
+from stec.run_folder import RunFolder
 from stec.step import Step
 from stec.stops import StopRequests, exit_code
 

@@ -1,13 +1,14 @@
-"""Files that are whole at any moment, whatever happens while they are written."""
+"""Files that are whole at any moment, whatever happens while they are written, and JSON objects in them."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from stec.errors import UserError
 
@@ -35,6 +36,16 @@ def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> N
         raise unwritable(path, error) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """``write_whole`` of text."""
+    write_whole(path, text.encode())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """``write_whole`` of JSON that people read, too."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def write_folder_whole(path: Path, fill: Callable[[Path], object]) -> None:
     """Have ``fill`` write files to a folder of a temporary name beside ``path``, flush them, then rename it.
 
@@ -54,6 +65,19 @@ def write_folder_whole(path: Path, fill: Callable[[Path], object]) -> None:
         raise unwritable(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, whose sentence ends with the remedy, where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; {remedy}.")
+    return content
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from stec.config import DATA_SETS
 from stec.encoder import STEMS, Encoder, Stem
 from stec.errors import UserError
 from stec.export import load_weights, read_weights_and_metadata
+from stec.files import read_object
 from stec.geometry import Convention
 from stec.heads import COMMAND_SHAPE, InverseModel, make_probe
 from stec.model import Model
@@ -145,24 +145,15 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]
     if run.model in missing:
         raise UserError(f"{folder} is no run's folder and holds no {WEIGHTS}; name one that training wrote.")
     state, metadata = read_weights_and_metadata(run.model)
-    now = _json_of(run.config) if trained_here and run.config.exists() else {}
+    restore = "bring it back from a copy, or delete it"
+    now = read_object(run.config, restore) if trained_here and run.config.exists() else {}
     for name, value in metadata.get("config", {}).items():
         if name in now and now[name] != value:
             raise UserError(
                 f"The run in {folder} is being trained on with another --{name}, so its {WEIGHTS} is not the last "
                 f"word; {remedy}."
             )
-    return run.model, state, metadata if missing else {**metadata, "results": _json_of(run.results)}
-
-
-def _json_of(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); bring it back from a copy, or delete it.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; bring it back from a copy, or delete it.")
-    return content
+    return run.model, state, metadata if missing else {**metadata, "results": read_object(run.results, restore)}
 
 
 def _stem_of(conv1: Tensor, metadata: Mapping[str, Any], path: Path, otherwise: Stem | None) -> Stem:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from stec import checkpoint
 from stec.config import FIXED, TrainConfig
 from stec.errors import UserError
-from stec.files import remove_leftovers, unwritable, write_whole
+from stec.files import remove_leftovers, unwritable, write_json, write_text
 
 DEFAULT_PARENT = Path("runs")
 RESULTS = {
@@ -226,11 +226,3 @@ def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping
             f"--results_path."
         )
     return changes
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    write_whole(path, text.encode())

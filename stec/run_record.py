@@ -11,6 +11,7 @@ from typing import Any
 from stec import checkpoint
 from stec.config import TrainConfig, with_settings
 from stec.errors import UserError
+from stec.files import read_object
 from stec.run_folder import RunFolder
 
 
@@ -102,18 +103,14 @@ def read_run(path: Path) -> RunRecord:
 
 
 def _read_object(file: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
+    if not file.exists():
         say(f"There is no {file.name}.")
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        say(f"{file.name} cannot be read ({error}).")
+    try:
+        return read_object(file, "what depends on it is left out")
+    except UserError as error:
+        say(str(error).removeprefix(f"{file.parent}/"))
         return {}
-    if not isinstance(content, dict):
-        say(f"{file.name} holds no JSON object.")
-        return {}
-    return content
 
 
 def _read_lines(file: Path, say: Callable[[str], None], needed: str | None = None) -> Iterator[dict[str, Any]]:

@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> None:
     from pipelines.index import open_split
     from stec import engine
     from stec.evaluate import MEASURES, evaluate
-    from stec.run_folder import write_json
+    from stec.files import write_json
 
     trained, trained_on = read_encoder(config)
     model = trained.model("probe")

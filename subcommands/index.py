@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> None:
     from pipelines.index import check_labels, splits_below
     from pipelines.splits import read_split, verified
     from stec.console import Console
-    from stec.run_folder import write_text
+    from stec.files import write_text
 
     console = Console(enabled=is_main_process())
     splits: dict[str, Split] = {}

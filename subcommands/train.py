@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stec import __version__
-from stec.config import TrainConfig, read_config_file, with_settings
+from stec.config import TrainConfig, with_settings
 from stec.errors import UserError
+from stec.files import read_object
 from stec.recipes import RECIPES, recipe
 from subcommands.common import evaluation_loader, parse, start, training_loader
 from subcommands.next_steps import next_steps
@@ -35,7 +36,7 @@ def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
     if chosen.dataset is not None:
         rest += ["--dataset", chosen.dataset]
 
-    settings = read_config_file(chosen.config) if chosen.config else {}
+    settings = read_object(chosen.config, "give a run's config.json by --config") if chosen.config else {}
     name = chosen.recipe
     if name is None and chosen.config is None and chosen.dataset in (None, "demo"):
         name = "demo"

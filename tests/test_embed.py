@@ -233,6 +233,12 @@ def test_parts_of_another_encoder_are_not_mixed_in(
     assert "parts that were made otherwise (weights changed); delete it to start anew" in capsys.readouterr().err
     assert launch.main(small(out, weights, "--batch_size", "3")) == 2
     assert "(batch_size changed)" in capsys.readouterr().err
+    about = tmp_path / "features.safetensors.parts" / "about.json"
+    told = about.read_text()
+    about.write_text("[]")
+    assert launch.main(small(out, weights)) == 2
+    assert f"{about} holds no JSON object; delete {about.parent} to start anew" in capsys.readouterr().err
+    about.write_text(told)
     assert there(out) == before
 
     assert launch.main(small(out, weights)) == 0
