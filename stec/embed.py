@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from stec.engine import on_main_process
 from stec.errors import BadImage, UserError
 from stec.evaluate import encode_batches
 from stec.export import write_safetensors
-from stec.files import read_object, remove_leftovers, unwritable, write_json, write_whole
+from stec.files import lock, read_object, remove_leftovers, sign, unwritable, write_json, write_whole
 
 FORMATS = (".safetensors", ".npy")
 PART_BATCHES = 16
@@ -123,12 +124,22 @@ class Parts:
         self.out, self.size, self.images = out, size, images
         self.folder = out.with_name(f"{out.name}.parts")
         self.count = len(range(0, images, size))
+        self._lock: int | None = None
 
     def open(self, about: Mapping[str, Any]) -> list[int]:
-        """The numbers of the parts that are not there yet. Raises UserError where those there were made otherwise."""
+        """The numbers of the parts that are not there yet; from here on they are this process's to write.
+
+        Raises UserError where another process writes them, or those there were made otherwise.
+        """
         file = self.folder / "about.json"
         try:
             self.folder.mkdir(exist_ok=True)
+            self._lock = lock(
+                self.folder / ".lock",
+                lambda holder: f"{self.out} is being made by {holder}; wait for it or stop it, or name another file.",
+            )
+            if self._lock is not None:
+                sign(self._lock)
             remove_leftovers(self.folder)
         except OSError as error:
             raise unwritable(self.folder, error) from error
@@ -173,6 +184,8 @@ class Parts:
 
         write_whole(self.out, content)
         try:
+            if self._lock is not None:
+                os.close(self._lock)  # NFS keeps the names of open files
             shutil.rmtree(self.folder)
         except OSError as error:
             raise unwritable(self.folder, error) from error

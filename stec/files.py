@@ -1,11 +1,14 @@
-"""Files that are whole at any moment, whatever happens while they are written, and JSON objects in them."""
+"""Files that are whole at any moment, whatever happens while they are written, JSON objects in them, and locks."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -78,6 +81,31 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; {remedy}.")
     return content
+
+
+def lock(path: Path, in_use: Callable[[str], str]) -> int | None:
+    """Keep other processes out of what a file stands for, until it is closed or this process ends, however it dies.
+
+    Returns the open file, for ``sign``, or None where the file system has no locks. A POSIX lock belongs to the
+    process: forked workers do not inherit it, and over NFS it holds between machines. Raises UserError, with the
+    sentence that ``in_use`` makes of the holder's name, where another process has it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+        os.close(descriptor)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        raise UserError(in_use(holder)) from error
+    return descriptor
+
+
+def sign(held: int) -> None:
+    """Write into a locked file whose it is: this process's."""
+    os.ftruncate(held, 0)
+    os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
-import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any, NamedTuple
 from stec import checkpoint
 from stec.config import FIXED, TrainConfig
 from stec.errors import UserError
-from stec.files import remove_leftovers, unwritable, write_json, write_text
+from stec.files import lock, remove_leftovers, sign, unwritable, write_json, write_text
 
 DEFAULT_PARENT = Path("runs")
 RESULTS = {
@@ -118,7 +116,13 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
         path = config.results_path or _default_path(config)
         path.mkdir(parents=True, exist_ok=True)
         folder = RunFolder(path)
-        lock = _lock(folder)
+        held = lock(
+            folder.lock,
+            lambda holder: (
+                f"The run in {path} is being trained by {holder}; wait for it or stop it, or name another folder by "
+                f"--results_path."
+            ),
+        )
         if config.resume == "no" and (folder.config.exists() or checkpoint.checkpoints(path)):
             raise UserError(
                 f"{path} already holds a run; go on with it by --resume auto, or name another folder by --results_path."
@@ -128,11 +132,10 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
 
         # From here on the folder is this run's.
         notes = []
-        if lock is None:
+        if held is None:
             notes.append(f"The file system of {path} has no locks; see to it that no other run writes there.")
         else:
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            sign(held)
         remove_leftovers(path)
         for file, what in damaged.items():
             aside = file.replace(file.with_name(f"{file.name}.damaged"))
@@ -149,27 +152,6 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
             f"name another one by --results_path."
         ) from error
     return Opened(folder, resumed, notes)
-
-
-def _lock(folder: RunFolder) -> int | None:
-    """Keep other processes out of the folder for as long as this one lives: the open lock file, whose text shall say
-    who that is; None where the file system has no locks.
-
-    A POSIX lock belongs to the process: it ends with it, however that dies, and forked workers do not inherit it. Over
-    NFS it holds between machines. Raises UserError where another process has it.
-    """
-    descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o666)  # never closed: that would give the lock up
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return None
-        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
-        raise UserError(
-            f"The run in {folder.path} is being trained by {holder}; wait for it or stop it, or name another folder "
-            f"by --results_path."
-        ) from error
-    return descriptor
 
 
 def _default_path(config: TrainConfig) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +220,20 @@ def test_signals_stop_in_a_sentence(
     stopped.end(code)
     assert stopped.err == "Stopped at once; the same command goes on from the parts that are done.\n"
     assert there(out) and not out.exists()
+    assert launch.main(small(out, weights)) == 0
+    assert everything_beside(out) == everything_beside(whole)
+
+
+def test_a_second_process_is_refused_while_the_first_lives(whole: Path, weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "features.npy"
+    first = Run(*small(out, weights), prepare=SignalAtPart(3, signal.SIGSTOP))
+    while len(there(out)) < 2:
+        assert first.process.is_alive()
+        time.sleep(0.01)
+    said = Run(*small(out, weights)).end(2)
+    assert f"{out} is being made by process {first.process.pid} on {socket.gethostname()}; wait for it" in said
+    first.process.kill()
+    first.process.join()
     assert launch.main(small(out, weights)) == 0
     assert everything_beside(out) == everything_beside(whole)
 
