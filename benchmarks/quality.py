@@ -126,8 +126,8 @@ class Run:
         if not folder.results.exists():
             raise UserError(f"The run in {folder.path} was stopped; the same command goes on with it.")
         wanted, _ = parse_train(arguments)
-        settings = read_object(folder.config, "remove the run and make it again")
-        made = with_settings(TrainConfig(), settings, str(folder.config))
+        remedy = f"remove {folder.path} to make the run again"
+        made = with_settings(TrainConfig(), read_object(folder.config, remedy), str(folder.config))
         ours, theirs = wanted.identity(), made.identity()
         differing = [f"--{name} {theirs[name]}" for name in ours if ours[name] != theirs[name]]
         if differing:
@@ -135,7 +135,7 @@ class Run:
                 f"{folder.path} holds a run with {', '.join(differing)}; name another folder by --runs, or remove it."
             )
         start = json.loads(folder.starts.read_text().splitlines()[-1])
-        return {"precision": start["precision"], **json.loads(folder.results.read_text())}
+        return {"precision": start["precision"], **read_object(folder.results, remedy)}
 
 
 def _launch(arguments: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -108,14 +108,7 @@ def evaluation_view(image: Image.Image, resize_px: int | None, size: int) -> Ten
 
 def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[Step]:
     """Endless steps from ``first_step`` on, made by so many worker processes (0: in this one)."""
-    steps: DataLoader[Step | UserError] = DataLoader(
-        _Steps(order),
-        batch_size=None,
-        sampler=itertools.count(first_step),
-        num_workers=workers,
-        worker_init_fn=_ignore_stops,
-    )
-    return _raised(steps)
+    return _made(_Steps(order), workers, itertools.count(first_step))
 
 
 class _EvaluationBatches(Dataset[Tensor | UserError]):
@@ -139,16 +132,16 @@ def reference_evaluation(
     images: Images, batches: list[NDArray[np.int64]], resize_px: int | None, size: int, workers: int
 ) -> Iterator[Tensor]:
     """Batches of image ids as evaluation sees the images, each [n, 3, size, size] float32 in [0, 1]."""
-    items = _EvaluationBatches(images, batches, resize_px, size)
-    return _raised(DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=_ignore_stops))
+    return _made(_EvaluationBatches(images, batches, resize_px, size), workers)
 
 
-def _raised(items: DataLoader[T | UserError]) -> Iterator[T]:
-    """The items, until one is an error, which is raised."""
-    # A DALI pipeline that nobody holds any more ends its threads when Python collects it. A worker forked before that
-    # would wait for ever: it inherits the pipeline, but no threads.
-    gc.collect()
-    for item in items:
+def _made(items: Dataset[T | UserError], workers: int, order: Iterable[int] | None = None) -> Iterator[T]:
+    """The items, in this order (None: one after the other), until one is an error, which is raised."""
+    if workers:
+        # A DALI pipeline that nobody holds any more ends its threads when Python collects it. A worker forked before
+        # that would wait for ever: it inherits the pipeline, but no threads.
+        gc.collect()
+    for item in DataLoader(items, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=_ignore_stops):
         if isinstance(item, UserError):
             raise item
         yield item

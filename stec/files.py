@@ -70,16 +70,20 @@ def write_folder_whole(path: Path, fill: Callable[[Path], object]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError, whose sentence ends with the remedy, where there is none."""
+def read_object(path: Path, remedy: str, *, name: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where there is none.
+
+    Its sentence calls the file by ``name``, or else by its path, and ends with the remedy.
+    """
+    name = name or str(path)
     try:
         content = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
+        raise UserError(f"{name} cannot be read ({error.strerror}); {remedy}.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {remedy}.") from error
+        raise UserError(f"{name} is not valid JSON ({error}); {remedy}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; {remedy}.")
+        raise UserError(f"{name} holds no JSON object; {remedy}.")
     return content
 
 

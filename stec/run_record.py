@@ -107,9 +107,9 @@ def _read_object(file: Path, say: Callable[[str], None]) -> dict[str, Any]:
         say(f"There is no {file.name}.")
         return {}
     try:
-        return read_object(file, "what depends on it is left out")
+        return read_object(file, "what depends on it is left out", name=file.name)
     except UserError as error:
-        say(str(error).removeprefix(f"{file.parent}/"))
+        say(str(error))
         return {}
 
 

@@ -36,7 +36,9 @@ def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
     if chosen.dataset is not None:
         rest += ["--dataset", chosen.dataset]
 
-    settings = read_object(chosen.config, "give a run's config.json by --config") if chosen.config else {}
+    settings = {}
+    if chosen.config:
+        settings = read_object(chosen.config, "give a run's config.json", name=f"--config {chosen.config}")
     name = chosen.recipe
     if name is None and chosen.config is None and chosen.dataset in (None, "demo"):
         name = "demo"

@@ -59,7 +59,7 @@ WRONG = {
     "misspelt flag": (["--bach_size", "3"], "--batch_size"),
     "no data folder": (["--dataset", "cifar10"], "needs --data_dir"),
     "missing data": (["--dataset", "cifar10", "--data_dir", "/nowhere"], "/nowhere holds neither"),
-    "missing config file": (["--config", "/nowhere.json"], "/nowhere.json cannot be read"),
+    "missing config file": (["--config", "/nowhere.json"], "--config /nowhere.json cannot be read"),
     "zero epochs": (["--max_epochs", "0"], "--max_epochs 0 is too small"),
     "negative learning rate": (["--learning_rate", "-1"], "--learning_rate -1.0 is too small"),
     "no number": (["--learning_rate", "fast"], "could not convert string to float: 'fast'"),

@@ -16,6 +16,7 @@ SMALL = (
 ).split()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
 def test_a_compiled_run_learns_the_same(tmp_path: Path) -> None:
     """With an encoder so narrow that it hangs in memory formats that the compiler likes."""
