@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 
+from pipelines.decoder_messages import decoder_messages_dropped
 from stec.errors import Interrupted, UserError
 from subcommands.common import is_main_process
 
@@ -30,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"{name} is no command; known are {', '.join(COMMANDS)}, and without one launch.py trains.")
-        importlib.import_module(f"subcommands.{COMMANDS[name]}").run(arguments)
+        with decoder_messages_dropped():
+            importlib.import_module(f"subcommands.{COMMANDS[name]}").run(arguments)
     except UserError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)

@@ -41,7 +41,7 @@ class GatheringSource(loader._TrainingSource):
         super().__init__(order, 0, "compiled", CPU)
         self.array, self.form = images, images.layout
 
-    def _opening_and_arguments(self, share: Share) -> list[Any]:
+    def _opening_and_arguments(self, share: Share, step: int) -> list[Any]:
         where = np.zeros((len(share.image_ids), 3), np.int64)
         where[:, 2] = self.order.policy.blur_window_px
         return [self.array.pixels[share.image_ids], where]

@@ -1,75 +1,95 @@
-"""Images that cannot be used: they are told once, listed, and other images stand in for them."""
+"""Images that cannot be used: they are reported once, listed, and replaced by others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.bad_list import BadList
 from pipelines.images import ImageFiles, Images
 from stec.commands import REPLACEMENT_STREAM, generator
 from stec.errors import BadImage, UserError
 
 CANDIDATES = 64
-"""Stand-ins that are drawn for a position; all of them bad is out of the question as long as few images are."""
+"""Replacements that are drawn for a position; all of them bad is out of the question as long as few images are."""
+REPORTED_AT_START = 10
+"""Of more images than these that were bad before, the rest are a number."""
 
 
 class BadImages:
-    """The bad images of a split: those that its index found, and those that a run meets.
+    """The bad images of a split: those that were known before, and those that a run meets.
 
-    A stand-in is a pure function of (seed, epoch, position) and of which images are bad, a fact of the files. So it is
-    the same on any number of processes and after a resume, no matter which process met what first.
+    A replacement is a pure function of (seed, epoch, position) and of which images are bad, a fact of the files. So it
+    is the same on any number of processes and after a resume, no matter which process met what first.
 
     ``max_share``: more bad images than this share of all raise UserError.
     """
 
     def __init__(self, images: Images, *, max_share: float = 0.01) -> None:
         self.images, self.max_share = images, max_share
-        self.listed_in: Path | None = None
+        self._list: BadList | None = None
         self._say: Callable[[str], None] = print
+        self._counted, self._sums_up = 0, True
         self._is_bad = np.zeros(len(images), bool)
         self._is_bad[list(images.faults) if isinstance(images, ImageFiles) else []] = True
         self._check_share()
+        self._counted = self.count
 
-    def list_in(self, file: Path, say: Callable[[str], None]) -> None:
-        """List what is met from now on in ``file``, a line of image id, name and reason each, and ``say`` it.
+    def list_in(self, file: Path, say: Callable[[str], None], *, main: bool = True) -> None:
+        """List what is met from now on in ``file``, a ``BadList``, and ``say`` it.
 
-        What the file holds already, from an earlier part of the run, is known from now on.
+        What the file holds already, from an earlier part of the run, is known from now on. ``main``: of several
+        processes the one that also lists what was known before, and sums up each epoch.
         """
-        self.listed_in, self._say = file, say
+        self._list, self._say, self._sums_up = BadList(file), say, main
         self.know(file)
+        if main and isinstance(self.images, ImageFiles) and self.images.faults:
+            added = self._listed([self.images.bad(image_id, why) for image_id, why in self.images.faults.items()])
+            for bad in added[:REPORTED_AT_START]:
+                self._report(bad)
+            if len(added) > REPORTED_AT_START:
+                say(f"... and {len(added) - REPORTED_AT_START} more bad images, listed in {file}.")
+        self._counted = self._count_of_all_processes()
 
     def know(self, file: Path) -> None:
         """Take those images out of use that the list in ``file`` names; nothing is written there."""
-        self._is_bad[self._listed(file)] = True
+        if isinstance(self.images, ImageFiles):
+            self._is_bad[list(BadList(file).faults(self.images))] = True
+            self._check_share()
+
+    def add(self, found: Sequence[BadImage]) -> None:
+        """Take images out of use. Raises UserError where that makes too many."""
+        # Another process may have met one first: it is reported once.
+        for bad in self._listed(found):
+            self._report(bad)
+        for bad in found:
+            self.exclude(bad.image_id)
         self._check_share()
 
-    def add(self, bad: BadImage) -> None:
-        """Take an image out of use. Raises UserError where that makes too many."""
-        assert isinstance(self.images, ImageFiles), "images in memory are never bad"
-        # Another process may have met it first: it is told once.
-        if bad.image_id not in self._listed(self.listed_in):
-            name = self.images.name(bad.image_id)
-            self._say(f"Bad image, another one stands in for it: {name} ({bad.reason})")
-            if self.listed_in is not None:
-                line = "\t".join((str(bad.image_id), name, bad.reason)).replace("\n", " ") + "\n"
-                try:
-                    # One short write at the end of the file: processes that share it do not mix their lines.
-                    with self.listed_in.open("a") as file:
-                        file.write(line)
-                except OSError as error:
-                    raise UserError(
-                        f"{self.listed_in} cannot be written ({error.strerror}); check the disk."
-                    ) from error
-        self._is_bad[bad.image_id] = True
-        self._check_share()
+    def exclude(self, image_id: int) -> None:
+        """Take an image out of use, and nothing else."""
+        self._is_bad[image_id] = True
+
+    def end_epoch(self, epoch: int) -> None:
+        """Say how many images turned out to be bad in the epoch that ends, on all processes, if any did."""
+        if not self._sums_up:
+            return
+        count = self._count_of_all_processes()
+        if count > self._counted:
+            where = f"; they are listed in {self._list.file}" if self._list is not None else ""
+            self._say(
+                f"Epoch {epoch + 1}: {count - self._counted} images turned out to be bad and are replaced by others; "
+                f"{count} of {len(self.images)} are known{where}."
+            )
+            self._counted = count
 
     def replace(
         self, image_ids: NDArray[np.int64], *, seed: int, epoch: int, positions: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """The images [N] for these positions [N] of an epoch, stand-ins in the places of bad ones."""
+        """The images [N] for these positions [N] of an epoch, others in the places of bad ones."""
         if not self._is_bad[image_ids].any():
             return image_ids
         replaced = image_ids.copy()
@@ -90,19 +110,30 @@ class BadImages:
         """How many are known."""
         return int(self._is_bad.sum())
 
-    def _listed(self, file: Path | None) -> list[int]:
-        """Ids in a list on disk; lines that are none are left alone."""
-        if file is None or not file.exists():
-            return []
-        starts = (line.split("\t", 1)[0] for line in file.read_text(errors="replace").splitlines())
-        return [int(start) for start in starts if start.isdecimal() and int(start) < len(self.images)]
+    def _count_of_all_processes(self) -> int:
+        if self._list is None or not isinstance(self.images, ImageFiles):
+            return self.count
+        return len(self._list.faults(self.images))
+
+    def _report(self, bad: BadImage) -> None:
+        self._say(f"Bad image, replaced by another one: {bad.name} ({bad.reason})")
+
+    def _listed(self, found: Sequence[BadImage]) -> Sequence[BadImage]:
+        """Add images to the list, if there is one; returns those that were not in it."""
+        if self._list is None:
+            return [bad for bad in found if not self._is_bad[bad.image_id]]
+        assert isinstance(self.images, ImageFiles), "images in memory are never bad"
+        try:
+            return self._list.add(self.images, found)
+        except OSError as error:
+            raise UserError(f"{self._list.file} cannot be written ({error.strerror}); check the disk.") from error
 
     def _check_share(self) -> None:
         count = self.count
         if count > self.max_share * len(self.images):
-            where = f", listed in {self.listed_in}" if self.listed_in is not None else ""
+            where = f", listed in {self._list.file}" if self._list is not None else ""
             raise UserError(
                 f"{count} of {len(self.images)} training images are bad{where}, more than --max_bad_share "
-                f"{self.max_share}; mend the data set (launch.py index DATA --verify full lists them) or allow more.",
+                f"{self.max_share}; fix the data set (launch.py index DATA --verify full lists them) or allow more.",
                 local=True,
             )

@@ -19,7 +19,7 @@ from pipelines.folders import Layout, Listing, Stamp, stamp
 from pipelines.headers import FOUND, Found
 from pipelines.images import ImageFiles, Names
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Another one, another content: also where DALI_DECODES changes."""
 ARRAYS = ("file_of", "offset", "size_bytes", "sizes", "labels", "needs_pillow")
 
@@ -36,6 +36,8 @@ class Split:
     """What a person should know about shards."""
     watched: dict[str, Stamp]
     """What tells that the index is out of date: directories, shards, and files with a fault."""
+    changed_ns: NDArray[np.int64]
+    """[N] int64: when the file of each image was changed; 0 in shards."""
 
 
 def cache_folder() -> Path:
@@ -69,6 +71,7 @@ def read_cache(file: Path, root: Path) -> Split | None:
                 layout=about["layout"],
                 remarks=tuple(about["remarks"]),
                 watched=watched,
+                changed_ns=arrays["changed_ns"],
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         return None
@@ -91,6 +94,7 @@ def write_cache(file: Path, split: Split) -> bool:
         about=np.frombuffer(json.dumps(about).encode(), np.uint8),
         blob=images.files.blob,
         offsets=images.files.offsets,
+        changed_ns=split.changed_ns,
         **{name: getattr(images, name) for name in ARRAYS},
     )
 

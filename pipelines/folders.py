@@ -119,11 +119,12 @@ def read_files(root: Path, names: Sequence[bytes]) -> Found:
     prefix = os.path.join(os.fsencode(root), b"")  # noqa: PTH118 - paths as bytes
     rows, faults = [], {}
     for n, name in enumerate(names):
-        size_bytes = 0
+        size_bytes = changed_ns = 0
         header: tuple[int, int, bool] | str
         try:
             with open(prefix + name, "rb") as file:  # noqa: PTH123
-                size_bytes = os.fstat(file.fileno()).st_size
+                status = os.fstat(file.fileno())
+                size_bytes, changed_ns = status.st_size, status.st_mtime_ns
                 header = read_header(file)
         except OSError as error:
             header = reason(error)
@@ -131,5 +132,5 @@ def read_files(root: Path, names: Sequence[bytes]) -> Found:
             faults[n] = header
             header = 1, 1, True
         height, width, needs_pillow = header
-        rows.append((0, size_bytes, height, width, UNLABELLED, needs_pillow))
+        rows.append((0, size_bytes, changed_ns, height, width, UNLABELLED, needs_pillow))
     return Found(rows=np.array(rows, FOUND), faults=faults)

@@ -243,7 +243,9 @@ def training_pipeline(
             return _Compiled(views, policy.size, form)(inputs[0], packed), packed, record
         images = inputs[:opening]
         if pixels_on_device is not None:
-            images = [fn.external_source(pixels_on_device, batch=True, no_copy=True, device="gpu")]
+            # Copied, on the stream that picks the pixels out: DALI's own streams would not wait for that, and PyTorch
+            # may use the memory for something else before they have read it.
+            images = [fn.external_source(pixels_on_device, batch=True, no_copy=False, device="gpu")]
         image, *stored_shape = open_image(images, form, device, largest_hw)
         if operators == "compiled":
             made = _Compiled(views, policy.size, form)(image, arguments[0], packed)
@@ -315,20 +317,23 @@ def evaluation_pipeline(
     """A pipeline that resizes images from files and cuts out a square.
 
     ``source`` returns the inputs of a file as in ``open_image``, less the part to decode; sizes to resize to [N, 2] and
-    top-left corners of the square [N, 2]. The pipeline returns images [N, size, size, 3] uint8 on ``device``.
+    top-left corners of the square [N, 2]. The pipeline returns images [N, size, size, 3] uint8 on ``device``, and the
+    images' shapes [N, 3] as stored.
     """
     opening = {"path": 1, "bytes": 1, "either": 3}[form]
 
     @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
-    def pipeline() -> DataNode:
+    def pipeline() -> tuple[DataNode, ...]:
         *given, resized_hw, corner = fn.external_source(source, num_outputs=opening + 2, batch=True, no_copy=True)
+        encoded = _encoded(given, form)
+        stored_shape = fn.peek_image_shape(encoded, adjust_orientation=False)
         image = fn.decoders.image(
-            _encoded(given, form),
+            encoded,
             device="mixed" if device == "gpu" else "cpu",
             output_type=types.RGB,
             adjust_orientation=False,
         )
         resized = fn.resize(image, size=resized_hw, interp_type=types.INTERP_LINEAR, antialias=True)
-        return fn.slice(resized, corner, [size, size], axes=[0, 1])
+        return fn.slice(resized, corner, [size, size], axes=[0, 1]), stored_shape
 
     return pipeline()

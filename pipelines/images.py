@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import mmap
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -17,19 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.headers import MAX_PIXELS, open_lazily, reason
+from pipelines.headers import MAX_PIXELS, open_lazily, read_header, reason
 from stec.errors import BadImage, UserError
 
 __all__ = ["MAX_PIXELS", "UNLABELLED", "ImageArray", "ImageFiles", "Images", "Names"]
 
 UNLABELLED = -1
-MAPS = 256
-"""Shards whose memory maps are kept open."""
+OPEN_SHARDS = 256
+"""Shards that are kept open at a time; a process may have 1024 files open."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ImageArray:
-    """Images of one size as bytes in memory, or in a memory-mapped file."""
+    """Images of one size as bytes in memory, or in a memory-mapped file. Equal to itself only: it can be a key."""
 
     pixels: NDArray[np.uint8]
     """[N, H, W, 3] or [N, 3, W, H] uint8, as ``layout`` says."""
@@ -81,9 +80,23 @@ class Names:
         return self.blob[self.offsets.item(n) : self.offsets.item(n + 1)].tobytes()
 
 
-@dataclass(frozen=True, kw_only=True)
+class _OpenFile:
+    """A file that is open for reading until nothing refers to it any more, in whatever thread that is."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ImageFiles:
-    """N encoded images in files below ``root``: each a file of its own, or many to a file (a tar shard)."""
+    """N encoded images in files below ``root``: each a file of its own, or many to a file (a tar shard).
+
+    ``sizes``, ``size_bytes`` and ``needs_pillow`` follow the files where those turn out to have changed.
+    """
 
     root: Path
     files: Names
@@ -101,14 +114,18 @@ class ImageFiles:
     needs_pillow: NDArray[np.bool_]
     """[N] bool: not known to come out of DALI as it comes out of Pillow."""
     faults: Mapping[int, str] = field(default_factory=dict)
-    """Why images cannot be used that the index found to be unreadable, by image id."""
+    """Why images cannot be used that are known to be unreadable, by image id."""
+    index_file: Path | None = None
+    """The index on disk that says all this; it is deleted when files turn out to have changed."""
+    bad_list: Path | None = None
+    """The list on disk of images that turned out to be bad after they were indexed."""
 
     def __len__(self) -> int:
         return len(self.file_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Memory maps would be pickled with their content; the other side opens its own.
-        return {name: value for name, value in self.__dict__.items() if name != "_maps"}
+        # The other side opens its own files.
+        return {name: value for name, value in self.__dict__.items() if name != "_open_shards"}
 
     def image_hw(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """[N, 2]: height and width in px of the images named by ``image_ids``."""
@@ -141,13 +158,13 @@ class ImageFiles:
             return str(path)
         end = int(self.offset[image_id])
         try:
-            header = tarfile.TarInfo.frombuf(self._map(image_id)[end - 512 : end].tobytes(), "utf-8", "surrogateescape")
+            header = tarfile.TarInfo.frombuf(self._read(image_id, end - 512, 512), "utf-8", "surrogateescape")
         except (OSError, ValueError, tarfile.HeaderError):
             return f"{path}: image at byte {end}"
         return f"{path}: {header.name}"
 
     def encoded(self, image_id: int) -> NDArray[np.uint8]:
-        """The encoded bytes [size_bytes]; of an image in a shard without a copy.
+        """The encoded bytes: [size_bytes] of an image in a shard, those that the file has now of one in its own file.
 
         Raises BadImage if they are gone, and UserError if it is the disk that is.
         """
@@ -155,38 +172,63 @@ class ImageFiles:
             if not self.in_shards:
                 return np.fromfile(os.fsdecode(self._path(image_id)), np.uint8)
             first, size = int(self.offset[image_id]), int(self.size_bytes[image_id])
-            content = self._map(image_id)[first : first + size]
+            content = self._read(image_id, first, size)
         except (OSError, ValueError) as error:
             path = self.path(image_id)
             if isinstance(error, FileNotFoundError | ValueError) and os.path.isdir(path.parent):  # noqa: PTH112
-                raise self._bad(image_id, reason(error)) from error
+                raise self.bad(image_id, reason(error)) from error
             # No fault of the image: taken out of use, it would be missing where the run goes on.
             raise UserError(
                 f"{path} cannot be read ({reason(error)}); make it readable again, and go on by --resume auto.",
                 local=True,
             ) from error
         if len(content) < size:
-            raise self._bad(image_id, "its shard is shorter than when it was indexed")
-        return content
+            raise self.bad(image_id, "its shard is shorter than when it was indexed")
+        return np.frombuffer(content, np.uint8)
 
     def open(self, image_id: int) -> Image.Image:
         """One image in RGB, not rotated by its EXIF tag, as torchvision's ImageFolder opens it.
 
-        Raises BadImage where it cannot be read, or is not of the size that it was indexed with, and UserError where
-        its disk is gone.
+        It may have another size than ``sizes`` says, where its file was replaced (see ``update``). Raises BadImage
+        where it cannot be read, and UserError where its disk is gone.
         """
         if image_id in self.faults:
-            raise self._bad(image_id, self.faults[image_id])
-        height, width = self.sizes[image_id].tolist()
+            raise self.bad(image_id, self.faults[image_id])
         content = io.BytesIO(self.encoded(image_id).data)
         try:
             with open_lazily(content) as image:
-                if (image.height, image.width) == (height, width):
-                    return image.convert("RGB")
-                now = f"{image.height} x {image.width}"
+                return image.convert("RGB")
+        except MemoryError as error:
+            raise UserError(
+                f"Memory ran out while {self.name(image_id)} was decoded; free some.", local=True
+            ) from error
         except Exception as error:  # Pillow's decoders meet foreign bytes: what they raise has no common base.
-            raise self._bad(image_id, reason(error)) from error
-        raise self._bad(image_id, f"it has {now} pixels but had {height} x {width} when it was indexed")
+            raise self.bad(image_id, reason(error)) from error
+
+    def update(self, image_id: int) -> bool:
+        """Read an image's header again, as its file may have been replaced since it was indexed.
+
+        Returns whether anything is different now; then the index on disk is deleted, so that the next one to need it
+        makes a new one. Raises BadImage where the image cannot be read.
+        """
+        content = self.encoded(image_id)
+        header = read_header(io.BytesIO(content.data))
+        if isinstance(header, str):
+            raise self.bad(image_id, header)
+        height, width, needs_pillow = header
+        if (len(content), height, width) == (self.size_bytes[image_id], *self.sizes[image_id]):
+            return False
+        self.size_bytes[image_id] = len(content)
+        self.sizes[image_id] = height, width
+        self.needs_pillow[image_id] = needs_pillow
+        if self.index_file is not None:
+            with suppress(OSError):
+                self.index_file.unlink()
+        return True
+
+    def bad(self, image_id: int, why: str) -> BadImage:
+        """The error that says of an image why it cannot be used."""
+        return BadImage(self.name(image_id), image_id, why)
 
     def read_ahead(self, shard: int) -> None:
         """Have the system read a whole shard into its cache, as far as it sees fit, without waiting for it."""
@@ -222,24 +264,22 @@ class ImageFiles:
         return self._prefix + self.files[self.file_of.item(image_id)]
 
     @cached_property
-    def _maps(self) -> dict[int, NDArray[np.uint8]]:
+    def _open_shards(self) -> dict[int, _OpenFile]:
         return {}
 
-    def _map(self, image_id: int) -> NDArray[np.uint8]:
-        """The content of the shard that holds an image."""
-        shard = int(self.file_of[image_id])
-        content = self._maps.get(shard)
-        if content is None:
-            with self.path(image_id).open("rb") as file:
-                content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-            # Each map holds a file descriptor, of which a process may have 1024.
-            if len(self._maps) >= MAPS:
-                self._maps.pop(next(iter(self._maps)), None)
-            self._maps[shard] = content
-        return content
+    def _read(self, image_id: int, first: int, size: int) -> bytes:
+        """Bytes of the shard that holds an image; fewer where it ends before.
 
-    def _bad(self, image_id: int, why: str) -> BadImage:
-        return BadImage(self.name(image_id), image_id, why)
+        Not from a memory map: a shard that is truncated while it is mapped ends the process with SIGBUS.
+        """
+        shard = int(self.file_of[image_id])
+        file = self._open_shards.get(shard)
+        if file is None:
+            file = _OpenFile(self.path(image_id))
+            if len(self._open_shards) >= OPEN_SHARDS:
+                self._open_shards.pop(next(iter(self._open_shards)), None)
+            self._open_shards[shard] = file
+        return os.pread(file.descriptor, size, first)
 
 
 Images = ImageArray | ImageFiles

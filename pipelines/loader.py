@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.bad_list import remember
+from pipelines.dali_failure import DaliFailure
 from pipelines.images import ImageArray, ImageFiles, Images
 from pipelines.order import Order, Share
 from pipelines.reference import reference_evaluation, reference_steps
@@ -64,7 +66,7 @@ class Loader:
     ``operators`` are DALI's on a GPU and compiled on a CPU, unless said otherwise.
 
     An image that turns out to be bad goes to ``order.bad``, and the step that met it is made again without it. A DALI
-    pipeline makes views of one size; where it changes, the next pipeline goes on at the step where the last one ended.
+    pipeline makes views of one size; where that changes, another one goes on at the step where the last one ended.
     """
 
     def __init__(
@@ -96,27 +98,29 @@ class Loader:
 
         Raises UserError where too many images are bad.
         """
-        own = self._past_bad_images(first_step)
+        batches = self._dali_batches if self.backend == "dali" else self._torchvision_batches
+        own = self._epoch_by_epoch(batches(first_step))
         if self.probe_loader is None:
             yield from own
         else:
             for batch, probe in zip(own, self.probe_loader.batches(first_step)):
                 yield replace(batch, probe_views=probe.views, labels=probe.labels)
 
-    def _past_bad_images(self, first_step: int) -> Iterator[Batch]:
-        step = first_step
-        while True:
-            batches = self._dali_batches(step) if self.backend == "dali" else self._torchvision_batches(step)
-            try:
-                for batch in batches:
-                    yield batch
-                    step += 1
-            except BadImage as bad:
-                self.order.bad.add(bad)
+    def _epoch_by_epoch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        epoch = None
+        for batch in batches:
+            if epoch is not None and batch.epoch != epoch:
+                self.order.bad.end_epoch(epoch)
+            epoch = batch.epoch
+            yield batch
 
     def _torchvision_batches(self, first_step: int) -> Iterator[Batch]:
         dtype = torch.float16 if self.half else torch.float32
-        for views, labels, share in reference_steps(self.order, first_step, self.workers):
+        for views, labels, share, found in reference_steps(self.order, first_step, self.workers):
+            if found:
+                assert isinstance(self.order.images, ImageFiles)
+                remember(self.order.images, found)
+                self.order.bad.add(found)
             yield Batch(
                 views=views.to(self.device, non_blocking=True).to(dtype).movedim(-1, -3),
                 commands=share.commands,
@@ -129,41 +133,34 @@ class Loader:
     def _dali_batches(self, first_step: int) -> Iterator[Batch]:
         from pipelines.graphs import training_pipeline
 
-        images = self.order.images
-        source = _TrainingSource(self.order, first_step, self.operators, self.device)
-        pipeline = training_pipeline(
-            source,
-            source.policy,
-            form=source.form,
-            views=self.order.views,
-            operators=self.operators,
-            pixels_on_device=source.pixels_on_device if source.device_pixels is not None else None,
-            half=self.half,
-            largest_hw=(int(images.sizes[:, 0].max()), int(images.sizes[:, 1].max()))
-            if isinstance(images, ImageFiles)
-            else None,
-            **_pipeline_options(self.order.batch_size, self.workers, self.device),
-        )
-        for views, packed, record, *stored_shape in _run(pipeline, source, self.device):
-            rows: NDArray[np.int64] = np.array(record.as_array())
-            commands = Commands.unpack(packed.as_array())
-            if stored_shape:
-                _check_shapes(images, stored_shape[0].as_array(), commands, rows[:, 2])
-            yield Batch(
-                views=torch.from_dlpack(views.as_tensor()).movedim(-1, -3),
-                commands=commands,
-                labels=torch.from_numpy(rows[:, 3].copy()).to(self.device, non_blocking=True),
-                epoch=int(rows[0, 0]),
-                positions=rows[:, 1],
-                image_ids=rows[:, 2],
+        images, step = self.order.images, first_step
+        while True:
+            source = _TrainingSource(self.order, step, self.operators, self.device)
+            pipeline = training_pipeline(
+                source,
+                source.policy,
+                form=source.form,
+                views=self.order.views,
+                operators=self.operators,
+                pixels_on_device=source.pixels_on_device if source.device_pixels is not None else None,
+                half=self.half,
+                largest_hw=(int(images.sizes[:, 0].max()), int(images.sizes[:, 1].max()))
+                if isinstance(images, ImageFiles)
+                else None,
+                **_pipeline_options(self.order.batch_size, self.workers, self.device),
             )
-
-
-def _check_shapes(images: Images, stored: NDArray[np.int64], commands: Commands, image_ids: NDArray[np.int64]) -> None:
-    """Raise BadImage where a file is not of the size that its command was drawn for."""
-    changed = (stored[:, 0] != commands.source_height[:, 0]) | (stored[:, 1] != commands.source_width[:, 0])
-    for image_id in image_ids[changed]:
-        images.open(int(image_id))
+            for views, packed, record, *_ in _run(pipeline, source, self.device):
+                rows: NDArray[np.int64] = np.array(record.as_array())
+                assert rows[0, 1] == self.order.first_position(step), "DALI has lost or swapped a step"
+                yield Batch(
+                    views=torch.from_dlpack(views.as_tensor()).movedim(-1, -3),
+                    commands=Commands.unpack(packed.as_array()),
+                    labels=torch.from_numpy(rows[:, 3].copy()).to(self.device, non_blocking=True),
+                    epoch=int(rows[0, 0]),
+                    positions=rows[:, 1],
+                    image_ids=rows[:, 2],
+                )
+                step += 1
 
 
 def _pipeline_options(batch_size: int, threads: int, device: torch.device) -> dict[str, Any]:
@@ -177,60 +174,167 @@ def _pipeline_options(batch_size: int, threads: int, device: torch.device) -> di
     }
 
 
-class _Source:
-    """Feeds a pipeline. Keeps what it fed for the last batches: DALI reads it where it lies, some time later."""
+class _Source(ABC):
+    """Feeds a pipeline with one step after the other, and again with those that did not come out as they should.
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
-        self._feeds: deque[tuple[NDArray[np.int64], Sequence[Any]]] = deque(maxlen=2 * PREFETCH_DEPTH + 2)
+    Keeps what it fed for the last steps: DALI reads it where it lies, some time later.
+    """
 
-    def keep(self, image_ids: NDArray[np.int64], feed: Sequence[Any]) -> Sequence[Any]:
-        self._feeds.append((image_ids, feed))
+    form: Form
+    """How images enter the pipeline."""
+
+    def __init__(self, images: Images, first_step: int) -> None:
+        self.images, self.next_step = images, first_step
+        self.outdated = False
+        """Set when images must enter by another form than the pipeline was defined for."""
+        self._in_flight: deque[tuple[int, NDArray[np.int64]]] = deque()
+        self._again: deque[int] = deque()
+        self._feeds: deque[Sequence[Any]] = deque(maxlen=4 * PREFETCH_DEPTH)
+
+    @abstractmethod
+    def covers(self, step: int) -> bool:
+        """Whether the pipeline is for this step. DALI prefetches past the last one; those are never used."""
+
+    @abstractmethod
+    def image_ids(self, step: int) -> NDArray[np.int64]:
+        """The images of a step."""
+
+    @abstractmethod
+    def make_feed(self, step: int) -> Sequence[Any]:
+        """The pipeline's inputs for a step. Raises BadImage for an image that cannot be read."""
+
+    @abstractmethod
+    def replaced_files(self, image_ids: NDArray[np.int64], outputs: Sequence[Any]) -> NDArray[np.int64]:
+        """Those of a step's images whose files were replaced by ones of another size since they were indexed."""
+
+    @abstractmethod
+    def exclude(self, found: Sequence[BadImage]) -> None:
+        """Use these images no more, or raise what the first of them means."""
+
+    def __call__(self) -> Sequence[Any]:
+        if self._again:
+            step = self._again.popleft()
+        else:
+            step = self.next_step
+            self.next_step += 1
+        while True:
+            image_ids = self.image_ids(step)
+            try:
+                feed = self.make_feed(step)
+                break
+            except BadImage:
+                self.exclude(self._bad_among(image_ids))
+        self._in_flight.append((step, image_ids))
+        self._feeds.append(feed)
         return feed
 
-    def settle(self, error: RuntimeError) -> None:
-        """See to what DALI failed on, which it does not name: an image of the last batches.
+    def arrived(self, outputs: Sequence[Any]) -> int | None:
+        """The step that these outputs are of; None where it has to be made again, as files were replaced."""
+        step, image_ids = self._in_flight.popleft()
+        replaced = self.replaced_files(image_ids, outputs)
+        if len(replaced) == 0:
+            return step
+        assert isinstance(self.images, ImageFiles)
+        found = []
+        for image_id in replaced.tolist():
+            try:
+                if self.images.update(image_id):
+                    self.outdated = self.outdated or self.form != _file_form(self.images)
+                else:
+                    # The file is the same: DALI reads another size from its header than Pillow does.
+                    failure = DaliFailure(f"it takes {self.images.name(image_id)} for an image of another size")
+                    self._leave_to_pillow(np.array([image_id]), failure)
+            except BadImage as bad:
+                found.append(bad)
+        if found:
+            self.exclude(found)
+        self._again.append(step)
+        return None
 
-        Raises BadImage for one that Pillow cannot open either. If there is none, Pillow opens all of them from now on.
-        Raises UserError where that is done already.
+    def failed(self, error: RuntimeError) -> None:
+        """Have the step that DALI failed on made again, without the images that are bad.
+
+        DALI does not name them, so Pillow opens all. Where none of them is bad, Pillow opens them from now on. Raises
+        UserError where that is done already, or what failed has nothing to do with images.
         """
-        image_ids = np.unique(np.concatenate([image_ids for image_ids, _ in self._feeds]))
+        failure = DaliFailure(error)
+        if not failure.is_about_an_image:
+            raise failure.for_user() from error
+        step, image_ids = self._in_flight.popleft()
+        found = self._bad_among(image_ids)
+        if found:
+            self.exclude(found)
+        else:
+            self._leave_to_pillow(image_ids, failure)
+        self._again.append(step)
+
+    def _bad_among(self, image_ids: NDArray[np.int64]) -> list[BadImage]:
+        """Those of these images that Pillow cannot open; they are remembered for later runs."""
+        assert isinstance(self.images, ImageFiles), "images in memory are never bad"
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self.images.open, image_ids.tolist()))
-        if not isinstance(self.images, ImageFiles) or self.images.needs_pillow[image_ids].all():
-            raise UserError(f"DALI could not make a batch: {error}", local=True) from error
+            checked = pool.map(partial(_why_bad, self.images), np.unique(image_ids).tolist())
+            found = [bad for bad in checked if bad is not None]
+        remember(self.images, found)
+        return found
+
+    def _leave_to_pillow(self, image_ids: NDArray[np.int64], failure: DaliFailure) -> None:
+        assert isinstance(self.images, ImageFiles)
+        if self.images.needs_pillow[image_ids].all():
+            raise failure.for_user()
         self.images.needs_pillow[image_ids] = True
+        self.outdated = self.outdated or self.form != _file_form(self.images)
+
+
+def _why_bad(images: ImageFiles, image_id: int) -> BadImage | None:
+    try:
+        images.open(image_id)
+    except BadImage as bad:
+        return bad
+    return None
 
 
 def _run(pipeline: Any, source: _Source, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """The outputs of a pipeline, until its source ends, or DALI fails on an image and the source has seen to it."""
-    pipeline.build()
+    """The outputs of a pipeline for the steps that its source covers, in their order, until the source is outdated.
+
+    A step that has to be made again is fed to the same pipeline, behind those that are in flight, whose outputs wait. A
+    failure in an operator ends the step it belongs to and no other: DALI's dynamic executor has an own state for each.
+    """
+    step = source.next_step
     stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
-    while True:
+    try:
+        pipeline.build()
+    except RuntimeError as error:
+        raise DaliFailure(error).for_user() from error
+    waiting: dict[int, tuple[Any, ...]] = {}
+    while source.covers(step) and not source.outdated:
+        if step in waiting:
+            yield waiting.pop(step)
+            step += 1
+            continue
         try:
             outputs = pipeline.run(*stream)
         except RuntimeError as error:
-            source.settle(error)
-            return
-        except StopIteration:
-            return
-        yield outputs
+            source.failed(error)
+            continue
+        arrived = source.arrived(outputs)
+        if arrived is not None:
+            waiting[arrived] = outputs
 
 
 class _TrainingSource(_Source):
-    """Feeds ``training_pipeline``: one call a step, in order, until views change their size."""
+    """Feeds ``training_pipeline`` with the steps from ``first_step`` on whose views have the same size."""
 
     def __init__(self, order: Order, first_step: int, operators: Operators, device: torch.device) -> None:
-        super().__init__(order.images)
-        self.order, self.step, self.operators = order, first_step, operators
+        super().__init__(order.images, first_step)
+        self.order, self.operators = order, operators
         self.policy = order.policy_of(first_step)
-        self.share: Callable[[int], Share] = lru_cache(maxsize=4)(order.share)
+        self.share: Any = lru_cache(maxsize=4)(order.share)
         self.device_pixels: Tensor | None = None
         self.pixel_step = first_step
         self._asked_for: set[int] = set()
         images = order.images
         if isinstance(images, ImageFiles):
-            self.form: Form = _file_form(images)
+            self.form = _file_form(images)
         elif operators == "compiled":
             self.form = "memory"
         else:
@@ -239,22 +343,46 @@ class _TrainingSource(_Source):
             if device.type == "cuda":
                 self.device_pixels = _on_device(images, device)
 
-    def __call__(self) -> Sequence[Any]:
-        if self.order.policy_of(self.step) != self.policy:
-            raise StopIteration
-        share = self.share(self.step)
-        feed = [*self._opening_and_arguments(share), share.commands.pack(), _record(share, self.images)]
-        self.step += 1
-        return self.keep(share.image_ids, feed)
+    def covers(self, step: int) -> bool:
+        return self.order.policy_of(step) == self.policy
+
+    def image_ids(self, step: int) -> NDArray[np.int64]:
+        image_ids: NDArray[np.int64] = self.share(self._covered(step)).image_ids
+        return image_ids
+
+    def make_feed(self, step: int) -> Sequence[Any]:
+        share = self.share(self._covered(step))
+        return [*self._opening_and_arguments(share, step), share.commands.pack(), _record(share, self.images)]
+
+    def exclude(self, found: Sequence[BadImage]) -> None:
+        self.order.bad.add(found)
+        self.share.cache_clear()
+
+    def replaced_files(self, image_ids: NDArray[np.int64], outputs: Sequence[Any]) -> NDArray[np.int64]:
+        _, packed, _, *stored_shape = outputs
+        if not stored_shape:
+            return image_ids[:0]
+        commands, stored = Commands.unpack(packed.as_array()), stored_shape[0].as_array()
+        drawn_for = np.stack([commands.source_height[:, 0], commands.source_width[:, 0]], axis=-1)
+        replaced = (stored[:, :2] != drawn_for).any(axis=1)
+        if replaced.any():
+            self.share.cache_clear()
+        return image_ids[replaced]
 
     def pixels_on_device(self) -> Tensor:
         """The pixels of a step, from the GPU's copy of the data set."""
         assert self.device_pixels is not None
-        image_ids = torch.from_numpy(self.share(self.pixel_step).image_ids)
+        image_ids = torch.from_numpy(self.share(self._covered(self.pixel_step)).image_ids)
         self.pixel_step += 1
         return self.device_pixels[image_ids.to(self.device_pixels.device, non_blocking=True)]
 
-    def _opening_and_arguments(self, share: Share) -> list[Any]:
+    def _covered(self, step: int) -> int:
+        """The step, or the last one before it that is covered."""
+        while not self.covers(step):
+            step -= 1
+        return step
+
+    def _opening_and_arguments(self, share: Share, step: int) -> list[Any]:
         from pipelines.graphs import argument_names, needed_part, view_arguments
 
         images, policy, image_ids = self.images, self.policy, share.image_ids
@@ -265,7 +393,7 @@ class _TrainingSource(_Source):
             opening: list[Any] = [images.pixels[image_ids]] if self.device_pixels is None else []
         else:
             if images.in_shards:
-                self._ask_for_shards(images)
+                self._ask_for_shards(images, step)
             origin, extent = needed_part(share.commands)
             opening = [*_contents(images, image_ids, self.form), origin, extent]
         if self.operators == "compiled":
@@ -276,9 +404,9 @@ class _TrainingSource(_Source):
         arguments = (by_name[name][:, v] for v in range(self.order.views) for name in argument_names(policy))
         return [*opening, *(np.ascontiguousarray(argument) for argument in arguments)]
 
-    def _ask_for_shards(self, images: ImageFiles) -> None:
+    def _ask_for_shards(self, images: ImageFiles, step: int) -> None:
         """Have shards read as a whole before their images are needed: long reads, which network storage likes."""
-        ahead = range(self.step, self.step + SHARDS_AHEAD) if not self._asked_for else [self.step + SHARDS_AHEAD - 1]
+        ahead = range(step, step + SHARDS_AHEAD) if not self._asked_for else [step + SHARDS_AHEAD - 1]
         soon = {int(shard) for step in ahead for shard in self.order.shards_of(step)}
         for shard in soon - self._asked_for:
             images.read_ahead(shard)
@@ -389,26 +517,38 @@ class EvaluationLoader:
         while done < len(parts):
             source = _EvaluationSource(images, parts[done:], resize_px, self.size)
             options = _pipeline_options(self.batch_size, self.workers, self.device)
-            pipeline = evaluation_pipeline(source, self.size, form=source.form, **options)
-            for _, (made,) in zip(parts[done:], _run(pipeline, source, self.device)):
+            pipeline = evaluation_pipeline(source, self.size, form=_file_form(images), **options)
+            for made, _ in _run(pipeline, source, self.device):
                 yield to_unit_range(torch.from_dlpack(made.as_tensor()), self.device)
                 done += 1
 
 
 class _EvaluationSource(_Source):
-    """Feeds ``evaluation_pipeline``: one call a batch, and the last batch again while DALI prefetches past the end."""
+    """Feeds ``evaluation_pipeline``: a step a batch."""
 
     def __init__(self, images: ImageFiles, parts: list[NDArray[np.int64]], resize_px: int, size: int) -> None:
-        super().__init__(images)
+        super().__init__(images, 0)
         self.files, self.resize_px, self.size = images, resize_px, size
         self.form = _file_form(images)
-        self.parts = itertools.chain(parts, itertools.repeat(parts[-1]))
+        self.parts = parts
 
-    def __call__(self) -> Sequence[Any]:
-        image_ids = next(self.parts)
+    def covers(self, step: int) -> bool:
+        return step < len(self.parts)
+
+    def image_ids(self, step: int) -> NDArray[np.int64]:
+        return self.parts[min(step, len(self.parts) - 1)]
+
+    def make_feed(self, step: int) -> Sequence[Any]:
+        image_ids = self.image_ids(step)
         resized_hw, corner = centre_of_resized(self.files.image_hw(image_ids), self.resize_px, self.size)
-        feed = [*_contents(self.files, image_ids, self.form), resized_hw.astype(np.float32), corner]
-        return self.keep(image_ids, feed)
+        return [*_contents(self.files, image_ids, self.form), resized_hw.astype(np.float32), corner]
+
+    def exclude(self, found: Sequence[BadImage]) -> None:
+        raise found[0]
+
+    def replaced_files(self, image_ids: NDArray[np.int64], outputs: Sequence[Any]) -> NDArray[np.int64]:
+        stored: NDArray[np.int64] = outputs[1].as_array()
+        return image_ids[(stored[:, :2] != self.files.image_hw(image_ids)).any(axis=1)]
 
 
 def centre_of_resized(

@@ -112,10 +112,13 @@ class Order:
 
     def _planned(self, chunk: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
         """Epoch, positions and images of this process in ``chunk``, bad images included."""
-        epoch, chunk_in_epoch = divmod(chunk, self.chunks_per_epoch)
-        first = chunk_in_epoch * self.chunk_size + self.process_index * self.batch_size
+        epoch, first = chunk // self.chunks_per_epoch, self.first_position(chunk)
         positions = np.arange(first, first + self.batch_size, dtype=np.int64)
         return epoch, positions, self._permutation(epoch)[first : first + self.batch_size]
+
+    def first_position(self, chunk: int) -> int:
+        """Where in its epoch this process's share of a chunk begins."""
+        return chunk % self.chunks_per_epoch * self.chunk_size + self.process_index * self.batch_size
 
     def policy_of(self, chunk: int) -> Policy:
         """What the commands of a chunk are drawn from: ``policy`` with the size of views in the chunk's epoch."""

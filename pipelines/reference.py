@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
-from pipelines.images import Images
+from pipelines.images import ImageFiles, Images
 from pipelines.order import Order, Share
 from stec.commands import Commands, Policy
-from stec.errors import UserError
+from stec.errors import BadImage, UserError
 
 T = TypeVar("T")
 
@@ -71,8 +71,9 @@ def solarize(view: Tensor) -> Tensor:
     return torch.where(view < 0.5, view, 1 - view)
 
 
-Step = tuple[Tensor, Tensor, Share]
-"""A whole step: views [N, V, H, W, 3] float32, labels [N], and the share that was executed."""
+Step = tuple[Tensor, Tensor, Share, list[BadImage]]
+"""A complete step: views [N, V, H, W, 3] float32, labels [N], the share that was executed, and the images that turned
+out to be bad on the way and are not part of it."""
 
 
 class _Steps(Dataset[Step | UserError]):
@@ -82,19 +83,33 @@ class _Steps(Dataset[Step | UserError]):
         self.order = order
 
     def __getitem__(self, step: int) -> Step | UserError:
-        try:
-            return self._make(step)
-        except UserError as error:
-            return error
+        found: list[BadImage] = []
+        while True:
+            try:
+                return *self._make(step), found
+            except BadImage as bad:
+                # What replaces it is a fact of seed, epoch, position and files: it needs no other process.
+                found.append(bad)
+                self.order.bad.exclude(bad.image_id)
+            except UserError as error:
+                return error
 
-    def _make(self, step: int) -> Step:
+    def _make(self, step: int) -> tuple[Tensor, Tensor, Share]:
         share = self.order.share(step)
-        images, policy = self.order.images, share.policy
+        images, policy, n = self.order.images, share.policy, 0
         views = torch.empty(len(share.image_ids), self.order.views, policy.size, policy.size, 3)
-        for n, image_id in enumerate(share.image_ids):
-            image = images.open(int(image_id))
+        while n < len(share.image_ids):
+            image_id, commands = int(share.image_ids[n]), share.commands
+            image = images.open(image_id)
+            if image.size != (commands.source_width[n, 0], commands.source_height[n, 0]):
+                # Its file was replaced since it was indexed: its commands, but no others, are drawn for another size.
+                assert isinstance(images, ImageFiles)
+                images.update(image_id)
+                share = self.order.share(step)
+                continue
             for v in range(self.order.views):
-                views[n, v] = execute(image, share.commands, policy, n, v).permute(1, 2, 0)
+                views[n, v] = execute(image, commands, policy, n, v).permute(1, 2, 0)
+            n += 1
         return views, torch.from_numpy(images.labels[share.image_ids]), share
 
 

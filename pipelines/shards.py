@@ -104,12 +104,13 @@ class _Sample:
     header: tuple[int, int, bool] | str = ""
     label: int = UNLABELLED
 
-    def row(self, shard_bytes: int) -> tuple[int, int, int, int, int, bool]:
+    def row(self, shard_bytes: int) -> tuple[int, int, int, int, int, int, bool]:
         """A row of FOUND."""
         assert self.member is not None
         height, width, needs_pillow = (1, 1, True) if isinstance(self.header, str) else self.header
         first = self.member.offset_data
-        return first, min(self.member.size, max(0, shard_bytes - first)), height, width, self.label, needs_pillow
+        size_bytes = min(self.member.size, max(0, shard_bytes - first))
+        return first, size_bytes, 0, height, width, self.label, needs_pillow
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from pipelines.bad_list import BadList
 from pipelines.cache import Partial, Split, cache_file, read_cache, write_cache
 from pipelines.folders import Listing, Stamp, list_class_folders, list_loose_images, read_files, stamp
 from pipelines.headers import Found
@@ -43,21 +45,22 @@ def silent(_what: str, _done: int, _total: int) -> None:
     pass
 
 
-def read_split(root: Path, kind: Kind, progress: Progress = silent) -> Split:
+def read_split(root: Path, kind: Kind, progress: Progress = silent, *, check_files: bool = False) -> Split:
     """The index of the images below ``root``: from the cache, unless something has changed since it was written.
 
-    A pass that is interrupted goes on where it was. Images that cannot be read have a fault. Raises UserError where
-    there are no images, none of them can be read, or two layouts are mixed.
+    A file that was replaced by one of the same name goes unnoticed, unless ``check_files`` looks at each. A pass that
+    is interrupted goes on where it was. Images that cannot be read have a fault, also those that runs found to be bad
+    since. Raises UserError where there are no images, none of them can be read, or two layouts are mixed.
     """
-    split = read_cache(cache_file(root, kind), root)
-    if split is None:
+    file = cache_file(root, kind)
+    split = read_cache(file, root)
+    if split is None or (check_files and _files_changed(split)):
         try:
             listing = list_shards(root)
             if listing is None:
                 listing = list_class_folders(root) if kind == "class folders" else list_loose_images(root)
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable.") from error
-        file = cache_file(root, kind)
         so_far = Partial(file.with_suffix(".partial"), root, listing)
         try:
             split = _assembled(root, listing, _look(root, listing, so_far, progress))
@@ -65,26 +68,41 @@ def read_split(root: Path, kind: Kind, progress: Progress = silent) -> Split:
             so_far.close()
         if write_cache(file, split):
             so_far.delete()
-    return split
+    bad_list = file.with_suffix(".bad.tsv")
+    images = replace(split.images, index_file=file, bad_list=bad_list)
+    return _with_faults(replace(split, images=images), BadList(bad_list).faults(images))
 
 
-def verified(split: Split, kind: Kind, progress: Progress = silent) -> Split:
-    """The index after every image was decoded: those that could not be have faults, also in the cache."""
+def verified(split: Split, progress: Progress = silent) -> Split:
+    """The index after every image was decoded: those that could not be have faults, also from now on."""
     images = split.images
     firsts = range(0, len(images), IMAGES_PER_CHUNK)
     few = len(images) < IMAGES_PER_CHUNK
-    faults = dict(images.faults)
+    # What the index says of an image is a fault of its header; what is only in the list may have been a mistake.
+    assert images.bad_list is not None, "read_split gives every index a list"
+    listed = BadList(images.bad_list).faults(images)
+    unlisted = replace(images, faults={n: why for n, why in images.faults.items() if n not in listed})
+    found: dict[int, str] = {}
     chunks = [range(first, min(first + IMAGES_PER_CHUNK, len(images))) for first in firsts]
-    for chunk, found in zip(chunks, _in_processes(_undecodable, chunks, few=few, images=images)):
-        faults |= found
+    for chunk, of_chunk in zip(chunks, _in_processes(_undecodable, chunks, few=few, images=unlisted)):
+        found |= of_chunk
         progress(f"decoding {images.root}", chunk.stop, len(images))
-    if faults.keys() != images.faults.keys():
-        sizes, needs_pillow = images.sizes.copy(), images.needs_pillow.copy()
-        sizes[list(faults)], needs_pillow[list(faults)] = 1, True
-        images = replace(images, sizes=sizes, needs_pillow=needs_pillow, faults=dict(sorted(faults.items())))
-        split = replace(split, images=images, watched=split.watched | _stamps_of_faulty(images))
-        write_cache(cache_file(images.root, kind), split)
-    return split
+    with suppress(UserError):
+        BadList(images.bad_list).rewrite(images, {n: why for n, why in found.items() if n not in unlisted.faults})
+    return _with_faults(replace(split, images=unlisted), found)
+
+
+def _with_faults(split: Split, more: Mapping[int, str]) -> Split:
+    faults = dict(sorted({**split.images.faults, **more}.items()))
+    return replace(split, images=replace(split.images, faults=faults))
+
+
+def _files_changed(split: Split) -> bool:
+    images = split.images
+    if images.in_shards:  # they are watched
+        return False
+    known = zip(split.changed_ns.tolist(), images.size_bytes.tolist())
+    return any(n not in images.faults and stamp(images.path(n)) != before for n, before in enumerate(known))
 
 
 def _look(root: Path, listing: Listing, so_far: Partial, progress: Progress) -> list[Found]:
@@ -148,6 +166,7 @@ def _assembled(root: Path, listing: Listing, chunks: Sequence[Found]) -> Split:
         layout=listing.layout,
         remarks=tuple(found.remark for found in chunks if found.remark),
         watched=listing.watched | _stamps_of_faulty(images),
+        changed_ns=np.ascontiguousarray(rows["changed_ns"]),
     )
 
 

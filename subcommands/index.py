@@ -45,9 +45,9 @@ def run(arguments: list[str]) -> None:
     with console.counting() as progress:
         for name, (root, kind) in splits_below(config.data_dir).items():
             started = time.perf_counter()
-            split = read_split(root, kind, progress)
+            split = read_split(root, kind, progress, check_files=True)
             if config.verify == "full":
-                split = verified(split, kind, progress)
+                split = verified(split, progress)
             check_labels(split)
             kept = cache_file(root, kind)
             facts.append(

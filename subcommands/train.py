@@ -153,7 +153,7 @@ def run_training(config: TrainConfig) -> None:
     }
     model = engine.initial_model(config, data.classes)
     folder, resumed, notes = engine.on_main_process(accelerator, lambda: open_run_folder(config, environment))
-    bad.list_in(folder.bad_images, say=warn)
+    bad.list_in(folder.bad_images, say=warn, main=accelerator.is_main_process)
     console.facts(
         title(config),
         [

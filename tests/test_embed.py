@@ -22,6 +22,7 @@ from torchvision import transforms
 
 import launch
 from pipelines import demo
+from pipelines.splits import read_split
 from stec.embed import Parts
 from stec.export import write_safetensors
 from stec.model import Model
@@ -291,9 +292,10 @@ def test_bad_images_are_left_out(
     names = (tmp_path / "all.names.txt").read_text().splitlines()
     bad = [3, 20]
     (class_folders / names[3]).write_bytes(b"no image")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
+    read_split(class_folders, "loose images")
     cut = class_folders / names[20]
     cut.write_bytes(cut.read_bytes()[:900])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
     capsys.readouterr()
     assert launch.main(["embed", str(tmp_path / "rest.npy"), *arguments]) == 0
     said = capsys.readouterr()

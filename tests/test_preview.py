@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import launch
 from pipelines import demo
+from pipelines.bad_list import BadList
 from pipelines.examples import examples
 from pipelines.images import ImageArray, ImageFiles
 from pipelines.index import DataSet
@@ -175,7 +176,7 @@ def test_a_bad_image_is_replaced_as_in_training(photographs: ImageFiles, tmp_pat
     settings = replace(SETTINGS, accumulate=1, max_bad_share=0.5, resolution_schedule=None)
     first = next(loader_of(settings, photographs).batches(0)).image_ids
     listed = tmp_path / "bad-images.tsv"
-    listed.write_text(f"{first[3]}\tgone\tit was bad\n")
+    BadList(listed).add(photographs, [photographs.bad(int(first[3]), "it was bad")])
     trained = loader_of(settings, photographs)
     trained.order.bad.know(listed)
     batch = next(trained.batches(0))
