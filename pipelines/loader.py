@@ -122,9 +122,9 @@ class Loader:
                 remember(self.order.images, found)
                 self.order.bad.add(found)
             yield Batch(
-                views=views.to(self.device, non_blocking=True).to(dtype).movedim(-1, -3),
+                views=torch.from_numpy(views).to(self.device, non_blocking=True).to(dtype).movedim(-1, -3),
                 commands=share.commands,
-                labels=labels.to(self.device, non_blocking=True),
+                labels=torch.from_numpy(labels).to(self.device, non_blocking=True),
                 epoch=share.epoch,
                 positions=share.positions,
                 image_ids=share.image_ids,

@@ -71,9 +71,9 @@ def solarize(view: Tensor) -> Tensor:
     return torch.where(view < 0.5, view, 1 - view)
 
 
-Step = tuple[Tensor, Tensor, Share, list[BadImage]]
-"""A complete step: views [N, V, H, W, 3] float32, labels [N], the share that was executed, and the images that turned
-out to be bad on the way and are not part of it."""
+Step = tuple[NDArray[np.float32], NDArray[np.int64], Share, list[BadImage]]
+"""A complete step: views [N, V, H, W, 3], labels [N], the share that was executed, and the images that turned out to be
+bad on the way and are not part of it."""
 
 
 class _Steps(Dataset[Step | UserError]):
@@ -94,10 +94,10 @@ class _Steps(Dataset[Step | UserError]):
             except UserError as error:
                 return error
 
-    def _make(self, step: int) -> tuple[Tensor, Tensor, Share]:
+    def _make(self, step: int) -> tuple[NDArray[np.float32], NDArray[np.int64], Share]:
         share = self.order.share(step)
         images, policy, n = self.order.images, share.policy, 0
-        views = torch.empty(len(share.image_ids), self.order.views, policy.size, policy.size, 3)
+        views = np.empty((len(share.image_ids), self.order.views, policy.size, policy.size, 3), np.float32)
         while n < len(share.image_ids):
             image_id, commands = int(share.image_ids[n]), share.commands
             image = images.open(image_id)
@@ -110,7 +110,7 @@ class _Steps(Dataset[Step | UserError]):
             for v in range(self.order.views):
                 views[n, v] = execute(image, commands, policy, n, v).permute(1, 2, 0)
             n += 1
-        return views, torch.from_numpy(images.labels[share.image_ids]), share
+        return views, images.labels[share.image_ids], share
 
 
 def evaluation_view(image: Image.Image, resize_px: int | None, size: int) -> Tensor:
@@ -126,8 +126,8 @@ def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[Ste
     return _made(_Steps(order), workers, itertools.count(first_step))
 
 
-class _EvaluationBatches(Dataset[Tensor | UserError]):
-    """Item ``k`` is a batch as evaluation sees it: [n, 3, size, size] float32, or why it cannot be made."""
+class _EvaluationBatches(Dataset[NDArray[np.float32] | UserError]):
+    """Item ``k`` is a batch as evaluation sees it: [n, 3, size, size], or why it cannot be made."""
 
     def __init__(self, images: Images, batches: list[NDArray[np.int64]], resize_px: int | None, size: int) -> None:
         self.images, self.image_ids, self.resize_px, self.size = images, batches, resize_px, size
@@ -135,10 +135,10 @@ class _EvaluationBatches(Dataset[Tensor | UserError]):
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getitem__(self, k: int) -> Tensor | UserError:
+    def __getitem__(self, k: int) -> NDArray[np.float32] | UserError:
         try:
             opened = (self.images.open(int(image_id)) for image_id in self.image_ids[k])
-            return torch.stack([evaluation_view(image, self.resize_px, self.size) for image in opened])
+            return np.stack([evaluation_view(image, self.resize_px, self.size).numpy() for image in opened])
         except UserError as error:
             return error
 
@@ -147,19 +147,44 @@ def reference_evaluation(
     images: Images, batches: list[NDArray[np.int64]], resize_px: int | None, size: int, workers: int
 ) -> Iterator[Tensor]:
     """Batches of image ids as evaluation sees the images, each [n, 3, size, size] float32 in [0, 1]."""
-    return _made(_EvaluationBatches(images, batches, resize_px, size), workers)
+    return map(torch.from_numpy, _made(_EvaluationBatches(images, batches, resize_px, size), workers))
 
 
 def _made(items: Dataset[T | UserError], workers: int, order: Iterable[int] | None = None) -> Iterator[T]:
-    """The items, in this order (None: one after the other), until one is an error, which is raised."""
+    """The items, in this order (None: one after the other), until one is an error, which is raised.
+
+    Workers send arrays through pipes: tensors would be in shared memory, which containers have little of.
+    """
     if workers:
         # A DALI pipeline that nobody holds any more ends its threads when Python collects it. A worker forked before
         # that would wait for ever: it inherits the pipeline, but no threads.
         gc.collect()
-    for item in DataLoader(items, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=_ignore_stops):
-        if isinstance(item, UserError):
-            raise item
-        yield item
+    loader = DataLoader(
+        items,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_ignore_stops,
+    )
+    try:
+        for item in loader:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"A worker process that makes views was killed ({error}), perhaps for want of memory; use fewer by "
+            f"--num_workers, or a smaller --batch_size.",
+            local=True,
+        ) from error
+
+
+def _unchanged(item: T) -> T:
+    """Instead of PyTorch's own function, which makes tensors of arrays."""
+    return item
 
 
 def _ignore_stops(_worker: int) -> None:
