@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.headers import MAX_PIXELS, open_lazily, reason
+from pipelines.headers import MAX_PIXELS, open_lazily, orientation, reason, to_rgb, upright
 from stec.errors import BadImage, UserError
 
 __all__ = ["MAX_PIXELS", "UNLABELLED", "ImageArray", "ImageFiles", "Images", "Names"]
@@ -95,11 +95,15 @@ class ImageFiles:
     size_bytes: NDArray[np.int64]
     """[N] int64: how many bytes it has."""
     sizes: NDArray[np.int64]
-    """[N, 2] int64: height and width in px as stored, before any EXIF rotation; 1 x 1 where the image has a fault."""
+    """[N, 2] int64: height and width in px as ``open`` returns the image; 1 x 1 where it has a fault."""
     labels: NDArray[np.int64]
     """[N] int64, 0 to the number of classes - 1, or UNLABELLED."""
     needs_pillow: NDArray[np.bool_]
     """[N] bool: not known to come out of DALI as it comes out of Pillow."""
+    orientation: NDArray[np.uint8]
+    """[N] uint8: what EXIF says, 1 (upright as stored) to 8."""
+    exif_orientation: bool = False
+    """Whether images are turned upright as ``orientation`` says. As stored, they are what ImageFolder gives."""
     faults: Mapping[int, str] = field(default_factory=dict)
     """Why images cannot be used that the index found to be unreadable, by image id."""
 
@@ -170,7 +174,8 @@ class ImageFiles:
         return content
 
     def open(self, image_id: int) -> Image.Image:
-        """One image in RGB, not rotated by its EXIF tag, as torchvision's ImageFolder opens it.
+        """One image in RGB: as torchvision's ImageFolder opens it, but for gray of 16 bits (``headers.to_rgb``), or
+        with ``exif_orientation`` upright.
 
         Raises BadImage where it cannot be read, or is not of the size that it was indexed with, and UserError where
         its disk is gone.
@@ -181,9 +186,11 @@ class ImageFiles:
         content = io.BytesIO(self.encoded(image_id).data)
         try:
             with open_lazily(content) as image:
-                if (image.height, image.width) == (height, width):
-                    return image.convert("RGB")
-                now = f"{image.height} x {image.width}"
+                turn = orientation(image) if self.exif_orientation else 1
+                now_hw = (image.height, image.width) if turn < 5 else (image.width, image.height)
+                if now_hw == (height, width):
+                    return upright(to_rgb(image), turn)
+                now = " x ".join(map(str, now_hw))
         except Exception as error:  # Pillow's decoders meet foreign bytes: what they raise has no common base.
             raise self._bad(image_id, reason(error)) from error
         raise self._bad(image_id, f"it has {now} pixels but had {height} x {width} when it was indexed")
@@ -211,7 +218,17 @@ class ImageFiles:
             sizes=self.sizes[image_ids],
             labels=self.labels[image_ids],
             needs_pillow=self.needs_pillow[image_ids],
+            orientation=self.orientation[image_ids],
             faults={new_ids[old]: fault for old, fault in self.faults.items() if old in new_ids},
+        )
+
+    def turned_upright(self) -> ImageFiles:
+        """The same images, upright by their EXIF orientation. Those that are turned are decoded by Pillow."""
+        return replace(
+            self,
+            sizes=np.where(self.orientation[:, None] >= 5, self.sizes[:, ::-1], self.sizes),
+            needs_pillow=self.needs_pillow | (self.orientation != 1),
+            exif_orientation=True,
         )
 
     @cached_property

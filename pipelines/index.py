@@ -11,7 +11,9 @@ import numpy as np
 from pipelines import demo
 from pipelines.arrays import STL10_CLASSES, read_cifar10, read_cifar100, read_stl10_split
 from pipelines.cache import Split
+from pipelines.folders import is_hidden
 from pipelines.images import UNLABELLED, ImageArray, Images
+from pipelines.remarks import empty_classes, largest_labelled, remarks
 from pipelines.splits import Kind, Progress, read_split, silent
 from stec.errors import UserError
 
@@ -31,6 +33,8 @@ class DataSet:
     test: Images | None
     classes: tuple[str, ...]
     """Empty where there are no labels."""
+    remarks: tuple[str, ...] = ()
+    """What a person should know about the image files, a sentence each."""
 
 
 def open_data_set(
@@ -109,18 +113,25 @@ def _imagenet(data_dir: Path, progress: Progress) -> DataSet:
         )
     if len(val.classes) > len(train.classes):
         raise UserError(
-            f"{data_dir / 'val'} has {len(val.classes)} classes, but {data_dir / 'train'} has {len(train.classes)}; "
-            f"both must count them alike."
+            f"{data_dir / 'val'} has {len(val.classes)} classes, the largest label at {largest_labelled(val)}, but "
+            f"{data_dir / 'train'} has {len(train.classes)}; both must count them alike."
         )
-    return DataSet(train=train.images, labelled=train.images, test=val.images, classes=train.classes)
+    return DataSet(
+        train=train.images,
+        labelled=train.images,
+        test=val.images,
+        classes=train.classes,
+        remarks=(*remarks(train), *remarks(val)),
+    )
 
 
 def _folder(data_dir: Path, progress: Progress) -> DataSet:
     if not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir} is no folder; name the one that holds the images.")
-    images = read_split(data_dir, "loose images", progress).images
+    split = read_split(data_dir, "loose images", progress)
+    images = split.images
     unlabelled = replace(images, labels=np.full(len(images), UNLABELLED, np.int64))
-    return DataSet(train=unlabelled, labelled=None, test=None, classes=())
+    return DataSet(train=unlabelled, labelled=None, test=None, classes=(), remarks=tuple(remarks(split)))
 
 
 def _labelled_split(data_dir: Path, name: str, progress: Progress) -> Split:
@@ -132,6 +143,8 @@ def _labelled_split(data_dir: Path, name: str, progress: Progress) -> Split:
     if not split.classes:
         raise UserError(f"The shards in {root} hold no labels (.cls); train without them by --dataset folder.")
     check_labels(split)
+    if name == "train":
+        check_classes(split)
     return split
 
 
@@ -142,6 +155,17 @@ def check_labels(split: Split) -> None:
         raise UserError(
             f"{split.images.name(int(missing[0]))} has no label (.cls) beside it, but others have (it is one of "
             f"{len(missing)}); give all images labels or none."
+        )
+
+
+def check_classes(split: Split) -> None:
+    """Raise UserError where shards for training have labels so large that there are more classes than images, and most
+    of them empty: the probe would have a row of weights for each."""
+    count = len(split.classes)
+    if count > len(split.images) and 2 * empty_classes(split) > count:
+        raise UserError(
+            f"{empty_classes(split)} of the {count} classes of {split.images.root} have no image: the largest label is "
+            f"that of {largest_labelled(split)}; number the classes from 0 without gaps."
         )
 
 
@@ -156,7 +180,10 @@ def splits_below(data_dir: Path) -> dict[str, tuple[Path, Kind]]:
         name: (data_dir / name, "class folders")
         for name in SPLITS
         if (data_dir / name).is_dir()
-        and any(path.is_dir() or path.suffix == ".tar" for path in (data_dir / name).iterdir())
+        and any(
+            not is_hidden(path.name) and (path.is_dir() or path.suffix.lower() == ".tar")
+            for path in (data_dir / name).iterdir()
+        )
     }
     return named or {"all images": (data_dir, "loose images")}
 

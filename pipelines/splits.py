@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from pipelines.cache import Partial, Split, cache_file, read_cache, write_cache
-from pipelines.folders import Listing, Stamp, list_class_folders, list_loose_images, read_files, stamp
+from pipelines.folders import Listing, Stamp, counted, list_class_folders, list_loose_images, read_files, stamp
 from pipelines.headers import Found
 from pipelines.images import UNLABELLED, ImageFiles
 from pipelines.shards import list_shards, read_shard
@@ -65,6 +66,7 @@ def read_split(root: Path, kind: Kind, progress: Progress = silent) -> Split:
             so_far.close()
         if write_cache(file, split):
             so_far.delete()
+    _check_some_are_good(split)
     return split
 
 
@@ -84,7 +86,18 @@ def verified(split: Split, kind: Kind, progress: Progress = silent) -> Split:
         images = replace(images, sizes=sizes, needs_pillow=needs_pillow, faults=dict(sorted(faults.items())))
         split = replace(split, images=images, watched=split.watched | _stamps_of_faulty(images))
         write_cache(cache_file(images.root, kind), split)
+        _check_some_are_good(split)
     return split
+
+
+def _check_some_are_good(split: Split) -> None:
+    """Raise UserError where no image can be used."""
+    images = split.images
+    if len(images.faults) < len(images):
+        return
+    left_out = f" (left out: {counted(split.left_out)})" if split.left_out else ""
+    first = f"; the first is {images.name(0)} ({images.faults[0]})" if len(images) else left_out
+    raise UserError(f"{images.root} holds no image that can be read{first}; fetch the data set again.")
 
 
 def _look(root: Path, listing: Listing, so_far: Partial, progress: Progress) -> list[Found]:
@@ -137,16 +150,18 @@ def _assembled(root: Path, listing: Listing, chunks: Sequence[Found]) -> Split:
         sizes=np.stack([rows["height"], rows["width"]], axis=1),
         labels=labels,
         needs_pillow=np.ascontiguousarray(rows["needs_pillow"]),
+        orientation=np.ascontiguousarray(rows["orientation"]),
         faults=dict(sorted(faults.items())),
     )
-    if len(faults) == len(images):
-        first = f"; the first is {images.name(0)} ({faults[0]})" if faults else ""
-        raise UserError(f"{root} holds no image that can be read{first}; fetch the data set again.")
+    left_out = Counter(listing.left_out)
+    for found in chunks:
+        left_out.update(found.left_out)
     return Split(
         images=images,
         classes=classes,
         layout=listing.layout,
         remarks=tuple(found.remark for found in chunks if found.remark),
+        left_out=left_out,
         watched=listing.watched | _stamps_of_faulty(images),
     )
 

@@ -178,7 +178,7 @@ def run_training(config: TrainConfig) -> None:
             ("files", str(folder.path.resolve())),
         ],
     )
-    for note in notes:
+    for note in (*data_set.remarks, *notes):
         console.say(note)
     if resumed is not None:
         console.say(f"Going on after step {resumed['step']}.")
