@@ -226,13 +226,18 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def is_regular(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a file that can be read to its end, or a link to one."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
 def _is_special(entry: os.DirEntry[str]) -> bool:
     """Whether an entry, or what it links to, is a pipe, socket or device, which would be waited for or never ends."""
     # A broken link stays an image, a bad one: its target may be on a disk that is missing.
-    try:
-        return not entry.is_file() and _exists(entry)
-    except OSError:  # a link to itself
-        return False
+    return not is_regular(entry) and _exists(entry)
 
 
 def _exists(entry: os.DirEntry[str]) -> bool:

@@ -176,15 +176,18 @@ def splits_below(data_dir: Path) -> dict[str, tuple[Path, Kind]]:
     """
     if not data_dir.is_dir():
         raise UserError(f"{data_dir} is no folder; name the one that holds the data set.")
-    named: dict[str, tuple[Path, Kind]] = {
-        name: (data_dir / name, "class folders")
-        for name in SPLITS
-        if (data_dir / name).is_dir()
-        and any(
-            not is_hidden(path.name) and (path.is_dir() or path.suffix.lower() == ".tar")
-            for path in (data_dir / name).iterdir()
-        )
-    }
+    try:
+        named: dict[str, tuple[Path, Kind]] = {
+            name: (data_dir / name, "class folders")
+            for name in SPLITS
+            if (data_dir / name).is_dir()
+            and any(
+                not is_hidden(path.name) and (path.is_dir() or path.suffix.lower() == ".tar")
+                for path in (data_dir / name).iterdir()
+            )
+        }
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable.") from error
     return named or {"all images": (data_dir, "loose images")}
 
 

@@ -22,7 +22,7 @@ from typing import IO
 
 import numpy as np
 
-from pipelines.folders import COMPRESSED_TAR, EXTENSIONS, HIDDEN, Listing, image_files, is_hidden, kind_of, stamp
+from pipelines.folders import COMPRESSED_TAR, EXTENSIONS, HIDDEN, Listing, image_files, is_hidden, is_regular, kind_of, stamp
 from pipelines.headers import FOUND, Found, Header, read_header
 from pipelines.images import UNLABELLED, Names
 from stec.errors import UserError
@@ -46,7 +46,7 @@ def list_shards(root: Path) -> Listing | None:
     Raises UserError where others are compressed, or images lie beside them.
     """
     watched = {".": stamp(root)}
-    names = sorted(entry.name for entry in os.scandir(root) if not is_hidden(entry.name) and entry.is_file())
+    names = sorted(entry.name for entry in os.scandir(root) if not is_hidden(entry.name) and _is_tar(entry))
     shards = [name for name in names if name.lower().endswith(".tar")]
     if not shards:
         return None
@@ -73,6 +73,10 @@ def list_shards(root: Path) -> Listing | None:
         watched=watched,
         left_out=+left_out,
     )
+
+
+def _is_tar(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith((".tar", *COMPRESSED_TAR)) and is_regular(entry)
 
 
 def read_shard(shard: Path) -> Found:
