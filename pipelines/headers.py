@@ -82,22 +82,38 @@ def read_header(file: IO[bytes]) -> Header | str:
     try:
         with open_lazily(file) as image:
             largest_gray(image)
+            turn = orientation(image)
             needs_pillow = image.mode not in DALI_DECODES.get(image.format or "", ())
-            return image.height, image.width, needs_pillow, orientation(image)
+            needs_pillow |= turn != 1 and turn != _known_to_dali(image)
+            return image.height, image.width, needs_pillow, turn
     except Exception as error:  # Pillow's readers meet foreign bytes: what they raise has no common base.
         return reason(error)
 
 
 def orientation(image: Image.Image) -> int:
-    """How EXIF or XMP says that an image lies, 1 (upright) to 8; 1 where they say nothing."""
-    # Pillow turns a TIFF when it decodes it, and would decode all of a PNG to look for what follows its pixels.
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+    """How EXIF or XMP says that an image lies, 1 (upright) to 8; 1 where they say nothing.
+
+    What follows the pixels of a PNG is not looked at.
+    """
+    if image.format == "TIFF":  # Pillow turns it when it decodes it
         return 1
     with suppress(Exception):  # damaged metadata are no fault of the pixels
-        found = image.getexif().get(ORIENTATION)
-        if found in TURNS:
-            return int(found)
+        # Not the PNG reader's own method, which decodes all of an image to look for what follows its pixels.
+        return _valid(Image.Image.getexif(image))
     return 1
+
+
+def _known_to_dali(image: Image.Image) -> int:
+    """The orientation in the EXIF block, the only one that DALI looks at."""
+    exif = Image.Exif()
+    with suppress(Exception):
+        exif.load(image.info.get("exif", b""))
+    return _valid(exif)
+
+
+def _valid(exif: Image.Exif) -> int:
+    found = exif.get(ORIENTATION)
+    return int(found) if found in TURNS else 1
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:

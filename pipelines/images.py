@@ -223,11 +223,10 @@ class ImageFiles:
         )
 
     def turned_upright(self) -> ImageFiles:
-        """The same images, upright by their EXIF orientation. Those that are turned are decoded by Pillow."""
+        """The same images, upright by their EXIF orientation."""
         return replace(
             self,
             sizes=np.where(self.orientation[:, None] >= 5, self.sizes[:, ::-1], self.sizes),
-            needs_pillow=self.needs_pillow | (self.orientation != 1),
             exif_orientation=True,
         )
 

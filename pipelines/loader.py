@@ -142,6 +142,7 @@ class Loader:
             largest_hw=(int(images.sizes[:, 0].max()), int(images.sizes[:, 1].max()))
             if isinstance(images, ImageFiles)
             else None,
+            exif_orientation=isinstance(images, ImageFiles) and images.exif_orientation,
             **_pipeline_options(self.order.batch_size, self.workers, self.device),
         )
         for views, packed, record, *stored_shape in _run(pipeline, source, self.device):
@@ -389,7 +390,9 @@ class EvaluationLoader:
         while done < len(parts):
             source = _EvaluationSource(images, parts[done:], resize_px, self.size)
             options = _pipeline_options(self.batch_size, self.workers, self.device)
-            pipeline = evaluation_pipeline(source, self.size, form=source.form, **options)
+            pipeline = evaluation_pipeline(
+                source, self.size, form=source.form, exif_orientation=images.exif_orientation, **options
+            )
             for _, (made,) in zip(parts[done:], _run(pipeline, source, self.device)):
                 yield to_unit_range(torch.from_dlpack(made.as_tensor()), self.device)
                 done += 1

@@ -8,7 +8,7 @@ from pipelines.cache import Split
 from pipelines.folders import counted
 from pipelines.images import UNLABELLED
 
-LARGE_PIXELS = 4_000_000
+LARGE_PIXELS = 2_000_000
 """Where half of the images have more, decoding takes most of the time; docs/train-on-my-images.md has the figures."""
 
 
@@ -33,7 +33,7 @@ def remarks(split: Split) -> list[str]:
     if median > LARGE_PIXELS:
         told.append(
             f"The images in {images.root} are large (median {median / 1e6:.0f} megapixels), so that decoding them "
-            f"takes most of the time; train on smaller copies: python examples/smaller_copies.py {images.root} COPIES"
+            f"takes most of the time; train on smaller copies, which docs/train-on-my-images.md makes."
         )
     return told
 

@@ -22,7 +22,17 @@ from typing import IO
 
 import numpy as np
 
-from pipelines.folders import COMPRESSED_TAR, EXTENSIONS, HIDDEN, Listing, image_files, is_hidden, is_regular, kind_of, stamp
+from pipelines.folders import (
+    COMPRESSED_TAR,
+    EXTENSIONS,
+    HIDDEN,
+    Listing,
+    image_files,
+    is_hidden,
+    is_regular,
+    kind_of,
+    stamp,
+)
 from pipelines.headers import FOUND, Found, Header, read_header
 from pipelines.images import UNLABELLED, Names
 from stec.errors import UserError

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from stec.config import Switch
 from subcommands.common import check_place, is_main_process, parse
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class IndexConfig:
     """Folder that holds train and val, or images."""
     verify: Literal["headers", "full"] = "headers"
     """full: decode every image, and write the list of bad ones."""
+    exif_orientation: Switch = 0
+    """1: sizes of images that are turned upright, as training takes them with the same flag."""
     bad: Path = Path("bad-images.tsv")
     """With --verify full: where that list goes, a line of name, tab, reason for each bad image."""
 
@@ -34,7 +37,7 @@ def run(arguments: list[str]) -> None:
     check_place(config.bad, "--bad")
 
     from pipelines.cache import cache_file
-    from pipelines.index import check_classes, check_labels, splits_below
+    from pipelines.index import check_classes, check_labels, splits_below, turned
     from pipelines.remarks import remarks
     from pipelines.splits import read_split, verified
     from stec.console import Console
@@ -49,6 +52,7 @@ def run(arguments: list[str]) -> None:
             split = read_split(root, kind, progress)
             if config.verify == "full":
                 split = verified(split, kind, progress)
+            split = turned(split, bool(config.exif_orientation))
             check_labels(split)
             if name == "train":
                 check_classes(split)

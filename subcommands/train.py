@@ -115,6 +115,7 @@ def run_training(config: TrainConfig) -> None:
                 config.data_dir,
                 limit_train=config.limit_train,
                 download=bool(config.download) and accelerator.is_main_process,
+                exif_orientation=bool(config.exif_orientation),
                 progress=progress,
             ),
         )
