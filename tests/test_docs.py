@@ -245,9 +245,27 @@ def test_own_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert launch.main(index[2:]) == 0
     Run(*train[3:], *SMALL).end()
-    (code,) = fenced(PAGES["docs/train-on-my-images.md"], "python")
+    _, code = fenced(PAGES["docs/train-on-my-images.md"], "python")
     monkeypatch.chdir(tmp_path)
     exec(code.replace("RUN", "run"), {})
+
+
+def test_smaller_copies(tmp_path: Path) -> None:
+    """The page's script: the sides of the copies, the folders, EXIF, and small images as they are."""
+    script, _ = fenced(PAGES["docs/train-on-my-images.md"], "python")
+    (tmp_path / "copies.py").write_text(script)
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for name, size in {"a/wide.jpg": (1400, 1024), "high.PNG": (600, 900), "small.jpg": (50, 60)}.items():
+        Image.new("RGB", size).save(tmp_path / "images" / name, exif=exif)
+    subprocess.run([sys.executable, "copies.py", "images", "copies"], cwd=tmp_path, check=True)
+    copies = {}
+    for path in (tmp_path / "copies").rglob("*.*"):
+        with Image.open(path) as image:
+            copies[str(path.relative_to(tmp_path / "copies"))] = image.size
+            assert image.getexif()[0x112] == 6
+    assert copies == {"a/wide.jpg": (700, 512), "high.PNG": (512, 768), "small.jpg": (50, 60)}
 
 
 def test_slurm(images: Path, tmp_path: Path) -> None:

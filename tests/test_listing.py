@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import socket
+import struct
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -344,6 +345,14 @@ def test_a_shard_that_was_cut_off_is_reported_where_training_starts(tmp_path: Pa
         assert any("0.tar is cut off" in remark for remark in open_data_set("folder", shard.parent).remarks)
 
 
+def tiff_of_12_bits(pixels: bytes) -> bytes:
+    """Two of them in a row, by hand, as Pillow does not write it."""
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = b"II*\0" + struct.pack("<I", 8 + len(pixels) + 1) + pixels + b"\0"
+    return header + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+
+
 def test_gray_of_more_than_8_bits_is_scaled(tmp_path: Path) -> None:
     """Every value, by NumPy's rounding; from the header on, through the index."""
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
@@ -360,10 +369,11 @@ def test_gray_of_more_than_8_bits_is_scaled(tmp_path: Path) -> None:
     assert not images.faults and images.needs_pillow.all()
     for n in range(5):
         np.testing.assert_array_equal(np.asarray(images.open(n)), np.repeat(expected[..., None], 3, axis=2), str(n))
-    # Another largest value.
-    (root / "1.tif").unlink()
-    (root / "0.pgm").write_bytes(b"P5 2 1 1023\n" + np.array([1023, 512], ">u2").tobytes())
-    assert np.asarray(loose(root).images.open(0))[0, :, 0].tolist() == [255, 128]
+    # Other largest values.
+    fill(tmp_path / "other", "0.pgm", content=b"P5 2 1 1023\n" + np.array([1023, 512], ">u2").tobytes())
+    fill(tmp_path / "other", "1.tif", content=tiff_of_12_bits(b"\xff\xf8\x00"))
+    images = loose(tmp_path / "other").images
+    assert [np.asarray(images.open(n))[0, :, 0].tolist() for n in range(2)] == [[255, 128]] * 2
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])

@@ -27,6 +27,7 @@ from stec.commands import Policy
 from stec.config import TrainConfig, with_settings
 from stec.errors import UserError
 from stec.run_folder import open_run_folder
+from subcommands.next_steps import next_steps
 from tests.conftest import smooth_image
 
 CPU = torch.device("cpu")
@@ -150,6 +151,8 @@ def test_the_flag_is_part_of_what_a_run_is(tmp_path: Path) -> None:
     config = TrainConfig(results_path=tmp_path / "run", resume="auto")
     upright = dataclasses.replace(config, exif_orientation=1)
     assert config.identity() != upright.identity()
+    asked = [words for _, words in next_steps(upright, tmp_path, classes=2, processes=1) if "eval" in words]
+    assert "--exif_orientation" in asked[0]
     older = {name: value for name, value in config.to_json().items() if name != "exif_orientation"}
     assert with_settings(TrainConfig(), json.loads(json.dumps(older)), "config.json") == config
     folder = tmp_path / "run"
