@@ -51,7 +51,8 @@ BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if 
 
 def fenced(text: str, language: str = "") -> list[str]:
     """The blocks of a page in that language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```(.*?)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [block for written_in, block in blocks if written_in == language]
 
 
 def inline(text: str) -> list[str]:
