@@ -44,8 +44,9 @@ PLACEHOLDERS = {
 }
 """What stands in the pages for something that a reader fills in, other than the name of a folder or file."""
 PROGRAMS = ("accelerate", "launch.py", "mypy", "pip", "pytest", "python", "ruff", "sbatch", "stec")
-OTHERS = {"python train.py", "python eval.py", "accelerate launch", "launch.py", "stec"}
-"""The official repository's programs, and names that are no command lines."""
+COPIES = "python copies.py IMAGES COPIES"
+OTHERS = {"python train.py", "python eval.py", "accelerate launch", "launch.py", "stec", COPIES}
+"""The official repository's programs, names that are no command lines, and what has a test of its own."""
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text())
 
 
@@ -254,13 +255,15 @@ def test_own_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_smaller_copies(tmp_path: Path) -> None:
     """The page's script: the sides of the copies, the folders, EXIF, and small images as they are."""
     script, _ = fenced(PAGES["docs/train-on-my-images.md"], "python")
+    assert COPIES in inline(PAGES["docs/train-on-my-images.md"])
     (tmp_path / "copies.py").write_text(script)
     (tmp_path / "images" / "a").mkdir(parents=True)
     exif = Image.Exif()
     exif[0x112] = 6
     for name, size in {"a/wide.jpg": (1400, 1024), "high.PNG": (600, 900), "small.jpg": (50, 60)}.items():
         Image.new("RGB", size).save(tmp_path / "images" / name, exif=exif)
-    subprocess.run([sys.executable, "copies.py", "images", "copies"], cwd=tmp_path, check=True)
+    _, *arguments = COPIES.lower().split()
+    subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True)
     copies = {}
     for path in (tmp_path / "copies").rglob("*.*"):
         with Image.open(path) as image:

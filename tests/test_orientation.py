@@ -80,6 +80,7 @@ def test_images_are_turned_like_pillow_turns_them(photographs: tuple[Path, Path]
                 np.asarray(upright.open(n)), np.asarray(expected.open(n)), err_msg=upright.path(n).name
             )
     few = upright.limited(7)
+    np.testing.assert_array_equal(few.orientation, upright.orientation[np.arange(7) * len(upright) // 7])
     assert [few.open(n).size[::-1] for n in range(7)] == [tuple(hw) for hw in few.sizes.tolist()]
     as_stored = opened(stored)
     for n in range(len(as_stored)):
@@ -111,6 +112,7 @@ def test_views_and_evaluation_are_those_of_turned_copies(
     ours, theirs = (first_batch(images, backend, device) for images in (upright, expected))
     np.testing.assert_array_equal(ours.commands.pack(), theirs.commands.pack())
     assert float((ours.views - theirs.views).abs().mean(dim=(1, 2, 3, 4)).max() * 255) <= tolerance
+    assert upright.needs_pillow.sum() == 2, "DALI could make no batch of its own"
     difference = evaluated(upright, backend, device) - evaluated(expected, backend, device)
     assert float(difference.abs().mean(dim=(1, 2, 3)).max() * 255) <= tolerance
 
