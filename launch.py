@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -28,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command that the first argument names (default: train); returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files are any bytes, not all of which a terminal can show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if name not in COMMANDS:
             raise UserError(f"{name} is no command; known are {', '.join(COMMANDS)}, and without one launch.py trains.")

@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipelines.images import ImageFiles, Names
 
 CACHE_VERSION = 3
 """Another one, another content: also where DALI_DECODES changes."""
-ARRAYS = ("file_of", "offset", "size_bytes", "sizes", "labels", "needs_pillow")
+ARRAYS = ("file_of", "offset", "size_bytes", "sizes", "labels", "needs_pillow", "orientation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Split:
     layout: Layout
     remarks: tuple[str, ...]
     """What a person should know about shards."""
+    left_out: Mapping[str, int]
+    """How many files, or members of shards, are no images of the split, by kind."""
     watched: dict[str, Stamp]
     """What tells that the index is out of date: directories, shards, and files with a fault."""
     changed_ns: NDArray[np.int64]
@@ -46,7 +49,8 @@ def cache_folder() -> Path:
 
 def cache_file(root: Path, kind: str) -> Path:
     """Where the index of ``root``, read as a split of such a kind, is kept."""
-    return cache_folder() / f"{hashlib.sha256(f'{kind} {root.resolve()}'.encode()).hexdigest()[:24]}.npz"
+    known = hashlib.sha256(f"{kind} {root.resolve()}".encode(errors="surrogateescape"))
+    return cache_folder() / f"{known.hexdigest()[:24]}.npz"
 
 
 def read_cache(file: Path, root: Path) -> Split | None:
@@ -70,6 +74,7 @@ def read_cache(file: Path, root: Path) -> Split | None:
                 classes=tuple(about["classes"]),
                 layout=about["layout"],
                 remarks=tuple(about["remarks"]),
+                left_out={kind: int(count) for kind, count in about["left_out"].items()},
                 watched=watched,
                 changed_ns=arrays["changed_ns"],
             )
@@ -86,6 +91,7 @@ def write_cache(file: Path, split: Split) -> bool:
         "classes": split.classes,
         "layout": split.layout,
         "remarks": split.remarks,
+        "left_out": split.left_out,
         "watched": split.watched,
         "faults": images.faults,
     }
@@ -145,7 +151,7 @@ class Partial:
 
     def add(self, chunk: int, found: Found) -> None:
         self.done[chunk] = found
-        self._append([chunk, found.rows.tolist(), dict(found.faults), found.remark])
+        self._append([chunk, found.rows.tolist(), dict(found.faults), found.remark, dict(found.left_out)])
 
     def close(self) -> None:
         if self._file is not None:
@@ -156,11 +162,12 @@ class Partial:
         self.path.unlink(missing_ok=True)
 
     def _take(self, value: Any) -> None:
-        chunk, rows, faults, remark = value
+        chunk, rows, faults, remark, left_out = value
         self.done[chunk] = Found(
             rows=np.array([tuple(row) for row in rows], FOUND),
             faults={int(n): fault for n, fault in faults.items()},
             remark=remark,
+            left_out=left_out,
         )
 
     def _append(self, value: Any) -> None:

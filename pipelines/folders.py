@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
@@ -12,12 +14,37 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.headers import FOUND, Found, read_header, reason
+from pipelines.headers import FOUND, Found, Header, read_header, reason
 from pipelines.images import UNLABELLED, Names
 from stec.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""What torchvision's ImageFolder takes for an image."""
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".jfif", ".jpe")
+"""What torchvision's ImageFolder takes for an image, and two more names of JPEG files, which it leaves out."""
+COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+ARCHIVES = (*COMPRESSED_TAR, ".zip", ".7z", ".rar")
+SYSTEM = frozenset(
+    {
+        "#recycle",
+        "$recycle.bin",
+        "@eadir",
+        "__macosx",
+        "desktop.ini",
+        "ehthumbs.db",
+        "lost+found",
+        "system volume information",
+        "thumbs.db",
+    }
+)
+"""Files and folders, in small letters, that systems leave among others and that do not begin with a dot."""
+
+HIDDEN = "hidden"
+SPECIAL = "special file(s)"
+BROKEN = "broken link(s)"
+AGAIN = "link(s) to a folder that is listed already"
+OUTSIDE = "image(s) outside class folders"
+UNNAMED = "without a usual suffix"
+"""Kinds of what is left out, beside suffixes."""
+KINDS_SHOWN = 10
 
 Layout = Literal["class folders", "loose images", "shards"]
 Stamp = tuple[int, int]
@@ -36,43 +63,66 @@ class Listing:
     classes: tuple[str, ...]
     watched: dict[str, Stamp]
     """What tells that the listing is out of date: directories and shards relative to the root."""
+    left_out: Mapping[str, int]
+    """How many files and folders are none of these, by kind."""
 
 
 def list_class_folders(root: Path) -> Listing:
-    """Images, classes and labels in the order of torchvision's ImageFolder.
+    """Images, classes and labels in the order of torchvision's ImageFolder, without what is hidden.
 
-    Raises UserError where there is no class, or an empty one. Files with other names are left alone.
+    Raises UserError where there is no class, or an empty one.
     """
-    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
+    left_out: Counter[str] = Counter()
+    above = _folders_above(root) | {_identity(root.stat())}
+    classes = []
+    for entry in os.scandir(root):
+        if is_hidden(entry.name):
+            left_out[HIDDEN] += 1
+        elif not _is_folder(entry):
+            left_out[OUTSIDE if entry.name.lower().endswith(EXTENSIONS) else _kind_of_entry(entry)] += 1
+        elif entry.is_symlink() and _identity(entry.stat()) in above:
+            left_out[AGAIN] += 1
+        else:
+            classes.append(entry.name)
     if not classes:
+        _check_archives(root)
         raise UserError(
-            f"{root} holds neither class folders nor shards (*.tar); put each class's images into a folder of its own."
+            f"{root} holds neither class folders nor shards (*.tar){_but(left_out)}; put each class's images into a "
+            f"folder of its own."
         )
     watched = {".": stamp(root)}
     names: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        of_class = image_files(root, name, watched)
-        if not of_class:
-            raise UserError(f"{root / name} holds no image ({', '.join(EXTENSIONS)}); fill it or delete the folder.")
-        names += of_class
-        labels += [label] * len(of_class)
+    for label, name in enumerate(sorted(classes)):
+        of_class = Counter[str]()
+        images = image_files(root, name, watched, of_class)
+        if not images:
+            raise UserError(
+                f"{root / name} holds no image ({', '.join(EXTENSIONS)}){_but(of_class)}; fill it or delete the folder."
+            )
+        names += images
+        labels += [label] * len(images)
+        left_out += of_class
     return Listing(
         layout="class folders",
         files=Names.of([os.fsencode(name) for name in names]),
         labels=np.array(labels, np.int64),
-        classes=classes,
+        classes=tuple(sorted(classes)),
         watched=watched,
+        left_out=left_out,
     )
 
 
 def list_loose_images(root: Path) -> Listing:
     """All images anywhere below ``root``, without labels. Raises UserError where there is none."""
     watched: dict[str, Stamp] = {}
-    names = image_files(root, ".", watched)
+    left_out: Counter[str] = Counter()
+    names = image_files(root, ".", watched, left_out)
     if not names:
+        _check_archives(root)
         raise UserError(
-            f"{root} holds neither images ({', '.join(EXTENSIONS)}) nor shards (*.tar); name another folder."
+            f"{root} holds neither images ({', '.join(EXTENSIONS)}) nor shards (*.tar){_but(left_out)}; convert images "
+            f"of other kinds, say to .png, or name another folder."
         )
     return Listing(
         layout="loose images",
@@ -80,36 +130,138 @@ def list_loose_images(root: Path) -> Listing:
         labels=np.full(len(names), UNLABELLED, np.int64),
         classes=(),
         watched=watched,
+        left_out=left_out,
     )
 
 
-def image_files(root: Path, top: str, watched: dict[str, Stamp]) -> list[str]:
+def image_files(root: Path, top: str, watched: dict[str, Stamp], left_out: Counter[str]) -> list[str]:
     """Names relative to ``root`` of the images in and below ``top``, in ImageFolder's order.
 
-    ``watched`` receives the directories that they were looked for in. Raises UserError where one cannot be read.
+    Links are followed, but each folder is listed once, by the path without links where it has one, and nothing that is
+    hidden is listed. ``watched`` receives the directories that images were looked for in; ``left_out`` counts what is
+    none, by kind. Raises UserError where a directory cannot be read.
     """
-    found = []
-    watched[top] = stamp(root / top)
-    for directory, subdirectories, files in os.walk(root / top, followlinks=True, onerror=_raise):
-        relative = os.path.relpath(directory, root)
-        # Before they are listed: what is added in between is noticed the next time.
-        for name in subdirectories:
-            watched[os.path.normpath(f"{relative}/{name}")] = stamp(Path(directory, name))
+    seen = _folders_above(root) if top == "." else _folders_above(root) | {_identity(root.stat())}
+    found: list[tuple[str, list[str]]] = []
+    folders, links = [top], list[str]()
+    while folders or links:
+        # What lies in the tree comes before what is linked: a link to another part of it adds nothing.
+        if not folders:
+            links.sort(reverse=True)
+        relative = folders.pop() if folders else links.pop()
+        try:
+            # Stamped before it is listed: what is added in between is noticed the next time.
+            status = (root / relative).stat()
+            if _identity(status) in seen:
+                left_out[AGAIN] += 1
+                continue
+            with os.scandir(root / relative) as scan:
+                entries = list(scan)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be listed ({error.strerror}); make it readable or delete it."
+            ) from error
+        seen.add(_identity(status))
+        watched[relative] = _stamp_of(status)
         prefix = "" if relative == "." else f"{relative}/"
-        found.append((directory, [prefix + name for name in sorted(files) if name.lower().endswith(EXTENSIONS)]))
+        names = []
+        for entry in entries:
+            if is_hidden(entry.name):
+                left_out[HIDDEN] += 1
+            elif _is_folder(entry):
+                (links if entry.is_symlink() else folders).append(prefix + entry.name)
+            elif entry.name.lower().endswith(EXTENSIONS) and not _is_special(entry):
+                names.append(entry.name)
+            else:
+                left_out[_kind_of_entry(entry)] += 1
+        found.append((prefix.removesuffix("/"), [prefix + name for name in sorted(names)]))
     return [name for _, names in sorted(found) for name in names]
 
 
-def _raise(error: OSError) -> None:
-    raise UserError(f"{error.filename} cannot be listed ({error.strerror}); make it readable or delete it.")
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or left by a system among others."""
+    return name.startswith((".", "PaxHeader")) or name.lower() in SYSTEM
+
+
+def kind_of(name: str) -> str:
+    """The kind of a file that is no image: its suffix in small letters."""
+    suffix = re.search(r"(\.tar)?\.[a-z0-9_~]{1,12}$", name.lower())
+    return suffix[0] if suffix else UNNAMED
+
+
+def counted(left_out: Mapping[str, int]) -> str:
+    """How many there are of the commonest kinds, as in ``8 .heic, 3 hidden``."""
+    by_count = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count} {kind}" for kind, count in by_count[:KINDS_SHOWN]]
+    if others := sum(count for _, count in by_count[KINDS_SHOWN:]):
+        parts.append(f"{others} of other kinds")
+    return ", ".join(parts)
+
+
+def _but(left_out: Mapping[str, int]) -> str:
+    return f", but {counted(left_out)}" if left_out else ""
+
+
+def _check_archives(root: Path) -> None:
+    """Raise UserError where an archive lies in a folder that holds nothing else of use."""
+    for name in sorted(entry.name for entry in os.scandir(root)):
+        if name.lower().endswith(ARCHIVES) and not is_hidden(name):
+            raise UserError(f"{root / name} is a compressed archive, from which no image can be read; unpack it.")
+
+
+def _folders_above(root: Path) -> set[tuple[int, int]]:
+    """A link to one of these leads back to the root."""
+    return {_identity(folder.stat()) for folder in root.resolve().parents}
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one, mostly from what listing found out already."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def is_regular(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a file that can be read to its end, or a link to one."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry, or what it links to, is a pipe, socket or device, which would be waited for or never ends."""
+    # A broken link stays an image, a bad one: its target may be on a disk that is missing.
+    return not is_regular(entry) and _exists(entry)
+
+
+def _exists(entry: os.DirEntry[str]) -> bool:
+    try:
+        return bool(entry.stat())
+    except OSError:
+        return False
+
+
+def _kind_of_entry(entry: os.DirEntry[str]) -> str:
+    if _is_special(entry):
+        return SPECIAL
+    return BROKEN if entry.is_symlink() and not _exists(entry) else kind_of(entry.name)
 
 
 def stamp(path: Path) -> Stamp:
     """The stamp of a file or directory, also of one that is not there."""
     try:
-        status = path.stat()
+        return _stamp_of(path.stat())
     except OSError:
         return 0, -1
+
+
+def _stamp_of(status: os.stat_result) -> Stamp:
     # What a file system calls the size of a directory means nothing.
     return status.st_mtime_ns, 0 if S_ISDIR(status.st_mode) else status.st_size
 
@@ -120,7 +272,7 @@ def read_files(root: Path, names: Sequence[bytes]) -> Found:
     rows, faults = [], {}
     for n, name in enumerate(names):
         size_bytes = changed_ns = 0
-        header: tuple[int, int, bool] | str
+        header: Header | str
         try:
             with open(prefix + name, "rb") as file:  # noqa: PTH123
                 status = os.fstat(file.fileno())
@@ -130,7 +282,7 @@ def read_files(root: Path, names: Sequence[bytes]) -> Found:
             header = reason(error)
         if isinstance(header, str):
             faults[n] = header
-            header = 1, 1, True
-        height, width, needs_pillow = header
-        rows.append((0, size_bytes, changed_ns, height, width, UNLABELLED, needs_pillow))
+            header = 1, 1, True, 1
+        height, width, needs_pillow, orientation = header
+        rows.append((0, size_bytes, changed_ns, height, width, UNLABELLED, needs_pillow, orientation))
     return Found(rows=np.array(rows, FOUND), faults=faults)

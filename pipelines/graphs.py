@@ -210,6 +210,7 @@ def training_pipeline(
     pixels_on_device: Callable[[], Any] | None = None,
     half: bool = False,
     largest_hw: tuple[int, int] | None = None,
+    exif_orientation: bool = False,
     **pipeline_options: Any,
 ) -> Any:
     """A pipeline that makes ``views`` views of each image that ``source`` hands over, a batch at a time.
@@ -223,10 +224,11 @@ def training_pipeline(
     * the packed commands [N, V, 20] and the record [N, 4] (epoch, position, image id, label), which pass untouched.
 
     ``pixels_on_device`` hands over the pixels of the forms HWC and CWH in its place, where they are on the GPU already.
-    ``largest_hw`` is what the GPU's decoders prepare their memory for.
+    ``largest_hw`` is what the GPU's decoders prepare their memory for. With ``exif_orientation`` images are turned
+    upright.
 
     The pipeline returns the views [N, V, size, size, 3] in [0, 1] on ``device``, float32 or with ``half`` float16; the
-    commands; the record; and, for files, the images' shapes [N, 3] as stored.
+    commands; the record; and, for files, the images' shapes [N, 3] as they are now.
     """
     names = argument_names(policy)
     opening = (
@@ -246,7 +248,7 @@ def training_pipeline(
             # Copied, on the stream that picks the pixels out: DALI's own streams would not wait for that, and PyTorch
             # may use the memory for something else before they have read it.
             images = [fn.external_source(pixels_on_device, batch=True, no_copy=False, device="gpu")]
-        image, *stored_shape = open_image(images, form, device, largest_hw)
+        image, *stored_shape = open_image(images, form, device, largest_hw, exif_orientation)
         if operators == "compiled":
             made = _Compiled(views, policy.size, form)(image, arguments[0], packed)
         else:
@@ -260,19 +262,23 @@ def training_pipeline(
 
 
 def open_image(
-    inputs: Sequence[DataNode], form: Form, device: str, largest_hw: tuple[int, int] | None = None
+    inputs: Sequence[DataNode],
+    form: Form,
+    device: str,
+    largest_hw: tuple[int, int] | None = None,
+    exif_orientation: bool = False,
 ) -> tuple[DataNode, ...]:
     """An image [H, W, 3] uint8 on ``device``.
 
     ``inputs`` of pixels are the pixels; of a file, those of ``_encoded`` and the part to decode (top-left, size). For a
-    file also the shape [3] of the whole image as it is stored now, which the commands rely on.
+    file also the shape [3] of the whole image as it is now, which the commands rely on.
     """
     if form in ("HWC", "CWH"):
         image = fn.transpose(inputs[0], perm=[2, 1, 0]) if form == "CWH" else inputs[0]
         return (fn.reshape(image, layout="HWC"),)
     *given, origin, extent = inputs
     encoded = _encoded(given, form)
-    stored_shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+    stored_shape = fn.peek_image_shape(encoded, adjust_orientation=exif_orientation)
     # DALI 2.4's image_slice crashes the process where a sample is no image or smaller than its slice; reading the
     # header first makes the former an error, and this makes the latter something to be noticed afterwards.
     origin = math.min(origin, stored_shape[:2] - 1)
@@ -280,7 +286,6 @@ def open_image(
     on_gpu = device == "gpu"
     height, width = largest_hw or (0, 0)
     hints: dict[str, Any] = {"preallocate_height_hint": height, "preallocate_width_hint": width} if on_gpu else {}
-    # Without the EXIF rotation, as torchvision's ImageFolder: the commands are for the image as it is stored.
     image = fn.decoders.image_slice(
         encoded,
         origin,
@@ -290,7 +295,7 @@ def open_image(
         normalized_shape=False,
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
-        adjust_orientation=False,
+        adjust_orientation=exif_orientation,
         **hints,
     )
     return image, stored_shape
@@ -312,13 +317,19 @@ def _encoded(given: Sequence[DataNode], form: Form) -> DataNode:
 
 
 def evaluation_pipeline(
-    source: Callable[[], Sequence[Any]], size: int, *, form: FileForm, device: str, **pipeline_options: Any
+    source: Callable[[], Sequence[Any]],
+    size: int,
+    *,
+    form: FileForm,
+    device: str,
+    exif_orientation: bool = False,
+    **pipeline_options: Any,
 ) -> Any:
     """A pipeline that resizes images from files and cuts out a square.
 
     ``source`` returns the inputs of a file as in ``open_image``, less the part to decode; sizes to resize to [N, 2] and
     top-left corners of the square [N, 2]. The pipeline returns images [N, size, size, 3] uint8 on ``device``, and the
-    images' shapes [N, 3] as stored.
+    images' shapes [N, 3] as they are now.
     """
     opening = {"path": 1, "bytes": 1, "either": 3}[form]
 
@@ -326,12 +337,12 @@ def evaluation_pipeline(
     def pipeline() -> tuple[DataNode, ...]:
         *given, resized_hw, corner = fn.external_source(source, num_outputs=opening + 2, batch=True, no_copy=True)
         encoded = _encoded(given, form)
-        stored_shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+        stored_shape = fn.peek_image_shape(encoded, adjust_orientation=exif_orientation)
         image = fn.decoders.image(
             encoded,
             device="mixed" if device == "gpu" else "cpu",
             output_type=types.RGB,
-            adjust_orientation=False,
+            adjust_orientation=exif_orientation,
         )
         resized = fn.resize(image, size=resized_hw, interp_type=types.INTERP_LINEAR, antialias=True)
         return fn.slice(resized, corner, [size, size], axes=[0, 1]), stored_shape

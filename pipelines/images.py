@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.headers import MAX_PIXELS, open_lazily, read_header, reason
+from pipelines.headers import MAX_PIXELS, open_lazily, orientation, read_header, reason, to_rgb, upright
 from stec.errors import BadImage, UserError
 
 __all__ = ["MAX_PIXELS", "UNLABELLED", "ImageArray", "ImageFiles", "Images", "Names"]
@@ -95,7 +95,7 @@ class _OpenFile:
 class ImageFiles:
     """N encoded images in files below ``root``: each a file of its own, or many to a file (a tar shard).
 
-    ``sizes``, ``size_bytes`` and ``needs_pillow`` follow the files where those turn out to have changed.
+    What is said of each image follows its file where that turns out to have been replaced (``update``).
     """
 
     root: Path
@@ -108,11 +108,15 @@ class ImageFiles:
     size_bytes: NDArray[np.int64]
     """[N] int64: how many bytes it has."""
     sizes: NDArray[np.int64]
-    """[N, 2] int64: height and width in px as stored, before any EXIF rotation; 1 x 1 where the image has a fault."""
+    """[N, 2] int64: height and width in px as ``open`` returns the image; 1 x 1 where it has a fault."""
     labels: NDArray[np.int64]
     """[N] int64, 0 to the number of classes - 1, or UNLABELLED."""
     needs_pillow: NDArray[np.bool_]
     """[N] bool: not known to come out of DALI as it comes out of Pillow."""
+    orientation: NDArray[np.uint8]
+    """[N] uint8: what EXIF says, 1 (upright as stored) to 8."""
+    exif_orientation: bool = False
+    """Whether images are turned upright as ``orientation`` says. As stored, they are what ImageFolder gives."""
     faults: Mapping[int, str] = field(default_factory=dict)
     """Why images cannot be used that are known to be unreadable, by image id."""
     index_file: Path | None = None
@@ -187,7 +191,8 @@ class ImageFiles:
         return np.frombuffer(content, np.uint8)
 
     def open(self, image_id: int) -> Image.Image:
-        """One image in RGB, not rotated by its EXIF tag, as torchvision's ImageFolder opens it.
+        """One image in RGB: as torchvision's ImageFolder opens it, but for gray of 16 bits (``headers.to_rgb``), or
+        with ``exif_orientation`` upright.
 
         It may have another size than ``sizes`` says, where its file was replaced (see ``update``). Raises BadImage
         where it cannot be read, and UserError where its disk is gone.
@@ -197,11 +202,11 @@ class ImageFiles:
         content = io.BytesIO(self.encoded(image_id).data)
         try:
             with open_lazily(content) as image:
-                return image.convert("RGB")
+                turn = orientation(image) if self.exif_orientation else 1
+                return upright(to_rgb(image), turn)
         except MemoryError as error:
-            raise UserError(
-                f"Memory ran out while {self.name(image_id)} was decoded; free some.", local=True
-            ) from error
+            name = self.name(image_id)
+            raise UserError(f"Memory ran out while {name} was decoded; end what else uses it.", local=True) from error
         except Exception as error:  # Pillow's decoders meet foreign bytes: what they raise has no common base.
             raise self.bad(image_id, reason(error)) from error
 
@@ -215,12 +220,15 @@ class ImageFiles:
         header = read_header(io.BytesIO(content.data))
         if isinstance(header, str):
             raise self.bad(image_id, header)
-        height, width, needs_pillow = header
+        height, width, needs_pillow, turn = header
+        if self.exif_orientation and turn >= 5:
+            height, width = width, height
         if (len(content), height, width) == (self.size_bytes[image_id], *self.sizes[image_id]):
             return False
         self.size_bytes[image_id] = len(content)
         self.sizes[image_id] = height, width
         self.needs_pillow[image_id] = needs_pillow
+        self.orientation[image_id] = turn
         if self.index_file is not None:
             with suppress(OSError):
                 self.index_file.unlink()
@@ -253,7 +261,16 @@ class ImageFiles:
             sizes=self.sizes[image_ids],
             labels=self.labels[image_ids],
             needs_pillow=self.needs_pillow[image_ids],
+            orientation=self.orientation[image_ids],
             faults={new_ids[old]: fault for old, fault in self.faults.items() if old in new_ids},
+        )
+
+    def turned_upright(self) -> ImageFiles:
+        """The same images, upright by their EXIF orientation."""
+        return replace(
+            self,
+            sizes=np.where(self.orientation[:, None] >= 5, self.sizes[:, ::-1], self.sizes),
+            exif_orientation=True,
         )
 
     @cached_property

@@ -11,7 +11,9 @@ import numpy as np
 from pipelines import demo
 from pipelines.arrays import STL10_CLASSES, read_cifar10, read_cifar100, read_stl10_split
 from pipelines.cache import Split
+from pipelines.folders import is_hidden
 from pipelines.images import UNLABELLED, ImageArray, Images
+from pipelines.remarks import empty_classes, largest_labelled, remarks
 from pipelines.splits import Kind, Progress, read_split, silent
 from stec.errors import UserError
 
@@ -31,6 +33,8 @@ class DataSet:
     test: Images | None
     classes: tuple[str, ...]
     """Empty where there are no labels."""
+    remarks: tuple[str, ...] = ()
+    """What a person should know about the image files, a sentence each."""
 
 
 def open_data_set(
@@ -39,14 +43,15 @@ def open_data_set(
     *,
     limit_train: int | None = None,
     download: bool = False,
+    exif_orientation: bool = False,
     progress: Progress = silent,
 ) -> DataSet:
     """Open a data set by its name, keeping at most ``limit_train`` training images: the first, or of folders, which
     are sorted by class, evenly spread ones.
 
     ``download`` first fetches CIFAR-10, CIFAR-100 or STL-10 into ``data_dir`` through torchvision, which verifies the
-    checksums. ``progress`` hears about the pass over image files that are not indexed yet. Raises UserError where the
-    data is missing, truncated or not what it should be.
+    checksums. With ``exif_orientation`` image files are turned upright. ``progress`` hears about the pass over image
+    files that are not indexed yet. Raises UserError where the data is missing, truncated or not what it should be.
     """
     if name == "demo":
         return _limited(_demo(), name, limit_train)
@@ -55,16 +60,22 @@ def open_data_set(
     if download:
         _download(name, data_dir)
     if name == "imagenet":
-        data_set = _imagenet(data_dir, progress)
+        data_set = _imagenet(data_dir, exif_orientation, progress)
     elif name == "folder":
-        data_set = _folder(data_dir, progress)
+        data_set = _folder(data_dir, exif_orientation, progress)
     else:
         data_set = {"cifar10": _cifar10, "cifar100": _cifar100, "stl10": _stl10}[name](data_dir)
     return _limited(data_set, name, limit_train)
 
 
 def open_split(
-    name: str, data_dir: Path | None, split: SplitName, *, download: bool = False, progress: Progress = silent
+    name: str,
+    data_dir: Path | None,
+    split: SplitName,
+    *,
+    download: bool = False,
+    exif_orientation: bool = False,
+    progress: Progress = silent,
 ) -> tuple[Images, tuple[str, ...]]:
     """One split alone, the only one that must be on disk, and the classes of a data set.
 
@@ -76,9 +87,9 @@ def open_split(
         file = {"train": "unlabeled", "labelled": "train", "test": "test"}[split]
         return read_stl10_split(data_dir, file), STL10_CLASSES
     if name == "imagenet" and data_dir is not None and not download:
-        found = _labelled_split(data_dir, "val" if split == "test" else "train", progress)
+        found = _labelled_split(data_dir, "val" if split == "test" else "train", exif_orientation, progress)
         return found.images, found.classes
-    data_set = open_data_set(name, data_dir, download=download, progress=progress)
+    data_set = open_data_set(name, data_dir, download=download, exif_orientation=exif_orientation, progress=progress)
     images = {"train": data_set.train, "labelled": data_set.labelled, "test": data_set.test}[split]
     assert images is not None, "all others have all splits"
     return images, data_set.classes
@@ -99,8 +110,8 @@ def _stl10(data_dir: Path) -> DataSet:
     return DataSet(train=unlabelled, labelled=labelled, test=test, classes=STL10_CLASSES)
 
 
-def _imagenet(data_dir: Path, progress: Progress) -> DataSet:
-    train, val = (_labelled_split(data_dir, name, progress) for name in SPLITS)
+def _imagenet(data_dir: Path, exif_orientation: bool, progress: Progress) -> DataSet:
+    train, val = (_labelled_split(data_dir, name, exif_orientation, progress) for name in SPLITS)
     if train.layout == val.layout == "class folders" and train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(
@@ -109,29 +120,43 @@ def _imagenet(data_dir: Path, progress: Progress) -> DataSet:
         )
     if len(val.classes) > len(train.classes):
         raise UserError(
-            f"{data_dir / 'val'} has {len(val.classes)} classes, but {data_dir / 'train'} has {len(train.classes)}; "
-            f"both must count them alike."
+            f"{data_dir / 'val'} has {len(val.classes)} classes, the largest label at {largest_labelled(val)}, but "
+            f"{data_dir / 'train'} has {len(train.classes)}; both must count them alike."
         )
-    return DataSet(train=train.images, labelled=train.images, test=val.images, classes=train.classes)
+    return DataSet(
+        train=train.images,
+        labelled=train.images,
+        test=val.images,
+        classes=train.classes,
+        remarks=(*remarks(train), *remarks(val)),
+    )
 
 
-def _folder(data_dir: Path, progress: Progress) -> DataSet:
+def _folder(data_dir: Path, exif_orientation: bool, progress: Progress) -> DataSet:
     if not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir} is no folder; name the one that holds the images.")
-    images = read_split(data_dir, "loose images", progress).images
+    split = turned(read_split(data_dir, "loose images", progress), exif_orientation)
+    images = split.images
     unlabelled = replace(images, labels=np.full(len(images), UNLABELLED, np.int64))
-    return DataSet(train=unlabelled, labelled=None, test=None, classes=())
+    return DataSet(train=unlabelled, labelled=None, test=None, classes=(), remarks=tuple(remarks(split)))
 
 
-def _labelled_split(data_dir: Path, name: str, progress: Progress) -> Split:
+def turned(split: Split, exif_orientation: bool) -> Split:
+    """The split with its images upright, where that is asked for."""
+    return replace(split, images=split.images.turned_upright()) if exif_orientation else split
+
+
+def _labelled_split(data_dir: Path, name: str, exif_orientation: bool, progress: Progress) -> Split:
     """The split ``train`` or ``val``, in class folders or shards. Raises UserError where it has no labels."""
     root = data_dir / name
     if not root.is_dir():
         raise UserError(_where_instead(data_dir))
-    split = read_split(root, "class folders", progress)
+    split = turned(read_split(root, "class folders", progress), exif_orientation)
     if not split.classes:
         raise UserError(f"The shards in {root} hold no labels (.cls); train without them by --dataset folder.")
     check_labels(split)
+    if name == "train":
+        check_classes(split)
     return split
 
 
@@ -145,6 +170,17 @@ def check_labels(split: Split) -> None:
         )
 
 
+def check_classes(split: Split) -> None:
+    """Raise UserError where shards for training have labels so large that there are more classes than images, and most
+    of them empty: the probe would have a row of weights for each."""
+    count = len(split.classes)
+    if count > len(split.images) and 2 * empty_classes(split) > count:
+        raise UserError(
+            f"{empty_classes(split)} of the {count} classes of {split.images.root} have no image: the largest label is "
+            f"that of {largest_labelled(split)}; number the classes from 0 without gaps."
+        )
+
+
 def splits_below(data_dir: Path) -> dict[str, tuple[Path, Kind]]:
     """The splits that ``data_dir`` seems to hold by name: ``train`` and ``val``, or all its images as one.
 
@@ -152,12 +188,18 @@ def splits_below(data_dir: Path) -> dict[str, tuple[Path, Kind]]:
     """
     if not data_dir.is_dir():
         raise UserError(f"{data_dir} is no folder; name the one that holds the data set.")
-    named: dict[str, tuple[Path, Kind]] = {
-        name: (data_dir / name, "class folders")
-        for name in SPLITS
-        if (data_dir / name).is_dir()
-        and any(path.is_dir() or path.suffix == ".tar" for path in (data_dir / name).iterdir())
-    }
+    try:
+        named: dict[str, tuple[Path, Kind]] = {
+            name: (data_dir / name, "class folders")
+            for name in SPLITS
+            if (data_dir / name).is_dir()
+            and any(
+                not is_hidden(path.name) and (path.is_dir() or path.suffix.lower() == ".tar")
+                for path in (data_dir / name).iterdir()
+            )
+        }
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable.") from error
     return named or {"all images": (data_dir, "loose images")}
 
 

@@ -147,6 +147,7 @@ class Loader:
                 largest_hw=(int(images.sizes[:, 0].max()), int(images.sizes[:, 1].max()))
                 if isinstance(images, ImageFiles)
                 else None,
+                exif_orientation=isinstance(images, ImageFiles) and images.exif_orientation,
                 **_pipeline_options(self.order.batch_size, self.workers, self.device),
             )
             for views, packed, record, *_ in _run(pipeline, source, self.device):
@@ -517,7 +518,9 @@ class EvaluationLoader:
         while done < len(parts):
             source = _EvaluationSource(images, parts[done:], resize_px, self.size)
             options = _pipeline_options(self.batch_size, self.workers, self.device)
-            pipeline = evaluation_pipeline(source, self.size, form=_file_form(images), **options)
+            pipeline = evaluation_pipeline(
+                source, self.size, form=_file_form(images), exif_orientation=images.exif_orientation, **options
+            )
             for made, _ in _run(pipeline, source, self.device):
                 yield to_unit_range(torch.from_dlpack(made.as_tensor()), self.device)
                 done += 1

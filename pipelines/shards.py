@@ -2,6 +2,11 @@
 
 A shard is a sequence of samples, a sample a run of members with the same name up to the first dot of its last part:
 ``key.jpg`` and ``key.cls``, the class as digits. Only headers and labels are read.
+
+Two things that the webdataset package does not take for samples are taken here. A name with more dots is a sample of
+its own, ``22.05.png`` of the key ``22.05``, unless its run holds a plain ``22.jpg``, or a word lies between the dots as
+in ``key.left.jpg``: then it is a part of the sample ``key``. And a label that does not lie beside its image is found by
+the key.
 """
 
 from __future__ import annotations
@@ -9,20 +14,38 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from pipelines.folders import EXTENSIONS, Listing, image_files, stamp
-from pipelines.headers import FOUND, Found, read_header
+from pipelines.folders import (
+    COMPRESSED_TAR,
+    EXTENSIONS,
+    HIDDEN,
+    Listing,
+    image_files,
+    is_hidden,
+    is_regular,
+    kind_of,
+    stamp,
+)
+from pipelines.headers import FOUND, Found, Header, read_header
 from pipelines.images import UNLABELLED, Names
 from stec.errors import UserError
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 IMAGE_SUFFIXES = frozenset(extension[1:] for extension in EXTENSIONS)
+LABEL_SUFFIX = "cls"
+SIDECARS = frozenset((LABEL_SUFFIX, "json", "txt"))
+"""Suffixes of what is expected beside images."""
+PART = re.compile(r"[a-z_][\w-]*")
+"""What lies between the dots of ``key.left.jpg``, in small letters."""
+PARTS = "image(s) named KEY.PART.jpg, parts of a sample KEY without an image KEY.jpg"
+LINKS = "link(s) in shards"
+"""Kinds of what is left out, beside those of folders."""
 MAX_LABEL = 10**6
 """A larger label is taken for a mistake: the probe has a row of weights for each class."""
 
@@ -30,23 +53,27 @@ MAX_LABEL = 10**6
 def list_shards(root: Path) -> Listing | None:
     """The shards directly in ``root``, or None where there is none.
 
-    Raises UserError where shards are compressed, or images lie beside them.
+    Raises UserError where others are compressed, or images lie beside them.
     """
     watched = {".": stamp(root)}
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
-    for name in names:
-        if name.lower().endswith(COMPRESSED):
-            raise UserError(
-                f"{root / name} is compressed, so that no image can be read on its own; unpack it to a .tar."
-            )
-    shards = [name for name in names if name.endswith(".tar")]
+    names = sorted(entry.name for entry in os.scandir(root) if not is_hidden(entry.name) and _is_tar(entry))
+    shards = [name for name in names if name.lower().endswith(".tar")]
     if not shards:
         return None
-    beside = image_files(root, ".", {})
+    for name in names:
+        if name.lower().endswith(COMPRESSED_TAR):
+            raise UserError(
+                f"{root / name} is compressed, so that no image can be read on its own; unpack it to a .tar, or if it "
+                f"does not belong to the shards beside it ({shards[0]}), move it elsewhere."
+            )
+    left_out: Counter[str] = Counter()
+    beside = image_files(root, ".", {}, left_out)
     if beside:
         raise UserError(
-            f"{root} holds both shards ({shards[0]}) and image files ({beside[0]}); put them into folders of their own."
+            f"{root} holds both shards ({shards[0]}) and image files ({beside[0]}); if these were unpacked from the "
+            f".tar, move it elsewhere, else put them into folders of their own."
         )
+    left_out[".tar"] -= len(shards)
     watched |= {name: stamp(root / name) for name in shards}
     return Listing(
         layout="shards",
@@ -54,7 +81,12 @@ def list_shards(root: Path) -> Listing | None:
         labels=np.full(len(shards), UNLABELLED, np.int64),
         classes=(),
         watched=watched,
+        left_out=+left_out,
     )
+
+
+def _is_tar(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith((".tar", *COMPRESSED_TAR)) and is_regular(entry)
 
 
 def read_shard(shard: Path) -> Found:
@@ -65,10 +97,11 @@ def read_shard(shard: Path) -> Found:
     """
     size = shard.stat().st_size
     samples: list[_Sample] = []
+    left_out: Counter[str] = Counter()
     try:
         with tarfile.open(shard, "r:") as archive:
-            for member in _members(archive):
-                _add(samples, archive, member, shard, size)
+            for key, run in _runs(archive, left_out):
+                samples += _samples(key, run, archive, shard, size)
             # Not archive.fileobj, which tarfile may have left anywhere.
             with shard.open("rb") as file:
                 file.seek(archive.offset)
@@ -78,10 +111,15 @@ def read_shard(shard: Path) -> Found:
     except OSError as error:
         raise UserError(f"{shard} cannot be read ({error.strerror}); make it readable or delete it.") from error
     images = [sample for sample in samples if sample.member is not None]
+    others = [sample for sample in samples if sample.member is None]
+    _join_labels(images, others)
+    keys = {sample.key for sample in images}
+    left_out.update(kind for sample in others if sample.key not in keys for kind in sample.others)
     return Found(
         rows=np.array([sample.row(size) for sample in images], FOUND),
         faults={n: sample.header for n, sample in enumerate(images) if isinstance(sample.header, str)},
         remark="" if whole else f"{shard} is cut off: it ends without an end mark, after {len(images)} images",
+        left_out=left_out,
     )
 
 
@@ -101,20 +139,47 @@ class _Sample:
     key: str
     member: tarfile.TarInfo | None = None
     """The image."""
-    header: tuple[int, int, bool] | str = ""
+    header: Header | str = ""
     label: int = UNLABELLED
+    others: list[str] = field(default_factory=list)
+    """Kinds of the other members, but for sidecars."""
 
-    def row(self, shard_bytes: int) -> tuple[int, int, int, int, int, int, bool]:
+    def row(self, shard_bytes: int) -> tuple[int, int, int, int, int, int, bool, int]:
         """A row of FOUND."""
         assert self.member is not None
-        height, width, needs_pillow = (1, 1, True) if isinstance(self.header, str) else self.header
+        height, width, needs_pillow, turn = (1, 1, True, 1) if isinstance(self.header, str) else self.header
         first = self.member.offset_data
-        size_bytes = min(self.member.size, max(0, shard_bytes - first))
-        return first, size_bytes, 0, height, width, self.label, needs_pillow
+        size = min(self.member.size, max(0, shard_bytes - first))
+        return first, size, 0, height, width, self.label, needs_pillow, turn
+
+
+_Run = list[tuple[tarfile.TarInfo, str]]
+"""Members of the same key, with their suffixes."""
+
+
+def _runs(archive: tarfile.TarFile, left_out: Counter[str]) -> Iterator[tuple[str, _Run]]:
+    """Runs of members, as the webdataset package makes samples of them; ``left_out`` counts what is in none."""
+    key, run = "", _Run()
+    for member in _members(archive):
+        parts = sample_key(member.name)
+        if any(is_hidden(part) for part in member.name.split("/") if part not in ("", ".", "..")):
+            left_out[HIDDEN] += 1
+        elif not member.isreg():
+            left_out[LINKS] += kind_of(member.name) in EXTENSIONS
+        elif parts is None:
+            left_out[kind_of(member.name)] += re.match("__[^/]*__", member.name) is None
+        else:
+            if parts[0] != key:
+                yield key, run
+                key, run = parts[0], []
+            run.append((member, parts[1]))
+    yield key, run
+    for kind in [kind for kind, count in left_out.items() if not count]:
+        del left_out[kind]
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files in an archive, until it ends or is cut off."""
+    """The members of an archive but folders, until it ends or is cut off."""
     while True:
         try:
             member = archive.next()
@@ -123,38 +188,67 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if member is None:
             return
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile remembers all members otherwise
-        if member.isreg():
+        if not member.isdir():
             yield member
 
 
+def _samples(key: str, run: _Run, archive: tarfile.TarFile, shard: Path, shard_bytes: int) -> Iterator[_Sample]:
+    """What a run holds: the sample ``key``, or samples with dots in their keys."""
+    plain = any(suffix in IMAGE_SUFFIXES for _, suffix in run)
+    samples: dict[str, _Sample] = {}
+    for member, suffix in run:
+        between, dot, last = suffix.rpartition(".")
+        own_key, own_suffix = key, suffix
+        if dot and not plain and not PART.fullmatch(between):
+            own_key, own_suffix = member.name.rpartition(".")[0], last
+        sample = samples.setdefault(own_key, _Sample(key=own_key))
+        _add(sample, member, own_suffix, archive, shard, shard_bytes)
+    yield from samples.values()
+
+
 def _add(
-    samples: list[_Sample], archive: tarfile.TarFile, member: tarfile.TarInfo, shard: Path, shard_bytes: int
+    sample: _Sample, member: tarfile.TarInfo, suffix: str, archive: tarfile.TarFile, shard: Path, shard_bytes: int
 ) -> None:
-    """Enter a member into the last sample, or into a new one."""
-    parts = sample_key(member.name)
-    if parts is None:
-        return
-    key, suffix = parts
-    if not samples or samples[-1].key != key:
-        samples.append(_Sample(key=key))
-    sample, cut = samples[-1], member.offset_data + member.size > shard_bytes
+    """Enter a member into its sample."""
+    cut = member.offset_data + member.size > shard_bytes
     if suffix in IMAGE_SUFFIXES:
         if sample.member is not None:
-            raise UserError(f"{shard} holds two images of the name {key}; give each image a name of its own.")
+            raise UserError(f"{shard} holds two images of the name {sample.key}; give each image a name of its own.")
         sample.member = member
         if cut:
             sample.header = f"its shard was cut off at byte {shard_bytes}, before the image's end"
+        elif member.issparse():
+            sample.header = "it is stored without its zeros; make the shard without tar's --sparse"
         else:
             sample.header = read_header(_content(archive, member))
-    elif suffix == "cls" and not cut:
-        text = _content(archive, member).read()
-        try:
-            sample.label = int(text)
-        except ValueError:
-            sample.label = UNLABELLED
-        if not 0 <= sample.label <= MAX_LABEL:
-            shown = text[:40].decode(errors="replace")
-            raise UserError(f"{shard}: {member.name} holds {shown!r}; a label is a number from 0 to {MAX_LABEL}.")
+    elif suffix == LABEL_SUFFIX:
+        if not cut:
+            sample.label = _label(_content(archive, member).read(), member, shard)
+    elif suffix not in SIDECARS:
+        sample.others.append(PARTS if suffix.rpartition(".")[2] in IMAGE_SUFFIXES else kind_of(member.name))
+
+
+def _label(content: bytes, member: tarfile.TarInfo, shard: Path) -> int:
+    try:
+        label = int(content)
+    except ValueError:
+        label = UNLABELLED
+    if not 0 <= label <= MAX_LABEL:
+        shown = content[:40].decode(errors="replace")
+        raise UserError(f"{shard}: {member.name} holds {shown!r}; a label is a number from 0 to {MAX_LABEL}.")
+    return label
+
+
+def _join_labels(images: Sequence[_Sample], others: Sequence[_Sample]) -> None:
+    """Give images the labels that lie elsewhere in the shard, where their keys leave no doubt."""
+    lone = [sample for sample in others if sample.label != UNLABELLED]
+    if not lone:
+        return
+    times = Counter(sample.key for sample in images), Counter(sample.key for sample in lone)
+    labels = {sample.key: sample.label for sample in lone}
+    for image in images:
+        if image.label == UNLABELLED and [count[image.key] for count in times] == [1, 1]:
+            image.label = labels[image.key]
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:

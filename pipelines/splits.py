@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +21,7 @@ import numpy as np
 
 from pipelines.bad_list import BadList
 from pipelines.cache import Partial, Split, cache_file, read_cache, write_cache
-from pipelines.folders import Listing, Stamp, list_class_folders, list_loose_images, read_files, stamp
+from pipelines.folders import Listing, Stamp, counted, list_class_folders, list_loose_images, read_files, stamp
 from pipelines.headers import Found
 from pipelines.images import UNLABELLED, ImageFiles
 from pipelines.shards import list_shards, read_shard
@@ -92,17 +93,24 @@ def verified(split: Split, progress: Progress = silent) -> Split:
     return _with_faults(replace(split, images=unlisted), found)
 
 
-def _with_faults(split: Split, more: Mapping[int, str]) -> Split:
-    faults = dict(sorted({**split.images.faults, **more}.items()))
-    return replace(split, images=replace(split.images, faults=faults))
-
-
 def _files_changed(split: Split) -> bool:
     images = split.images
     if images.in_shards:  # they are watched
         return False
     known = zip(split.changed_ns.tolist(), images.size_bytes.tolist())
     return any(n not in images.faults and stamp(images.path(n)) != before for n, before in enumerate(known))
+
+
+def _with_faults(split: Split, more: Mapping[int, str]) -> Split:
+    """The split with more faults. Raises UserError where no image is left that can be used."""
+    images, left_out = split.images, ""
+    faults = dict(sorted({**images.faults, **more}.items()))
+    if len(faults) < len(images):
+        return replace(split, images=replace(images, faults=faults))
+    if split.left_out:
+        left_out = f" (left out: {counted(split.left_out)})"
+    first = f"; the first is {images.name(0)} ({faults[0]})" if len(images) else left_out
+    raise UserError(f"{images.root} holds no image that can be read{first}; fetch the data set again.")
 
 
 def _look(root: Path, listing: Listing, so_far: Partial, progress: Progress) -> list[Found]:
@@ -155,16 +163,18 @@ def _assembled(root: Path, listing: Listing, chunks: Sequence[Found]) -> Split:
         sizes=np.stack([rows["height"], rows["width"]], axis=1),
         labels=labels,
         needs_pillow=np.ascontiguousarray(rows["needs_pillow"]),
+        orientation=np.ascontiguousarray(rows["orientation"]),
         faults=dict(sorted(faults.items())),
     )
-    if len(faults) == len(images):
-        first = f"; the first is {images.name(0)} ({faults[0]})" if faults else ""
-        raise UserError(f"{root} holds no image that can be read{first}; fetch the data set again.")
+    left_out = Counter(listing.left_out)
+    for found in chunks:
+        left_out.update(found.left_out)
     return Split(
         images=images,
         classes=classes,
         layout=listing.layout,
         remarks=tuple(found.remark for found in chunks if found.remark),
+        left_out=left_out,
         watched=listing.watched | _stamps_of_faulty(images),
         changed_ns=np.ascontiguousarray(rows["changed_ns"]),
     )

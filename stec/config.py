@@ -112,6 +112,8 @@ class TrainConfig:
     """For images in tar shards: so many shards are shuffled together, so that reads are long; 0 shuffles all images."""
     max_bad_share: float = 0.01
     """A run stops when more than this share of the training images cannot be used; others stand in for fewer."""
+    exif_orientation: Switch = 0
+    """1: turn image files upright as EXIF says (a camera's photographs); 0: use them as stored, as ImageFolder does."""
     backend: Literal["auto", "dali", "torchvision"] = "auto"
     """What executes the commands; auto is DALI where it is installed."""
     num_workers: int | None = None

@@ -185,7 +185,8 @@ def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping
             f"{config.batch_size} on {processes} process(es) makes {global_batch_size}; "
             f"choose the two so that their product stays the same."
         )
-    ours, saved = config.identity(), state["identity"]
+    # A setting that is newer than the checkpoint had the effect of its default.
+    ours, saved = config.identity(), {**TrainConfig().identity(), **state["identity"]}
     differing = [k for k in sorted(ours.keys() | saved.keys()) if k != "batch_size" and ours.get(k) != saved.get(k)]
     changes = [f"--{k} was {saved.get(k)} and is now {ours.get(k)}" for k in differing]
     for flag, name in (("mixed_precision", "precision"), ("backend", "backend")):

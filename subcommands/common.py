@@ -59,6 +59,8 @@ class EncoderConfig:
     """What prepares the images; auto is DALI where it is installed."""
     num_workers: int | None = None
     """DALI threads or torchvision worker processes, per process; default: this process's share of the CPUs."""
+    exif_orientation: Switch = 0
+    """1: turn image files upright as EXIF says, as the encoder saw them if it was trained with this."""
     view_size: int | None = None
     """Height and width in px at which the encoder sees an image; default: the data set's own."""
     trained_on: DataSetName | None = None

@@ -70,6 +70,7 @@ def embed_split(config: EmbedConfig) -> None:
                 config.data_dir,
                 config.split,
                 download=bool(config.download) and accelerator.is_main_process,
+                exif_orientation=bool(config.exif_orientation),
                 progress=progress,
             ),
         )

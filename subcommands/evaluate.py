@@ -60,7 +60,14 @@ def run(arguments: list[str]) -> None:
 
         def open_images(split: Literal["labelled", "test"]) -> tuple[Images, tuple[str, ...]]:
             fetch = bool(config.download) and accelerator.is_main_process
-            return open_split(config.dataset, config.data_dir, split, download=fetch, progress=progress)
+            return open_split(
+                config.dataset,
+                config.data_dir,
+                split,
+                download=fetch,
+                exif_orientation=bool(config.exif_orientation),
+                progress=progress,
+            )
 
         opened: list[tuple[Images, tuple[str, ...]]] = []
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from stec.config import Switch
 from subcommands.common import check_place, is_main_process, parse
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class IndexConfig:
     """Folder that holds train and val, or images."""
     verify: Literal["headers", "full"] = "headers"
     """full: decode every image, and write the list of bad ones."""
+    exif_orientation: Switch = 0
+    """1: sizes of images that are turned upright, as training takes them with the same flag."""
     bad: Path = Path("bad-images.tsv")
     """With --verify full: where that list goes, a line of name, tab, reason for each bad image."""
 
@@ -34,10 +37,11 @@ def run(arguments: list[str]) -> None:
     check_place(config.bad, "--bad")
 
     from pipelines.cache import cache_file
-    from pipelines.index import check_labels, splits_below
+    from pipelines.index import check_classes, check_labels, splits_below, turned
+    from pipelines.remarks import remarks
     from pipelines.splits import read_split, verified
     from stec.console import Console
-    from stec.files import write_text
+    from stec.files import write_whole
 
     console = Console(enabled=is_main_process())
     splits: dict[str, Split] = {}
@@ -48,7 +52,10 @@ def run(arguments: list[str]) -> None:
             split = read_split(root, kind, progress, check_files=True)
             if config.verify == "full":
                 split = verified(split, progress)
+            split = turned(split, bool(config.exif_orientation))
             check_labels(split)
+            if name == "train":
+                check_classes(split)
             kept = cache_file(root, kind)
             facts.append(
                 {
@@ -61,15 +68,15 @@ def run(arguments: list[str]) -> None:
     rows = [[fact, *(of_split[fact] for of_split in facts)] for fact in facts[0]]
     console.table(f"Index of {config.data_dir}", ["", *splits], rows)
     for split in splits.values():
-        for remark in split.remarks:
-            console.say(f"{remark}.")
+        for remark in remarks(split):
+            console.say(remark)
     bad = [(split.images.name(n), why) for split in splits.values() for n, why in split.images.faults.items()]
     for name, why in bad[:10]:
         console.say(f"Bad image: {name} ({why})")
     if config.verify == "full":
         # A name may hold anything but a zero byte; a line of the list holds one name.
         lines = (f"{name}\t{why}".translate({10: " ", 13: " "}) + "\n" for name, why in bad)
-        write_text(config.bad, "".join(lines))
+        write_whole(config.bad, "".join(lines).encode(errors="surrogateescape"))
         console.say(f"{len(bad)} bad images are listed in {config.bad}.")
     elif len(bad) > 10:
         console.say(f"... and {len(bad) - 10} more; --verify full lists them all.")

@@ -18,6 +18,8 @@ def next_steps(config: TrainConfig, folder: Path, *, classes: int, processes: in
         data += ["--data_dir", str(config.data_dir)]
     if config.view_size is not None:
         data += ["--view_size", str(config.view_size)]
+    if config.exif_orientation:
+        data += ["--exif_orientation", "1"]
     evaluate = ("evaluate it", [*alone, "eval", *data, "--ckpt_path", str(folder / "model.safetensors")])
     longer = ["--config", str(folder / "config.json"), "--results_path", str(folder), "--resume", "auto",
               "--max_epochs", str(2 * config.max_epochs), "--allow_changes", "1"]  # fmt: skip

@@ -74,7 +74,11 @@ def run(arguments: list[str]) -> None:
             )
     with console.counting() as progress:
         data_set = open_data_set(
-            settings.dataset, settings.data_dir, limit_train=settings.limit_train, progress=progress
+            settings.dataset,
+            settings.data_dir,
+            limit_train=settings.limit_train,
+            exif_orientation=bool(settings.exif_orientation),
+            progress=progress,
         )
     loader = training_loader(
         dataclasses.replace(settings, batch_size=1, accumulate=1),

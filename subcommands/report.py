@@ -99,7 +99,12 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
     except UserError as error:
         look.remarks.append(f"{error} What the model believes and finds similar is left out.")
     try:
-        data_set = open_data_set(settings.dataset, settings.data_dir, limit_train=settings.limit_train)
+        data_set = open_data_set(
+            settings.dataset,
+            settings.data_dir,
+            limit_train=settings.limit_train,
+            exif_orientation=bool(settings.exif_orientation),
+        )
         batch_size = min(BATCH_SIZE, len(data_set.train), wanted.images)
         one_by_one, batches = (
             training_loader(

@@ -115,6 +115,7 @@ def run_training(config: TrainConfig) -> None:
                 config.data_dir,
                 limit_train=config.limit_train,
                 download=bool(config.download) and accelerator.is_main_process,
+                exif_orientation=bool(config.exif_orientation),
                 progress=progress,
             ),
         )
@@ -178,7 +179,7 @@ def run_training(config: TrainConfig) -> None:
             ("files", str(folder.path.resolve())),
         ],
     )
-    for note in notes:
+    for note in (*data_set.remarks, *notes):
         console.say(note)
     if resumed is not None:
         console.say(f"Going on after step {resumed['step']}.")

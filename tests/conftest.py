@@ -84,4 +84,5 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageFiles:
         sizes=sizes,
         labels=np.arange(64, dtype=np.int64) % 7,
         needs_pillow=np.zeros(64, bool),
+        orientation=np.ones(64, np.uint8),
     )

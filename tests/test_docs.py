@@ -44,14 +44,16 @@ PLACEHOLDERS = {
 }
 """What stands in the pages for something that a reader fills in, other than the name of a folder or file."""
 PROGRAMS = ("accelerate", "launch.py", "mypy", "pip", "pytest", "python", "ruff", "sbatch", "stec")
-OTHERS = {"python train.py", "python eval.py", "accelerate launch", "launch.py", "stec"}
-"""The official repository's programs, and names that are no command lines."""
+COPIES = "python copies.py IMAGES COPIES"
+OTHERS = {"python train.py", "python eval.py", "accelerate launch", "launch.py", "stec", COPIES}
+"""The official repository's programs, names that are no command lines, and what has a test of its own."""
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text())
 
 
 def fenced(text: str, language: str = "") -> list[str]:
     """The blocks of a page in that language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```(.*?)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [block for written_in, block in blocks if written_in == language]
 
 
 def inline(text: str) -> list[str]:
@@ -245,9 +247,29 @@ def test_own_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert launch.main(index[2:]) == 0
     Run(*train[3:], *SMALL).end()
-    (code,) = fenced(PAGES["docs/train-on-my-images.md"], "python")
+    _, code = fenced(PAGES["docs/train-on-my-images.md"], "python")
     monkeypatch.chdir(tmp_path)
     exec(code.replace("RUN", "run"), {})
+
+
+def test_smaller_copies(tmp_path: Path) -> None:
+    """The page's script: the sides of the copies, the folders, EXIF, and small images as they are."""
+    script, _ = fenced(PAGES["docs/train-on-my-images.md"], "python")
+    assert COPIES in inline(PAGES["docs/train-on-my-images.md"])
+    (tmp_path / "copies.py").write_text(script)
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for name, size in {"a/wide.jpg": (1400, 1024), "high.PNG": (600, 900), "small.jpg": (50, 60)}.items():
+        Image.new("RGB", size).save(tmp_path / "images" / name, exif=exif)
+    _, *arguments = COPIES.lower().split()
+    subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True)
+    copies = {}
+    for path in (tmp_path / "copies").rglob("*.*"):
+        with Image.open(path) as image:
+            copies[str(path.relative_to(tmp_path / "copies"))] = image.size
+            assert image.getexif()[0x112] == 6
+    assert copies == {"a/wide.jpg": (700, 512), "high.PNG": (512, 768), "small.jpg": (50, 60)}
 
 
 def test_slurm(images: Path, tmp_path: Path) -> None:

