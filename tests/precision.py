@@ -1,7 +1,7 @@
 """One training step of an encoder in single precision, judged by the same step in double precision.
 
-What single precision loses depends on the processor, so no fixed bound holds everywhere; what the plain computation loses
-on the same processor is the yardstick.
+The rounding errors of single precision depend on the processor, so no fixed bound holds everywhere. The errors of the
+plain computation on the same processor are the yardstick.
 """
 
 from __future__ import annotations

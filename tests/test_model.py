@@ -25,9 +25,9 @@ def test_imagenet_encoder_is_torchvisions(arch: str) -> None:
     result = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert set(result.missing_keys) == {"fc.weight", "fc.bias"} and not result.unexpected_keys
     theirs.fc = torch.nn.Identity()
-    images = torch.rand(2, 3, 64, 64)
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+        torch.testing.assert_close(ours.double().eval()(images), theirs.double().eval()(images))
 
 
 @pytest.mark.parametrize(("stem", "size", "stride"), [("cifar", 32, 1), ("stl10", 96, 2), ("imagenet", 96, 4)])
