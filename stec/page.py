@@ -1,4 +1,4 @@
-"""The frame of a page that needs nothing else: style for both colour schemes and any width, and what its buttons do."""
+"""The frame of a page that needs nothing else: style for both colour schemes and any width, charts, buttons."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from plotly.offline import get_plotlyjs
 def page(*, title: str, above: str, body: str) -> str:
     """A whole HTML document of a title, which is escaped, and HTML above and in its body.
 
-    Its policy forbids the browser to fetch anything. Buttons with ``data-run`` hide what has the same number in
-    ``data-of``, and the curves of charts that have it in ``meta``.
+    Its policy forbids the browser to fetch anything. An element of the class ``chart`` holds a Plotly figure as JSON
+    in a script element. Buttons with ``data-run`` hide what has the same number in ``data-of``, and the curves of
+    charts that have it in ``meta``.
     """
     return _PAGE.format(
         title=html.escape(title), style=_STYLE, plotly=get_plotlyjs(), above=above, body=body, script=_SCRIPT
@@ -64,7 +65,7 @@ button[aria-pressed=false] { opacity: .45; text-decoration: line-through; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 6px 24px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-thead th { white-space: nowrap; }
+thead th { min-width: 7rem; overflow-wrap: anywhere; }
 tbody th { font-weight: 400; color: var(--faint); min-width: 9rem; }
 tbody td { min-width: 7rem; overflow-wrap: anywhere; }
 tr.differs > * { background: var(--mark); }
@@ -78,6 +79,7 @@ aside h3 { margin: 0; }
 ul { margin: 4px 0; padding-left: 20px; overflow-wrap: anywhere; }
 figure { margin: 0; min-width: 0; }
 .charts { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+.chart { height: 250px; }
 .charts.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
 figcaption { font-weight: 600; font-size: .9rem; }
 .panels { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr));
@@ -128,9 +130,20 @@ for (const button of document.querySelectorAll("button[data-run]")) {
     }
   });
 }
-for (const folded of document.querySelectorAll("details")) {
-  folded.addEventListener("toggle", () => {
-    for (const chart of folded.querySelectorAll(".js-plotly-plot")) Plotly.Plots.resize(chart);
-  });
-}
+// Drawn once its box has a width, which is after the layout of the page or when it is unfolded.
+const fitted = new ResizeObserver((boxes) => {
+  for (const {target: chart, contentRect: {width, height}} of boxes) {
+    if (!width) continue;
+    if (chart.data) {
+      Plotly.relayout(chart, {width});
+    } else {
+      const {data, layout} = JSON.parse(chart.querySelector("script").textContent);
+      Plotly.newPlot(chart, data, {...layout, width, height}, {
+        displaylogo: false,
+        modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+      });
+    }
+  }
+});
+for (const chart of document.querySelectorAll(".chart")) fitted.observe(chart);
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,14 +21,13 @@ from stec.preview import Example, panels, png
 from stec.run_folder import RESULTS
 from stec.run_record import RunRecord
 
-_BUTTONS = ["zoom2d", "pan2d", "resetScale2d", "toImage"]
-"""Of a chart: none that would send anything anywhere."""
-
 POINTS = 1000
 """A curve of more points than this becomes one of means over equal stretches."""
 THUMBNAIL_PX = 128
+HOVER_CHARACTERS = 24
+"""Of a line of a run's name beside the pointer: as many as fit into the chart on a phone."""
 
-RUN_COLOURS = ("#3b7dd8", "#e07a00", "#2a9d6f", "#b5179e", "#8a6d3b", "#d1495b", "#6c63c7", "#5f6b76")
+RUN_COLOURS = ("#3b7dd8", "#e07a00", "#2a9d6f", "#c23bae", "#8a6d3b", "#d1495b", "#6c63c7", "#5f6b76")
 
 LEARNING = {
     "loss": "Loss",
@@ -70,7 +70,6 @@ class Look:
 def report(records: Sequence[RunRecord], looks: Sequence[Look]) -> str:
     """The report, a whole HTML document. Everything that came from files is escaped."""
     names = _names(records)
-    charts = _Charts()
     keys = "".join(
         f'<button type="button" aria-pressed="true" data-run="{n}">{_dot(n)}{_safe(name)}</button>'
         for n, name in enumerate(names)
@@ -78,8 +77,8 @@ def report(records: Sequence[RunRecord], looks: Sequence[Look]) -> str:
     sections = [
         _section("Runs", _facts(records, names) + _remarks(records, looks, names)),
         _section("Results", _results(records, names)),
-        _section("Learning curves", _curves(charts, records, names, LEARNING)),
-        _section("Pace", _curves(charts, records, names, PACE)),
+        _section("Learning curves", _curves(records, names, LEARNING)),
+        _section("Pace", _curves(records, names, PACE)),
         _section(
             "Views",
             _by_run(names, [_views(look.examples) for look in looks]),
@@ -88,7 +87,7 @@ def report(records: Sequence[RunRecord], looks: Sequence[Look]) -> str:
         ),
         _section(
             "What the inverse model believes",
-            _by_run(names, [_confusion(charts, n, look.confusion) for n, look in enumerate(looks)]),
+            _by_run(names, [_confusion(n, look.confusion) for n, look in enumerate(looks)]),
             "Each entry of the command from view i to view j: of the pairs whose true bin is in a row, the share that "
             "is believed to be in each column. A window's shear is always 0.",
         ),
@@ -231,39 +230,28 @@ def _settings(records: Sequence[RunRecord], names: Sequence[str]) -> str:
 # --- Charts ---
 
 
-class _Charts:
-    """Figures to HTML, each under a name of its own."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, figure: go.Figure, caption: str) -> str:
-        self.count += 1
-        # What the browser's colour scheme decides is in the page's style; everything else suits both.
-        figure.update_layout(
-            template="none",
-            height=250,
-            margin={"l": 8, "r": 8, "t": 8, "b": 8},
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            font={"family": "system-ui, sans-serif", "size": 12},
-            showlegend=False,
-            # A finger that moves over a chart scrolls the page.
-            dragmode=False,
-            hoverlabel={"font": {"color": "white"}, "align": "left", "namelength": -1},
-        )
-        figure.update_xaxes(gridcolor="rgba(128,128,128,.22)", zeroline=False, automargin=True)
-        figure.update_yaxes(gridcolor="rgba(128,128,128,.22)", zeroline=False, automargin=True)
-        made = figure.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=f"chart-{self.count}",
-            config={"displaylogo": False, "responsive": True, "modeBarButtons": [_BUTTONS]},
-        )
-        return f"<figure><figcaption>{_safe(caption)}</figcaption>{made}</figure>"
+def _chart(figure: go.Figure, caption: str) -> str:
+    # What the browser's colour scheme decides is in the page's style; everything else suits both.
+    figure.update_layout(
+        template="none",
+        margin={"l": 8, "r": 16, "t": 8, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 12},
+        showlegend=False,
+        # A finger that moves over a chart scrolls the page.
+        dragmode=False,
+        hoverlabel={"align": "left"},
+    )
+    axes = {"gridcolor": "rgba(128,128,128,.22)", "zeroline": False, "automargin": True, "title_standoff": 8}
+    figure.update_xaxes(**axes, ticklabelstandoff=3)
+    figure.update_yaxes(**axes, ticklabelstandoff=5)
+    # Plotly escapes <, > and / in its JSON.
+    drawn = f'<div class="chart"><script type="application/json">{figure.to_json()}</script></div>'
+    return f"<figure><figcaption>{_safe(caption)}</figcaption>{drawn}</figure>"
 
 
-def _curves(charts: _Charts, records: Sequence[RunRecord], names: Sequence[str], metrics: dict[str, str]) -> str:
+def _curves(records: Sequence[RunRecord], names: Sequence[str], metrics: dict[str, str]) -> str:
     """A chart for each metric, a curve for each run. What is 0 throughout was not trained."""
     in_epochs = all(record.steps_per_epoch for record in records if record.metrics)
     made = []
@@ -274,6 +262,7 @@ def _curves(charts: _Charts, records: Sequence[RunRecord], names: Sequence[str],
             if not any(value for _, value in lines):
                 continue
             x, y = _thinned(np.array(lines, np.float64))
+            name = "<br>".join(_safe(part) for part in textwrap.wrap(names[n], HOVER_CHARACTERS))
             if in_epochs:
                 x = x / (record.steps_per_epoch or 1)
             figure.add_trace(
@@ -281,21 +270,26 @@ def _curves(charts: _Charts, records: Sequence[RunRecord], names: Sequence[str],
                     x=x,
                     y=y,
                     mode="lines" if len(x) > 1 else "markers",
-                    name=_safe(names[n]),
                     meta=n,
                     line={"color": RUN_COLOURS[n % len(RUN_COLOURS)], "width": 2},
                     hoverlabel={"bgcolor": RUN_COLOURS[n % len(RUN_COLOURS)]},
-                    hovertemplate="%{y}, " + ("epoch %{x:.2f}" if in_epochs else "step %{x:.0f}"),
+                    cliponaxis=False,
+                    name=name,
+                    hovertemplate="%{y}, "
+                    + ("epoch %{x:.2f}" if in_epochs else "step %{x:.0f}")
+                    + "<br>%{fullData.name}<extra></extra>",
                 )
             )
         if not figure.data:
             continue
         share = metric.endswith(("accuracy", "share"))
         figure.update_xaxes(rangemode="tozero", title="epoch" if in_epochs else "step")
-        figure.update_yaxes(hoverformat=".1%" if share else ".4g", tickformat=".0%" if share else None)
-        if share or metric in PACE:
+        figure.update_yaxes(hoverformat=".1%" if share else ".4g", tickformat="~%" if share else None)
+        if metric not in PACE:
+            figure.update_yaxes(exponentformat="e")
+        if share or metric in PACE or metric == "learning_rate":
             figure.update_yaxes(rangemode="tozero")
-        made.append(charts.add(figure, caption))
+        made.append(_chart(figure, caption))
     return f'<div class="charts">{"".join(made)}</div>' if made else ""
 
 
@@ -308,39 +302,39 @@ def _thinned(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[
     return means[:, 0], means[:, 1]
 
 
-def _confusion(charts: _Charts, run: int, counts: NDArray[np.int64] | None) -> str:
+def _confusion(run: int, counts: NDArray[np.int64] | None) -> str:
     if counts is None:
         return ""
     n_bins = counts.shape[-1]
     bins = torch.arange(n_bins)[:, None, None].expand(n_bins, 2, 3)
     centres = bin_centres(bins, n_bins).numpy()
+    gap = 2 if n_bins <= 16 else 0
     colour = RUN_COLOURS[run % len(RUN_COLOURS)]
     made = []
     for row, column in np.ndindex(2, 3):
         of_entry = counts[row, column]
         totals = of_entry.sum(axis=1, keepdims=True)
         shares = np.where(totals > 0, of_entry / np.maximum(totals, 1), np.nan)
-        ticks = [f"{centre:.2f}" for centre in centres[:, row, column]]
         figure = go.Figure(
             go.Heatmap(
-                x=ticks,
-                y=ticks,
+                x=centres[:, row, column],
+                y=centres[:, row, column],
                 z=shares,
                 customdata=of_entry,
                 zmin=0,
                 zmax=1,
-                colorscale=[[0, f"{colour}14"], [1, colour]],
+                colorscale=[[0, f"{colour}26"], [1, colour]],
                 showscale=False,
-                xgap=2,
-                ygap=2,
-                hovertemplate="true %{y}, believed %{x}: %{z:.0%} (%{customdata} pairs)<extra></extra>",
+                xgap=gap,
+                ygap=gap,
+                hovertemplate="true %{y:.3g}, believed %{x:.3g}:<br>%{z:.0%} (%{customdata} pairs)<extra></extra>",
                 hoverlabel={"bgcolor": colour},
             )
         )
-        figure.update_xaxes(type="category", title="believed", showgrid=False, nticks=8, tickangle=0)
-        figure.update_yaxes(type="category", title="true", showgrid=False, nticks=8)
+        figure.update_xaxes(title="believed", showgrid=False, ticks="outside", tickangle=0)
+        figure.update_yaxes(title="true", showgrid=False, ticks="outside")
         right = np.trace(of_entry) / max(of_entry.sum(), 1)
-        made.append(charts.add(figure, f"{ENTRIES[row][column]}: {right:.0%} right"))
+        made.append(_chart(figure, f"{ENTRIES[row][column]}: {right:.0%} right"))
     pairs = int(counts[0, 0].sum())
     return f'<p>{pairs} pairs.</p><div class="charts three">{"".join(made)}</div>'
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,12 @@ from PIL import Image
 from pipelines import demo
 from pipelines.images import ImageArray, ImageFiles, Names
 from tests.runs import leave_nothing_running
+
+# The compiler's cache does not distinguish instruction sets, so what was compiled for another one would be loaded.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"),
+)
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from pipelines import demo
 
@@ -33,6 +36,7 @@ SMALL_DEMO = {"train": 256, "test": 64}
 Prepare = Callable[[], None]
 """What a process does before anything else, say to bring a fault about."""
 _started: list[Any] = []
+_ports: list[socket.socket] = []
 
 
 def leave_nothing_running() -> None:
@@ -41,6 +45,8 @@ def leave_nothing_running() -> None:
         process = _started.pop()
         process.kill()
         process.join()
+    while _ports:
+        _ports.pop().close()
 
 
 def _run(arguments: list[str], logs: Sequence[str], prepare: Prepare | None, environment: dict[str, str]) -> None:
@@ -86,9 +92,12 @@ class Run:
 
 def together(count: int, *arguments: str | Path, prepare: Sequence[Prepare | None] = ()) -> list[Run]:
     """So many processes that train or evaluate together, as a launcher starts them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    # Bound until the test's end, so that no other process is given it, but not listening, so that the main one can.
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    _ports.append(held)
+    port = str(held.getsockname()[1])
     world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         Run(
@@ -98,3 +107,25 @@ def together(count: int, *arguments: str | Path, prepare: Sequence[Prepare | Non
         )
         for rank in range(count)
     ]
+
+
+@dataclass(frozen=True)
+class SignalAtStep:
+    """Sends this process a signal during a step."""
+
+    step: int
+    number: signal.Signals
+
+    def __call__(self) -> None:
+        from stec.stops import StopRequests
+
+        after_step, steps = StopRequests.after_step, 0
+
+        def signalled(self_: StopRequests, *, last: bool) -> int:
+            nonlocal steps
+            steps += 1
+            if steps == self.step:
+                os.kill(os.getpid(), self.number)
+            return after_step(self_, last=last)
+
+        patch.object(StopRequests, "after_step", signalled).start()

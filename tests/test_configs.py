@@ -42,6 +42,7 @@ def test_those_for_cpus_run(name: str, processes: int, tmp_path: Path) -> None:
     flags = f"--dataset folder --data_dir {tmp_path} --view_size 32 --batch_size 8 --width 4 --max_epochs 1"
     flags += f" --warmup_epochs 0 --results_path {tmp_path / 'run'}"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    launcher += ["--main_process_port", "0"]
     command = [*launcher, str(ROOT / "launch.py"), *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr

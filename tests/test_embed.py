@@ -29,6 +29,9 @@ from stec.model import Model
 from tests.conftest import smooth_image
 from tests.runs import SMALL_DEMO, Run, together
 
+ROUNDING = 1e-5
+"""Of the largest feature: what single precision loses in an encoder, many times over."""
+
 
 def write_weights(path: Path, *, stem: str, trained_on: str, width: int, seed: int = 0) -> Model:
     """A random model as training would write it, with batch norms that are not the identity."""
@@ -85,7 +88,7 @@ def everything_beside(out: Path) -> dict[str, bytes]:
 
 
 def torchvision_features(model: Model, images: list[torch.Tensor], *, stem: str) -> torch.Tensor:
-    """What torchvision's own ResNet-18 makes of the images, one by one."""
+    """What torchvision's own ResNet-18 makes of the images, one by one, in double precision."""
     plain = torchvision.models.resnet18()
     plain.fc = torch.nn.Identity()
     if stem == "cifar":
@@ -93,7 +96,7 @@ def torchvision_features(model: Model, images: list[torch.Tensor], *, stem: str)
         plain.maxpool = torch.nn.Identity()
     plain.load_state_dict(model.encoder.state_dict())
     with torch.no_grad():
-        return torch.cat([plain.eval()(image[None]) for image in images])
+        return torch.cat([plain.double().eval()(image[None].double()) for image in images])
 
 
 def test_features_of_files_are_those_of_a_plain_torchvision_loop(class_folders: Path, tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ def test_features_of_files_are_those_of_a_plain_torchvision_loop(class_folders: 
         "labels": ("<i8", (24,)),
         "ids": ("<i8", (24,)),
     }
-    np.testing.assert_allclose(made["features"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(made["features"], expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
     assert made["labels"].tolist() == folder.targets and made["ids"].tolist() == list(range(24))
     names = [str(Path(path).relative_to(class_folders / "train")) for path, _ in folder.samples]
     assert out.with_suffix(".names.txt").read_text().splitlines() == names
@@ -135,7 +138,7 @@ def test_features_of_arrays_are_those_of_a_plain_loop(view_size: int, tmp_path: 
     arguments = ["--dataset", "demo", "--ckpt_path", str(tmp_path / "wide.safetensors"), "--num_workers", "0"]
     assert launch.main(["embed", str(tmp_path / "out.npy"), *arguments, "--view_size", str(view_size)]) == 0
     made = np.load(tmp_path / "out.npy", mmap_mode="r")
-    np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(made, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
     np.testing.assert_array_equal(np.load(tmp_path / "out.labels.npy"), labels)
     np.testing.assert_array_equal(np.load(tmp_path / "out.ids.npy"), np.arange(64))
     assert json.loads((tmp_path / "out.json").read_text())["classes"] == list(demo.CLASSES)
@@ -146,7 +149,8 @@ def test_two_processes_make_what_one_makes(whole: Path, weights: Path, tmp_path:
     for process in processes:
         process.end()
     assert "256 x 32 features" in processes[0].out and not processes[1].out
-    np.testing.assert_allclose(np.load(tmp_path / "features.npy"), np.load(whole), rtol=1e-6, atol=1e-6)
+    found, expected = np.load(tmp_path / "features.npy"), np.load(whole)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
     assert everything_beside(tmp_path / "features.npy").keys() == everything_beside(whole).keys()
 
 

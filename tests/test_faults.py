@@ -5,7 +5,6 @@ Each fault is a real one: processes are killed, disks fill up, files are damaged
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from stec import checkpoint, console
 from stec.errors import UserError
 from stec.run_folder import RunFolder
 from stec.stops import StopRequests
-from tests.runs import Prepare, Run, together
+from tests.runs import Prepare, Run, SignalAtStep, together
 
 TOTAL_STEPS = 24
 SMALL = (
@@ -115,82 +114,82 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 # --- Killed ---
 
 
-def slow_disk() -> None:
-    """Flushing takes 30 ms, so that a kill often comes while something is being saved."""
-    flush = os.fsync
+@dataclass(frozen=True)
+class KilledWhileSaving:
+    """kill -9 of this process when it does something to a checkpoint in a folder for the so many-th time.
 
-    def slow(descriptor: int) -> None:
-        flush(descriptor)
-        time.sleep(0.03)
+    ``flush``: its temporary file, of which half is written then; ``rename``: before that, ``renamed``: after it;
+    ``remove``: before an old checkpoint is deleted.
+    """
 
-    patch.object(os, "fsync", slow).start()
+    folder: Path
+    operation: str
+    times: int
+
+    def __call__(self) -> None:
+        flush, rename, remove, count = os.fsync, Path.replace, Path.unlink, 0
+
+        def reached(operation: str, path: Path) -> bool:
+            nonlocal count
+            count += operation == self.operation and path.match("*checkpoint-*")
+            return operation == self.operation and count == self.times
+
+        def kill() -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def flushing(descriptor: int) -> None:
+            for path in self.folder.glob(".checkpoint-*.tmp"):
+                if os.path.samestat(os.fstat(descriptor), path.stat()) and reached("flush", path):
+                    os.ftruncate(descriptor, path.stat().st_size // 2)
+                    kill()
+            flush(descriptor)
+
+        def renaming(path: Path, target: Path) -> Path:
+            if reached("rename", path):
+                kill()
+            made = rename(path, target)
+            if reached("renamed", path):
+                kill()
+            return made
+
+        def removing(path: Path, missing_ok: bool = False) -> None:
+            if reached("remove", path):
+                kill()
+            remove(path, missing_ok)
+
+        patch.object(os, "fsync", flushing).start()
+        patch.object(Path, "replace", renaming).start()
+        patch.object(Path, "unlink", removing).start()
 
 
-def half_written(folder: Path) -> set[tuple[Path, int]]:
-    """Temporary files of checkpoints, each with its inode, which tells a new one from one of the same name."""
-    found = set()
-    for path in folder.glob(".checkpoint-*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            found.add((path, path.stat().st_ino))
-    return found
-
-
-def test_killed_at_twenty_random_moments(whole: Path, tmp_path: Path) -> None:
-    """kill -9, at any moment from start-up to saving; what is on disk is whole each time, and the end is the same."""
-    rng = random.Random(0)
-    kills = while_saving = runs = 0
-    while kills < 20:
-        folder = tmp_path / f"killed{runs}"
-        leftovers = half_written(folder)
-        run = start(folder, "--resume", "auto", prepare=slow_disk)
-        # A quarter during start-up, a quarter while saving, the others anywhere in the first steps.
-        if kills % 4 == 0:
-            time.sleep(rng.uniform(0, 2))
-        else:
-            while run.process.is_alive() and half_written(folder) in (set(), leftovers):
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.5) if kills % 4 > 1 else 0)
+def test_killed_at_any_moment(whole: Path, tmp_path: Path) -> None:
+    """kill -9, in each part of saving and at any time; what is on disk is whole each time, and the end is the same."""
+    folder, rng = tmp_path / "run", random.Random(0)
+    for times in (2, 1):
+        for operation in ("flush", "rename", "renamed", "remove"):
+            newest = max(checkpoint.checkpoints(folder), default=0)
+            run = start(folder, "--resume", "auto", prepare=KilledWhileSaving(folder, operation, times))
+            run.process.join(120)
+            assert run.process.exitcode == -signal.SIGKILL
+            found = checkpoint.checkpoints(folder)
+            for path in found.values():
+                checkpoint.load(path)
+            unsaved = operation in ("flush", "rename")
+            assert len(list(folder.glob(".checkpoint-*.tmp"))) == unsaved
+            if operation != "remove":
+                assert max(found) == newest + times - unsaved
+    for _ in range(4):
+        run = start(folder, "--resume", "auto")
+        run.process.join(rng.uniform(0, 2))
         run.process.kill()
         run.process.join()
-        if run.process.exitcode == 0:  # it was faster
-            assert_same_outcome(folder, whole)
-            runs += 1
-            continue
-        kills += 1
-        while_saving += half_written(folder) not in (set(), leftovers)
-        found = checkpoint.checkpoints(folder)
-        assert len(found) <= 3
-        print(
-            f"kill {kills}: checkpoints {list(found)}, half-written {[path.name for path, _ in half_written(folder)]}"
-        )
-        for path in found.values():
+        for path in checkpoint.checkpoints(folder).values():
             checkpoint.load(path)
-    assert while_saving > 0
     resume(folder)
     assert_same_outcome(folder, whole)
 
 
 # --- Asked to stop ---
-
-
-@dataclass(frozen=True)
-class SignalAtStep:
-    """Sends this process a signal during a step."""
-
-    step: int
-    number: signal.Signals
-
-    def __call__(self) -> None:
-        after_step, steps = StopRequests.after_step, 0
-
-        def signalled(self_: StopRequests, *, last: bool) -> int:
-            nonlocal steps
-            steps += 1
-            if steps == self.step:
-                os.kill(os.getpid(), self.number)
-            return after_step(self_, last=last)
-
-        patch.object(StopRequests, "after_step", signalled).start()
 
 
 @dataclass(frozen=True)

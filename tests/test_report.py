@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from stec.config import TrainConfig
 from stec.evaluate import Features, evenly_spread, nearest
 from stec.export import write_safetensors
 from stec.model import Model
-from stec.report import Look, Neighbours, _thinned, report
+from stec.report import RUN_COLOURS, Look, Neighbours, _thinned, report
 from stec.run_record import read_run
 from tests.runs import SMALL_DEMO
 
@@ -254,6 +255,35 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.undo()
 
 
+@pytest.fixture(scope="module")
+def crowded_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of one run for each colour, with long names, a single point, and values of every magnitude."""
+    folder = tmp_path_factory.mktemp("runs")
+    rng = np.random.default_rng(0)
+    records, looks = [], []
+    for n in range(len(RUN_COLOURS)):
+        record = read_run(write_run(folder / f"resnet50-batch-1024-temperature-0.1-and-more-{n}", finished=False))
+        record.environment = {}
+        record.metrics = [
+            {
+                "step": 9973 * step,
+                "loss": 1e7 / step,
+                "discrimination": n + 1,
+                "manipulation": 1e-7 * step,
+                "manipulation_accuracy": 1e-4 * rng.random(),
+                "learning_rate": 1e-5 / step,
+                "images_per_second": 123456 + step,
+            }
+            for step in range(1, 30 if n else 2)
+        ]
+        records.append(record)
+        bins = (2, 9, 32)[n % 3]
+        looks.append(Look(confusion=rng.integers(0, 50, (2, 3, bins, bins)) if n < 3 else None))
+    out = folder / "report.html"
+    out.write_text(report(records, looks))
+    return out
+
+
 def opened(browser, file: Path, **options: object):  # type: ignore[no-untyped-def]
     """The page, and what it asked for or complained of."""
     page = browser.new_page(**options)
@@ -316,6 +346,98 @@ def test_dark_scheme(browser, page_file: Path) -> None:  # type: ignore[no-untyp
     paper, card, ink, ticks = brightnesses()
     assert max(paper, card) < 60 and min(ink, ticks) > 130
     assert events == [page_file.as_uri()]
+    page.close()
+
+
+LAYOUT_FAULTS = """() => {
+  const faults = [], box = (part) => part.getBoundingClientRect();
+  const beyond = (a, b) => a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1;
+  const overlap = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+  const shown = (parts) => [...parts].filter((part) => part.checkVisibility());
+  const overlaps = (parts, what) => parts.forEach((a, n) => parts.slice(0, n).forEach((b) => {
+    if (overlap(box(a), box(b))) faults.push(`${what}: ${a.textContent.slice(0, 40)}, ${b.textContent.slice(0, 40)}`);
+  }));
+  const channels = (color) => color.match(/[\\d.]+/g).slice(0, 3).map((c) => c / 255)
+    .map((c) => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
+  const luminance = (color) => channels(color).reduce((sum, c, n) => sum + c * [.2126, .7152, .0722][n], .05);
+  const figures = shown(document.querySelectorAll(".charts figure"));
+  for (const figure of figures) {
+    const caption = figure.querySelector("figcaption").textContent, drawings = figure.querySelectorAll(".main-svg");
+    const fault = (what) => faults.push(`${caption}: ${what}`);
+    if (!drawings.length) fault("not drawn");
+    if (box(figure).width < 200) fault("too narrow");
+    for (const drawing of drawings) {
+      if (beyond(box(drawing), box(figure))) fault("beyond its box");
+      if (Math.abs(box(drawing).width - box(figure).width) > 1) fault("not as wide as its box");
+    }
+    const texts = shown(figure.querySelectorAll(".main-svg :not(.hovertext) > text"))
+      .filter((text) => text.textContent.trim());
+    if (texts.length < 4) fault("without ticks");
+    for (const text of texts) if (beyond(box(text), box(drawings[0]))) fault(`${text.textContent} is cut off`);
+    overlaps(texts, `texts of ${caption}`);
+    for (const point of figure.querySelectorAll(".point")) {
+      if (beyond(box(point), box(drawings[0])) || point.closest("[clip-path]")) fault("a point is cut off");
+    }
+    const card = luminance(getComputedStyle(figure.closest("section")).backgroundColor);
+    const stands = (color, least) => {
+      const pair = [luminance(color), card];
+      if (Math.max(...pair) / Math.min(...pair) < least) fault(`${color} is too faint`);
+    };
+    for (const text of texts) stands(getComputedStyle(text).fill, 4.5);
+    for (const curve of figure.querySelectorAll(".js-line")) stands(getComputedStyle(curve).stroke, 3);
+  }
+  overlaps(shown(document.querySelectorAll("figure, h2, h3, summary")), "overlap");
+  if (document.documentElement.scrollWidth > innerWidth) faults.push("the page scrolls sideways");
+  return [figures.length, faults];
+}"""
+
+
+@pytest.mark.parametrize(
+    ("pages", "width"),
+    [("page_file", 1300), *[("crowded_file", width) for width in (390, 1000, 1300, 1920)]],
+)
+def test_charts_fit_their_boxes(browser, pages: str, width: int, request: pytest.FixtureRequest) -> None:  # type: ignore[no-untyped-def]
+    """As loaded, unfolded, in other windows, and with a run hidden; with texts and curves that can be read."""
+    page, events = opened(browser, request.getfixturevalue(pages), viewport={"width": width, "height": 900})
+
+    def drawn() -> int:
+        """The number of charts, all of them without fault."""
+        page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            count, faults = page.evaluate(LAYOUT_FAULTS)
+            assert faults == []
+        return count
+
+    count = drawn()
+    page.evaluate("document.querySelectorAll('details').forEach((part) => part.open = true)")
+    unfolded = drawn()
+    assert unfolded >= count > 6
+    for other in (700, 1600):
+        page.set_viewport_size({"width": other, "height": 900})
+        assert drawn() == unfolded
+    button = page.locator("button[data-run]").first
+    button.click()
+    assert drawn() == unfolded - 6  # those of its inverse model
+    page.set_viewport_size({"width": 800, "height": 900})
+    button.click()
+    assert drawn() == unfolded
+    assert len(events) == 1
+    page.close()
+
+
+def test_the_name_of_a_long_run_fits_beside_the_pointer(browser, crowded_file: Path) -> None:  # type: ignore[no-untyped-def]
+    page, _ = opened(browser, crowded_file, viewport={"width": 390, "height": 900})
+    chart = page.locator("figure", has=page.get_by_text("Contrastive loss")).locator(".main-svg").first
+    for part in (0.2, 0.5, 0.9):
+        area = chart.bounding_box()
+        chart.hover(position={"x": area["width"] * part, "y": area["height"] / 2}, force=True)
+        label = page.locator(".hovertext")
+        label.wait_for()
+        inner, outer = label.bounding_box(), chart.bounding_box()
+        assert outer["x"] <= inner["x"] and inner["x"] + inner["width"] <= outer["x"] + outer["width"]
+        assert re.search(r"resnet50-.*-and-\s*more-\d", label.text_content())
     page.close()
 
 

@@ -39,12 +39,17 @@ def order(images: ImageArray, *, processes: int = 1, process: int = 0, accumulat
 
 
 def chunks(images: ImageArray, *, accumulate: int, probe_views: bool = False) -> list[Batch]:
-    """The first global batch; with ``probe_views``, the probe sees images of its own."""
+    """The first global batch, in double precision; with ``probe_views``, the probe sees images of its own."""
     loader = Loader(order(images, accumulate=accumulate), backend="torchvision", device=torch.device("cpu"), workers=0)
     batches: Iterator[Batch] = itertools.islice(loader.batches(0), accumulate)
-    if not probe_views:
-        return list(batches)
-    return [dataclasses.replace(batch, probe_views=batch.views[:, :1].flip(-1)) for batch in batches]
+    return [
+        dataclasses.replace(
+            batch,
+            views=batch.views.double(),
+            probe_views=batch.views[:, :1].flip(-1).double() if probe_views else None,
+        )
+        for batch in batches
+    ]
 
 
 def a_model(stop_gradient: int = 1) -> Model:
@@ -61,31 +66,35 @@ def step_of(model: Model) -> Step:
 def test_chunks_give_the_gradient_of_the_whole_batch(
     demo_test_images: ImageArray, stop_gradient: int, probe_views: bool
 ) -> None:
-    """With batch norm in evaluation mode, the only part of the encoder that looks at other images."""
+    """With batch norm in evaluation mode, the only part of the encoder that looks at other images.
+
+    To what NT-Xent's similarities in single precision leave.
+    """
     gradients, metrics = [], []
     for accumulate in (1, 3):
-        model = a_model(stop_gradient)
+        model = a_model(stop_gradient).double()
         step = step_of(model)
         model.train()
         model.encoder.eval()
         metrics.append(step(chunks(demo_test_images, accumulate=accumulate, probe_views=probe_views)))
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-6, atol=1e-6)
     whole, cached = gradients
     assert whole.keys() == cached.keys()
     assert ("encoder.conv1.weight" in whole) == (stop_gradient != 2)
     for name in whole:
-        torch.testing.assert_close(cached[name], whole[name], rtol=1e-5, atol=1e-5 * whole[name].norm().item())
+        # The bias before a batch norm has no gradient but for rounding.
+        assert (cached[name] - whole[name]).norm() < 1e-6 * whole[name].norm() + 1e-9, name
 
 
 def test_running_statistics_count_each_chunk_once(demo_test_images: ImageArray) -> None:
     """Although each chunk passes the encoder twice."""
     batches = chunks(demo_test_images, accumulate=3)
-    expected = a_model().encoder.train()
+    expected = a_model().double().encoder.train()
     with torch.no_grad():
         for batch in batches:
             expected(batch.views.flatten(0, 1))
-    model = a_model()
+    model = a_model().double()
     step_of(model)(batches)
     assert model.encoder.bn1.num_batches_tracked == 3
     for name, buffer in expected.named_buffers():
