@@ -190,7 +190,7 @@ class TrainConfig:
     num_nodes: int | None = None
     """Check that Accelerate runs on so many machines."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto: bf16 where the device is fast at it, fp16 on older GPUs, else no."""
+    """auto: bf16 where the device is fast at it (and ONEDNN_MAX_CPU_ISA allows it), fp16 on older GPUs, else no."""
     compile: Switch = 0
     """1: have PyTorch compile the encoder; takes a minute at the start, and a C++ compiler on CPUs."""
     deterministic: Switch = 0
@@ -292,7 +292,8 @@ class TrainConfig:
 
     @property
     def view_size_px(self) -> int:
-        """Height and width of a full-size view in px: in evaluation, and in training but for a resolution schedule."""
+        """Height and width of a full-size view in px: in training but for a resolution schedule, and in evaluation if
+        images are resized for that."""
         return self.traits.view_size_px
 
     def view_size_at(self, epoch: int) -> int:
