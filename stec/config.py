@@ -278,7 +278,10 @@ class TrainConfig:
             return
         said, full = f"--resolution_schedule {self.resolution_schedule}", self.view_size_px
         if not re.fullmatch("[0-9]{1,4}:[0-9]{1,4}", self.resolution_schedule):
-            raise UserError(f"{said} is no pair of sizes in px; give two whole numbers such as {full // 2}:{full}.")
+            example = max(full, 2 * SMALLEST_VIEW_PX)
+            raise UserError(
+                f"{said} is no pair of sizes in px; give two whole numbers such as {example // 2}:{example}."
+            )
         first, last = map(int, self.resolution_schedule.split(":"))
         if first < SMALLEST_VIEW_PX:
             raise UserError(f"{said} begins too small; begin at {SMALLEST_VIEW_PX} px or more.")
