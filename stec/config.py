@@ -192,7 +192,7 @@ class TrainConfig:
     num_nodes: int | None = None
     """Check that Accelerate runs on so many machines."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto: bf16 where the device is fast at it, fp16 on older GPUs, else no."""
+    """auto: bf16 where the device is fast at it (and ONEDNN_MAX_CPU_ISA allows it), fp16 on older GPUs, else no."""
     compile: Switch = 0
     """1: have PyTorch compile the encoder; takes a minute at the start, and a C++ compiler on CPUs."""
     deterministic: Switch = 0
@@ -280,7 +280,10 @@ class TrainConfig:
             return
         said, full = f"--resolution_schedule {self.resolution_schedule}", self.view_size_px
         if not re.fullmatch("[0-9]{1,4}:[0-9]{1,4}", self.resolution_schedule):
-            raise UserError(f"{said} is no pair of sizes in px; give two whole numbers such as {full // 2}:{full}.")
+            example = max(full, 2 * SMALLEST_VIEW_PX)
+            raise UserError(
+                f"{said} is no pair of sizes in px; give two whole numbers such as {example // 2}:{example}."
+            )
         first, last = map(int, self.resolution_schedule.split(":"))
         if first < SMALLEST_VIEW_PX:
             raise UserError(f"{said} begins too small; begin at {SMALLEST_VIEW_PX} px or more.")
@@ -294,7 +297,8 @@ class TrainConfig:
 
     @property
     def view_size_px(self) -> int:
-        """Height and width of a full-size view in px: in evaluation, and in training but for a resolution schedule."""
+        """Height and width of a full-size view in px: in training but for a resolution schedule, and in evaluation if
+        images are resized for that."""
         return self.traits.view_size_px
 
     def view_size_at(self, epoch: int) -> int:

@@ -36,6 +36,9 @@ from stec.stops import StopRequests, exit_code
 
 T = TypeVar("T")
 
+ISAS_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+"""Limits of ``ONEDNN_MAX_CPU_ISA`` below which oneDNN converts bfloat16 to float32 and back, slower than float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -59,6 +62,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     else:
         # PyTorch offers no public question for these instructions.
         fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast_bf16 = fast_bf16 and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in ISAS_WITHOUT_BF16
     if precision == "auto":
         return "bf16" if fast_bf16 else "fp16" if device.type == "cuda" else "no"
     if precision == "fp16" and device.type != "cuda":

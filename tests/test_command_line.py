@@ -79,7 +79,7 @@ WRONG = {
     ),
     "views that outgrow": (
         ["--resolution_schedule", "16:64"],
-        "does not end at the size of the views, 32 px; let it",
+        "does not end at the size of the views, 16 px; let it",
     ),
     "views that stay small": (["--resolution_schedule", "16:24"], "or change that size by --view_size 24"),
     "unknown tracker": (

@@ -306,7 +306,7 @@ from stec.config import TrainConfig
 from stec.geometry import window_matrices
 from subcommands.train import parse_train
 
-config, _ = parse_train(["--p_upside_down", "0.5", "--p_color_jitter", "0", "--p_grayscale", "0"])
+config, _ = parse_train("--p_upside_down 0.5 --p_color_jitter 0 --p_grayscale 0 --view_size 32".split())
 assert Policy.of(config).p_upside_down == 0.5 and TrainConfig().p_upside_down == 0
 pixels = np.random.default_rng(0).integers(0, 256, (8, 40, 50, 3), np.uint8)
 images = ImageArray(pixels=pixels, labels=np.full(8, -1))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import configparser
+import email
+import hashlib
 import importlib
 import os
 import re
@@ -82,6 +84,17 @@ def test_a_wheel_holds_what_is_imported(built: Built) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == {name for name in built.tracked if name.startswith(IN_WHEEL)}
     assert {f"{package}/py.typed" for package in ("stec", "pipelines", "subcommands")} < names
+
+
+def test_a_wheel_says_its_license_and_holds_it(built: Built) -> None:
+    with zipfile.ZipFile(built.wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        fields = email.message_from_bytes(archive.read(metadata))
+        held = archive.read(f"{metadata.removesuffix('METADATA')}licenses/{fields['License-File']}")
+    assert fields["License-Expression"] == "Apache-2.0"
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["license"] == fields["License-Expression"]
+    # The text as the Apache Software Foundation publishes it.
+    assert hashlib.md5(held).hexdigest() == "3b83ef96387f14655fc854ddc3c6bd57"
 
 
 def test_the_installed_command_works_anywhere(run: Callable[..., str]) -> None:

@@ -144,7 +144,7 @@ def test_labelled_images_beside_have_the_same_size(demo_test_images: ImageArray)
 RUN = (
     "--limit_train 128 --batch_size 16 --accumulate 2 --width 4 --feat_dim 8 --manip_hidden_mlp 16 --hidden_mlp 16 "
     "--max_epochs 4 --log_every 2 --num_workers 1 --checkpoint_every_steps 1 --keep_checkpoints 100 --resume auto "
-    "--resolution_schedule 16:32 --results_path"
+    "--view_size 32 --resolution_schedule 16:32 --results_path"
 ).split()
 
 

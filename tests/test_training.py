@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stec import checkpoint
+from stec.engine import resolve_precision
 from tests.conftest import smooth_image
 from tests.runs import Run, SignalAtStep, together
 
@@ -362,3 +363,16 @@ def test_training_starts_from_given_weights(finished: tuple[Path, str], tmp_path
     _, err = run("--results_path", tmp_path / "x", "--ckpt_path", weights, "--arch", "resnet50", code=2)
     assert "does not fit the model" in err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "precision"),
+    [("AVX2", "no"), ("avx512_core", "no"), ("AVX512_CORE_BF16", "bf16"), ("AVX512_CORE_AMX", "bf16"), ("ALL", "bf16")],
+)
+def test_bf16_is_chosen_only_within_the_instructions_that_may_be_used(
+    limit: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert resolve_precision("auto", torch.device("cpu")) == precision
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
