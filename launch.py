@@ -6,8 +6,10 @@ import importlib
 import os
 import sys
 
+from stec import __version__
 from stec.errors import Interrupted, UserError
-from subcommands.common import is_main_process
+from subcommands.launcher import check_environment, end_with_launcher, is_main_process
+from subcommands.streams import make_robust
 
 COMMANDS = {
     "train": "train",
@@ -25,9 +27,15 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the first argument names (default: train); returns the exit code."""
+    make_robust()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--version" in arguments:
+        print(f"stec {__version__}")
+        return 0
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
     try:
+        check_environment(os.environ)
+        end_with_launcher()
         if name not in COMMANDS:
             raise UserError(f"{name} is no command; known are {', '.join(COMMANDS)}, and without one launch.py trains.")
         importlib.import_module(f"subcommands.{COMMANDS[name]}").run(arguments)

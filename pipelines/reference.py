@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -13,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
 from pipelines.images import Images
 from pipelines.order import Order, Share
+from pipelines.workers import made_by_workers
 from stec.commands import Commands, Policy
 from stec.errors import UserError
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 _JITTER_STEPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
@@ -71,31 +71,15 @@ def solarize(view: Tensor) -> Tensor:
     return torch.where(view < 0.5, view, 1 - view)
 
 
-Step = tuple[Tensor, Tensor, Share]
-"""A whole step: views [N, V, H, W, 3] float32, labels [N], and the share that was executed."""
-
-
-class _Steps(Dataset[Step | UserError]):
-    """Item ``step`` is that step, or why it could not be made: a worker's exceptions would lose their type."""
-
-    def __init__(self, order: Order) -> None:
-        self.order = order
-
-    def __getitem__(self, step: int) -> Step | UserError:
-        try:
-            return self._make(step)
-        except UserError as error:
-            return error
-
-    def _make(self, step: int) -> Step:
-        share = self.order.share(step)
-        images, policy = self.order.images, share.policy
-        views = torch.empty(len(share.image_ids), self.order.views, policy.size, policy.size, 3)
-        for n, image_id in enumerate(share.image_ids):
-            image = images.open(int(image_id))
-            for v in range(self.order.views):
-                views[n, v] = execute(image, share.commands, policy, n, v).permute(1, 2, 0)
-        return views, torch.from_numpy(images.labels[share.image_ids]), share
+def _step(order: Order, step: int) -> tuple[NDArray[np.float32], NDArray[np.int64], Share]:
+    share = order.share(step)
+    images, policy = order.images, share.policy
+    views = np.empty((len(share.image_ids), order.views, policy.size, policy.size, 3), np.float32)
+    for n, image_id in enumerate(share.image_ids):
+        image = images.open(int(image_id))
+        for v in range(order.views):
+            views[n, v] = execute(image, share.commands, policy, n, v).permute(1, 2, 0)
+    return views, images.labels[share.image_ids], share
 
 
 def evaluation_view(image: Image.Image, resize_px: int | None, size: int) -> Tensor:
@@ -106,48 +90,43 @@ def evaluation_view(image: Image.Image, resize_px: int | None, size: int) -> Ten
     return tensor
 
 
-def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[Step]:
-    """Endless steps from ``first_step`` on, made by so many worker processes (0: in this one)."""
-    return _made(_Steps(order), workers, itertools.count(first_step))
+def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[tuple[Tensor, Tensor, Share]]:
+    """Endless steps from ``first_step`` on, made by so many worker processes (0: in this one).
+
+    Each is views [N, V, H, W, 3] float32 in [0, 1], labels [N] int64, and the share that was executed.
+    """
+    for views, labels, share in _made(partial(_step, order), itertools.count(first_step), workers):
+        yield torch.from_numpy(views), torch.from_numpy(labels), share
 
 
-class _EvaluationBatches(Dataset[Tensor | UserError]):
-    """Item ``k`` is a batch as evaluation sees it: [n, 3, size, size] float32, or why it cannot be made."""
-
-    def __init__(self, images: Images, batches: list[NDArray[np.int64]], resize_px: int | None, size: int) -> None:
-        self.images, self.image_ids, self.resize_px, self.size = images, batches, resize_px, size
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def __getitem__(self, k: int) -> Tensor | UserError:
-        try:
-            opened = (self.images.open(int(image_id)) for image_id in self.image_ids[k])
-            return torch.stack([evaluation_view(image, self.resize_px, self.size) for image in opened])
-        except UserError as error:
-            return error
+def _evaluation_batch(
+    images: Images, resize_px: int | None, size: int, image_ids: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    opened = (images.open(int(image_id)) for image_id in image_ids)
+    return np.stack([evaluation_view(image, resize_px, size).numpy() for image in opened])
 
 
 def reference_evaluation(
     images: Images, batches: list[NDArray[np.int64]], resize_px: int | None, size: int, workers: int
 ) -> Iterator[Tensor]:
     """Batches of image ids as evaluation sees the images, each [n, 3, size, size] float32 in [0, 1]."""
-    return _made(_EvaluationBatches(images, batches, resize_px, size), workers)
+    return map(torch.from_numpy, _made(partial(_evaluation_batch, images, resize_px, size), batches, workers))
 
 
-def _made(items: Dataset[T | UserError], workers: int, order: Iterable[int] | None = None) -> Iterator[T]:
-    """The items, in this order (None: one after the other), until one is an error, which is raised."""
-    if workers:
-        # A DALI pipeline that nobody holds any more ends its threads when Python collects it. A worker forked before
-        # that would wait for ever: it inherits the pipeline, but no threads.
-        gc.collect()
-    for item in DataLoader(items, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=_ignore_stops):
+def _made(make: Callable[[K], T], keys: Iterable[K], workers: int) -> Iterator[T]:
+    """``make`` of each key, in this order. Raises what ``make`` raises."""
+    if not workers:
+        yield from map(make, keys)
+        return
+    for item in made_by_workers(partial(_or_error, make), keys, workers):
         if isinstance(item, UserError):
             raise item
         yield item
 
 
-def _ignore_stops(_worker: int) -> None:
-    """The main process decides when to stop; it ends its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _or_error(make: Callable[[K], T], key: K) -> T | UserError:
+    """An error that is meant for the user is an item, too, as it must reach the main process."""
+    try:
+        return make(key)
+    except UserError as error:
+        return error

@@ -28,7 +28,6 @@ from stec.evaluate import encode_batches
 from stec.export import write_safetensors
 from stec.files import lock, read_object, remove_leftovers, sign, unwritable, write_json, write_whole
 
-FORMATS = (".safetensors", ".npy")
 PART_BATCHES = 16
 """Batches whose features are written to the disk together: what a killed process loses at most."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from stec.errors import UserError
-from subcommands.common import parse
+from subcommands.common import check_place, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ def run(arguments: list[str]) -> None:
     config = parse(tyro.conf.Positional[ImportConfig], arguments, name="import")
     if config.out.suffix != ".safetensors":
         raise UserError(f"{config.out} must end in .safetensors, the format that is written.")
+    check_place(config.out, inputs=(config.checkpoint,))
 
     from stec.export import read_weights, write_safetensors
 
