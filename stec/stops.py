@@ -45,7 +45,8 @@ def at_once(
             raise KeyboardInterrupt
         raise Interrupted(sentence, exit_code=exit_code(number, stop_exit_code))
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     except KeyboardInterrupt as error:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from pipelines.images import ImageFiles
 
 GOING_ON = "the same command goes on from the parts that are done"
-BESIDE = {".safetensors": (".names.txt",), ".npy": (".json", ".ids.npy", ".labels.npy", ".names.txt")}
-"""What is written beside a file of features, by the suffix of each."""
 STOPPED = 143
 """Exit code after SIGTERM, as a shell gives it: the features are not complete."""
 
@@ -36,13 +34,9 @@ class EmbedConfig(EncoderConfig):
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         super().validate()
-        if self.out.suffix not in BESIDE:
+        if self.out.suffix not in (".safetensors", ".npy"):
             raise UserError(f"{self.out} must end in .safetensors or .npy, the formats that are written.")
         check_place(self.out, inputs=(self.ckpt_path,))
-        begun = self.out.exists() or self.out.with_name(f"{self.out.name}.parts").exists()
-        for beside in (self.out.with_suffix(suffix) for suffix in BESIDE[self.out.suffix]):
-            if beside.exists() and not begun:
-                raise UserError(f"{beside}, which stands beside {self.out}, is there already; name another file.")
 
 
 def run(arguments: list[str]) -> None:

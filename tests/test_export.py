@@ -273,7 +273,12 @@ def unfinished(finished: Path, tmp_path: Path) -> Path:
 
 
 WRONG: dict[str, tuple[str, str, str, str]] = {
-    "still training": ("running", "x", "huggingface", "has no model.safetensors yet; let it end by --resume auto, or"),
+    "still training": (
+        "running",
+        "x",
+        "huggingface",
+        "has no model.safetensors yet; let training go on",
+    ),
     "which checkpoint": ("running", "x", "huggingface", "its newest checkpoint, {}/running/checkpoint-00000004.pt"),
     "still evaluating": ("evaluating", "x", "huggingface", "has no results.json yet"),
     "trained on": ("longer", "x", "huggingface", "is being trained on with another --max_epochs"),
