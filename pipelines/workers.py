@@ -11,7 +11,7 @@ import gc
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
 from multiprocessing.connection import Connection
@@ -33,7 +33,7 @@ class _Worker:
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.connection, its = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=_work, args=(make, its), daemon=True)
+        self.process = multiprocessing.Process(target=_work, args=(make, its, self.connection), daemon=True)
         self.process.start()
         its.close()
         self.thread = ThreadPoolExecutor(1)
@@ -62,7 +62,7 @@ class _Worker:
         self.connection.close()
 
 
-def made_by_workers(make: Callable[[K], T], keys: Iterable[K], count: int) -> Iterator[T]:
+def made_by_workers(make: Callable[[K], T], keys: Iterable[K], count: int) -> Generator[T]:
     """``make`` of each key, in this order, by ``count`` processes. What it makes is pickled; tensors should be arrays.
 
     Raises UserError where a worker dies or cannot be started.
@@ -97,8 +97,9 @@ def made_by_workers(make: Callable[[K], T], keys: Iterable[K], count: int) -> It
         atexit.unregister(end)
 
 
-def _work(make: Callable[[Any], Any], connection: Connection[Any, Any]) -> None:
+def _work(make: Callable[[Any], Any], connection: Connection[Any, Any], other_end: Connection[Any, Any]) -> None:
     """Make what is asked for until the main process is gone, which decides when to stop."""
+    other_end.close()  # only the main process's may be left, and those of later workers, which end before
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -222,6 +222,7 @@ def test_a_path_flag_knows_the_home_folder_and_is_not_empty(
     kind: type, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
+    config: Any
     for argument in ([f"--{name}=~/x"], [f"--{name}", "~/x"]):
         config = parse(kind, [*NEEDED[kind], *argument], name="")
         assert getattr(config, name) == Path("/home/me/x")
@@ -235,7 +236,7 @@ def test_a_path_flag_knows_the_home_folder_and_is_not_empty(
 def test_positional_paths_too(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     given = [word for word in NEEDED[kind] if word.startswith("~/")]
-    config = parse(kind, NEEDED[kind], name="")
+    config: Any = parse(kind, NEEDED[kind], name="")
     values = [getattr(config, field.name) for field in dataclasses.fields(kind) if "Positional" in str(field.type)]
     flat = [path for value in values for path in (value if isinstance(value, tuple) else [value])]
     assert flat == [Path("/home/me") / word[2:] for word in given]

@@ -259,24 +259,32 @@ def test_repeated_signals(whole: Path, tmp_path: Path) -> None:
 def test_at_once_a_second_signal_changes_nothing() -> None:
     """It would break off what the first one has cleaned up: a launcher that ends sends one, too."""
     cleaned_up = []
-    for first, code in ((signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)):
+
+    def stopped(by: signal.Signals) -> None:
+        try:
+            os.kill(os.getpid(), by)
+            time.sleep(10)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            cleaned_up.append(by)
+
+    for number, code in ((signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)):
         with pytest.raises(Interrupted) as raised, at_once(85):
-            try:
-                os.kill(os.getpid(), first)
-                time.sleep(10)
-            finally:
-                for number in (signal.SIGTERM, signal.SIGUSR1):
-                    os.kill(os.getpid(), number)
-                time.sleep(0.01)
-                cleaned_up.append(first)
+            stopped(number)
         assert raised.value.exit_code == code
     assert len(cleaned_up) == 3
 
 
 def test_no_library_swallows_an_interruption() -> None:
-    with pytest.raises(Interrupted), at_once(0), contextlib.suppress(Exception):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
+    def library() -> None:
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    with pytest.raises(Interrupted), at_once(0):
+        library()
 
 
 # --- Several processes ---

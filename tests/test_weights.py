@@ -216,14 +216,14 @@ def test_no_command_takes_weights_that_are_not_finite(
     state["encoder.layer1.0.conv1.weight"][0, 0, 0, 0] = torch.nan
     weights = tmp_path / "x.safetensors"
     write_safetensors(state, weights, {})
-    arguments = {
+    arguments: dict[str, list[str | Path]] = {
         "eval": ["--dataset", "demo", "--ckpt_path", weights],
         "embed": [tmp_path / "out.npy", "--dataset", "demo", "--ckpt_path", weights],
         "export": [weights, tmp_path / "out.safetensors", "--format", "full"],
         "import": [weights, tmp_path / "out.safetensors"],
         "train": ["--width", "4", "--limit_train", "256", "--ckpt_path", weights, "--results_path", tmp_path / "run"],
-    }[command]
-    assert launch.main([command, *map(str, arguments)]) == 2
+    }
+    assert launch.main([command, *map(str, arguments[command])]) == 2
     assert "encoder.layer1.0.conv1.weight" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [weights]
 

@@ -66,8 +66,7 @@ def test_a_killed_worker_is_told_even_in_the_middle_of_an_item() -> None:
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"SIGKILL.*--num_workers") as raised:
-        for _ in range(20):
-            next(items)
+        list(itertools.islice(items, 20))
     assert raised.value.local
     assert not multiprocessing.active_children()
 
@@ -79,8 +78,9 @@ def test_a_worker_that_fails_is_told(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def _without_shared_memory(pixels: NDArray[np.uint8]) -> None:
-    # Shared memory is made of files, too, which may not grow now.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    multiprocessing.set_start_method("fork", force=True)  # a server of its own would load PyTorch again
+    # Shared memory is made of files, too, which may not grow to what an item takes.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
     images = ImageArray(pixels=pixels, labels=np.arange(len(pixels)))
     order = Order(images, Policy(), seed=0, batch_size=16)
     one, several = (
@@ -101,6 +101,7 @@ def test_no_shared_memory_is_needed(demo_test_images: ImageArray) -> None:
 
 
 def _wait_with_workers(connection: Connection[Any, Any]) -> None:
+    multiprocessing.set_start_method("fork", force=True)
     items = made_by_workers(large, itertools.count(), 3)
     next(items)
     connection.send([process.pid for process in multiprocessing.active_children()])
