@@ -156,7 +156,7 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]
     for name, value in metadata.get("config", {}).items():
         if name in now and now[name] != value:
             raise UserError(
-                f"The run in {folder} is being trained on with another --{name}, so its {WEIGHTS} is not the last "
+                f"The run in {folder} is being trained on with another {name}, so its {WEIGHTS} is not the last "
                 f"word; {remedy}."
             )
     return run.model, state, metadata if missing else {**metadata, "results": read_object(run.results, restore)}

@@ -58,7 +58,7 @@ def test_workers_leave_stopping_to_the_main_process() -> None:
     assert list(made_by_workers(interrupted, range(4), 2)) == list(range(4))
 
 
-def test_a_killed_worker_is_told_even_in_the_middle_of_an_item() -> None:
+def test_a_killed_worker_is_reported_even_in_the_middle_of_an_item() -> None:
     items = made_by_workers(large, itertools.count(), 2)
     next(items)
     time.sleep(0.5)  # both have made what was asked for, and wait in the middle of the next
@@ -71,7 +71,7 @@ def test_a_killed_worker_is_told_even_in_the_middle_of_an_item() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_fails_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_fails_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="exit code 1"):
         next(made_by_workers(no_file, range(4), 2))
     assert "FileNotFoundError" in capfd.readouterr().err
