@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import io
 import os
 import sys
 
 from pipelines.decoder_messages import decoder_messages_dropped
+from stec import __version__
 from stec.errors import Interrupted, UserError
-from subcommands.common import is_main_process
+from subcommands.launcher import check_environment, end_with_launcher, is_main_process
+from subcommands.streams import make_robust
 
 COMMANDS = {
     "train": "train",
@@ -27,12 +28,15 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the first argument names (default: train); returns the exit code."""
+    make_robust()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--version" in arguments:
+        print(f"stec {__version__}")
+        return 0
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of files are any bytes, not all of which a terminal can show.
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        check_environment(os.environ)
+        end_with_launcher()
         if name not in COMMANDS:
             raise UserError(f"{name} is no command; known are {', '.join(COMMANDS)}, and without one launch.py trains.")
         with decoder_messages_dropped():

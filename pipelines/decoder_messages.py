@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -25,21 +26,24 @@ def decoder_messages_dropped() -> Iterator[None]:
     Python's own lines, tracebacks among them, go straight to where standard error was. What libraries print goes
     through a thread that drops a decoder's lines: an image that cannot be used is reported by its name instead.
     """
-    if sys.stderr is None or not _is_standard_error(sys.stderr):
+    if not isinstance(sys.stderr, io.TextIOWrapper) or not _is_standard_error(sys.stderr):
         # Somebody else has taken care of it, such as a notebook or a test.
         yield
         return
     sys.stderr.flush()
     before, real = sys.stderr, os.dup(2)
     readable, writable = os.pipe()
-    sys.stderr = os.fdopen(os.dup(real), "w", buffering=1, encoding=before.encoding, errors=before.errors)
+    sys.stderr = type(before)(
+        os.fdopen(os.dup(real), "wb"), encoding=before.encoding, errors=before.errors, line_buffering=True
+    )
     os.dup2(writable, 2)
     arrived = threading.Event()
     threading.Thread(target=_forward, args=(readable, real, arrived), daemon=True).start()
     try:
         yield
     finally:
-        sys.stderr.close()
+        with suppress(OSError):  # nobody reads it any more
+            sys.stderr.close()
         sys.stderr = before
         os.dup2(real, 2)
         os.write(writable, _END + b"\n")
@@ -51,9 +55,9 @@ def decoder_messages_dropped() -> Iterator[None]:
 _END = b"\0 everything before this has arrived \0"
 
 
-def _is_standard_error(stream: object) -> bool:
-    with suppress(OSError, ValueError, AttributeError):
-        return stream.fileno() == 2  # type: ignore[attr-defined]
+def _is_standard_error(stream: io.TextIOWrapper) -> bool:
+    with suppress(OSError, ValueError):
+        return stream.fileno() == 2
     return False
 
 

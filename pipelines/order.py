@@ -73,10 +73,12 @@ class Order:
         self.steps_per_epoch = self.epoch_length // self.global_batch_size
         self.chunks_per_epoch = self.steps_per_epoch * accumulate
         if self.steps_per_epoch == 0:
+            passes = num_processes * accumulate
+            fits = self.epoch_length // passes
             raise UserError(
                 f"--batch_size {batch_size} on {num_processes} process(es) with --accumulate {accumulate} makes a "
                 f"global batch of {self.global_batch_size}, but there are only {self.epoch_length} training images; "
-                f"use --batch_size {max(1, self.epoch_length // (num_processes * accumulate))} or less."
+                + (f"use --batch_size {fits} or less." if fits > 1 else f"train on {2 * passes} images or more.")
             )
         self._permutations: dict[int, NDArray[np.int64]] = {}
 

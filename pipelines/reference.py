@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import signal
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from torchvision.transforms import functional as F
 
 from pipelines.images import ImageFiles, Images
 from pipelines.order import Order, Share
+from pipelines.worker_process import begin_work
 from stec.commands import Commands, Policy
 from stec.errors import BadImage, UserError
 
@@ -165,7 +165,7 @@ def _made(items: Dataset[T | UserError], workers: int, order: Iterable[int] | No
         sampler=order,
         num_workers=workers,
         collate_fn=_unchanged,
-        worker_init_fn=_ignore_stops,
+        worker_init_fn=begin_work,
     )
     try:
         for item in loader:
@@ -185,9 +185,3 @@ def _made(items: Dataset[T | UserError], workers: int, order: Iterable[int] | No
 def _unchanged(item: T) -> T:
     """Instead of PyTorch's own function, which makes tensors of arrays."""
     return item
-
-
-def _ignore_stops(_worker: int) -> None:
-    """The main process decides when to stop; it ends its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

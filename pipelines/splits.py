@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +23,7 @@ from pipelines.folders import Listing, Stamp, counted, list_class_folders, list_
 from pipelines.headers import Found
 from pipelines.images import UNLABELLED, ImageFiles
 from pipelines.shards import list_shards, read_shard
+from pipelines.worker_process import begin_work
 from stec.errors import BadImage, UserError
 
 T = TypeVar("T")
@@ -229,14 +228,4 @@ def _give(images: ImageFiles | None) -> None:
 def _begin_worker(images: ImageFiles | None) -> None:
     _give(images)
     warnings.simplefilter("ignore")
-    # The main process decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A main process that was killed says nothing: its workers would wait for work for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    begin_work()

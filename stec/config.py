@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import os
 import re
 import typing
 from collections.abc import Mapping
@@ -327,8 +329,19 @@ class TrainConfig:
         }
 
 
-def check_ranges(config: object, limits: Mapping[str, tuple[int, int | None]]) -> None:
-    """Raise UserError for the first setting outside its limits; None is a setting left open."""
+def as_path(text: str) -> Path:
+    """The path that a flag or a file gives, with ~ as the home folder. Raises ValueError for an empty one."""
+    if not text.strip() or "\0" in text:
+        raise ValueError("the path is empty; is a shell variable not set?")
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path's own raises where there is no such user
+
+
+def check_ranges(config: Any, limits: Mapping[str, tuple[int, int | None]]) -> None:
+    """Raise UserError for the first setting outside its limits, or infinite or NaN; None is a setting left open."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{field.name} {value} is not finite; give a number.")
     for name, (lowest, highest) in limits.items():
         value = getattr(config, name)
         if value is not None and not value >= lowest:
@@ -365,7 +378,10 @@ def _checked(value: Any, declared: Any, where: str) -> Any:
             return None
         declared = next(option for option in options if option is not type(None))
     if declared is Path and isinstance(value, str):
-        return Path(value)
+        try:
+            return as_path(value)
+        except ValueError as error:
+            raise UserError(f"{where} is {value!r}: {error}") from error
     if declared is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, declared) or isinstance(value, bool):

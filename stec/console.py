@@ -84,7 +84,9 @@ class Console:
 
     def waiting(self, text: str) -> AbstractContextManager[object]:
         """A spinner with ``text`` while the context is open (terminal only)."""
-        return self._rich.status(text) if self._on_terminal else nullcontext()
+        if not self._on_terminal:
+            return nullcontext()
+        return self._rich.status(text, spinner="line" if self._rich.options.ascii_only else "dots")
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[str, int, int], None]]:

@@ -28,7 +28,6 @@ from stec.evaluate import encode_batches
 from stec.export import write_safetensors
 from stec.files import lock, read_object, remove_leftovers, sign, unwritable, write_json, write_whole
 
-FORMATS = (".safetensors", ".npy")
 PART_BATCHES = 16
 """Batches whose features are written to the disk together: what a killed process loses at most."""
 
@@ -44,20 +43,26 @@ def fingerprint_of_weights(state: Mapping[str, Tensor]) -> str:
 
 
 def is_complete(out: Path, about: Mapping[str, Any]) -> bool:
-    """Whether ``out`` holds these features already. Raises UserError where it holds something else."""
-    if not out.exists():
+    """Whether ``out`` holds these features already. Raises UserError where it, or the .json beside it, holds something
+    else.
+    """
+    beside = out.with_suffix(".json") if out.suffix == ".npy" else out
+    if not out.exists() and not beside.exists():
         return False
     try:
         if out.suffix == ".npy":
-            found = json.loads(out.with_suffix(".json").read_text())
+            found = json.loads(beside.read_text())
         else:
             with safe_open(out, "np") as file:
                 found = json.loads((file.metadata() or {}).get("stec", "null"))
     except (OSError, ValueError, SafetensorError):
         found = None
-    if found == about:
+    if not out.exists() and isinstance(found, dict) and found.keys() == about.keys():
+        return False  # of features that were deleted
+    if out.exists() and found == about:
         return True
-    raise UserError(f"{out} exists and holds something else; delete it, or name another file.")
+    existing = out if out.exists() else beside
+    raise UserError(f"{existing} exists and holds something else; delete it, or name another file.")
 
 
 def embed(

@@ -66,7 +66,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         return "bf16" if fast_bf16 else "fp16" if device.type == "cuda" else "no"
     if precision == "fp16" and device.type != "cuda":
-        raise UserError("--mixed_precision fp16 needs a CUDA GPU and there is none; use bf16, no or auto.")
+        raise UserError("--mixed_precision fp16 needs a CUDA GPU and there is none; use bf16 or no.")
     return precision
 
 

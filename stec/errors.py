@@ -25,8 +25,11 @@ class BadImage(UserError):
         return BadImage, (self.name, self.image_id, self.reason)
 
 
-class Interrupted(Exception):
-    """Training was stopped from outside; the message says how to go on, ``exit_code`` is the program's."""
+class Interrupted(BaseException):
+    """Training was stopped from outside; the message says how to go on, ``exit_code`` is the program's.
+
+    Raised in the middle of anything, so, as KeyboardInterrupt, no Exception that a library may catch.
+    """
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -95,17 +96,47 @@ def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, 
             raise UserError(f"{path} holds no weights under state_dict or model; give a checkpoint of a trained model.")
         state, metadata = dict(found), _checkpoint_metadata(content, path)
     metadata = {name: value for name, value in metadata.items() if name not in OBJECTS or isinstance(value, dict)}
+    return _finite(_our_names(state, path), path), metadata
+
+
+def _finite(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same. Raises UserError where a value is NaN or infinite."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{path} holds NaN or infinite values ({name} is the first tensor with some), so its features would be "
+                f"useless; take an earlier checkpoint, or other weights."
+            )
+    return state
+
+
+def _our_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights under our names. Raises UserError where they are no model's of ours."""
     if any(name.startswith(("supervised_head.", "projection.model.")) for name in state):
         try:
-            return from_official_names(state), metadata
+            return from_official_names(state)
         except ValueError as error:
             raise UserError(f"{path} is no checkpoint of the official S-TEC model: {error}") from error
     if "conv1.weight" in state:
-        encoder = {f"encoder.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
-        return encoder, metadata
-    if "encoder.conv1.weight" not in state:
-        raise UserError(f"{path} holds no encoder (no encoder.conv1.weight); give a checkpoint of a trained model.")
-    return state, metadata
+        return {f"encoder.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    if "encoder.conv1.weight" in state:
+        return state
+    prefixes = _prefixes(state)
+    if prefixes:
+        raise UserError(
+            f"{path} holds an encoder whose names begin with {' or '.join(prefixes)}, as other trainers write them; "
+            f"save it without that in a file of its own: torch.save({{name.removeprefix('{prefixes[0]}'): tensor for "
+            f"name, tensor in state.items() if name.startswith('{prefixes[0]}')}}, 'encoder.pth')."
+        )
+    raise UserError(f"{path} holds no encoder (no encoder.conv1.weight); give a checkpoint of a trained model.")
+
+
+def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
+    """What stands before the names of a ResNet, or of a model of ours, in a foreign state dict."""
+    stems = (name.removesuffix("conv1.weight") for name in state if name.endswith("conv1.weight"))
+    # A residual block has a conv1, too, but no layer1.
+    networks = (stem for stem in stems if any(name.startswith(f"{stem}layer1.") for name in state))
+    return [stem.removesuffix("encoder.") for stem in networks]
 
 
 def _checkpoint_metadata(content: Mapping[str, Any], path: Path) -> dict[str, Any]:

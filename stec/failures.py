@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from stec.errors import Interrupted, UserError
+from stec.errors import UserError
 from stec.processes import num_processes, process_index
 
 ROLL_CALL_SECONDS = 5.0
@@ -29,8 +29,6 @@ def shared(how_to_go_on: str = "go on from the last checkpoint by --resume auto"
     except UserError as error:
         if error.local:
             _leave_word(str(error))
-        raise
-    except Interrupted:
         raise
     except Exception as error:
         if not _lost_contact(error):

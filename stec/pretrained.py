@@ -45,6 +45,8 @@ class Trained:
     """Encoder and heads under our names, as far as the source holds them."""
     metadata: dict[str, Any]
     """JSON values: ``config``, ``step``, ``environment`` and ``results``, each where the source tells it."""
+    stem_set_by: str
+    """What the caller can change the stem by, for errors."""
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -71,8 +73,8 @@ class Trained:
                 required.append("inverse_model")
         model.to_empty(device="cpu")
         remedy = (
-            f"it was taken for a {self.arch} of width {self.width} with the {self.stem} stem, which --stem, "
-            f"--trained_on or --dataset can change"
+            f"it was taken for a {self.arch} of width {self.width} with the {self.stem} stem, which {self.stem_set_by} "
+            f"can change"
         )
         load_weights(model, self.state, self.path, required=tuple(required), remedy=remedy)
         return model.eval()
@@ -105,13 +107,16 @@ def load_encoder(path_or_hub_id: str | Path, *, stem: Stem | None = None) -> Enc
         from stec.hub import download
 
         source = download(str(path_or_hub_id), WEIGHTS)
-    return read_trained(source, stem=stem).encoder
+    return read_trained(source, stem=stem, stem_set_by="stem").encoder
 
 
-def read_trained(source: Path, *, stem: Stem | None = None, otherwise: Stem | None = None) -> Trained:
+def read_trained(
+    source: Path, *, stem: Stem | None = None, otherwise: Stem | None = None, stem_set_by: str = "--dataset"
+) -> Trained:
     """The weights in a folder or file as for ``load_encoder``, heads included, and what is known of them.
 
-    ``otherwise`` is the stem where neither the source nor its weights tell it. Raises UserError where there are none.
+    ``otherwise`` is the stem where neither the source nor its weights tell it. Raises UserError where there are none,
+    which says that ``stem_set_by`` can change the stem.
     """
     if not os.path.exists(source):  # noqa: PTH110 - which does not raise where a name is too long
         raise UserError(f"There is no file or folder {source}; give a run's folder, or a file of trained weights.")
@@ -122,10 +127,11 @@ def read_trained(source: Path, *, stem: Stem | None = None, otherwise: Stem | No
     return Trained(
         path=path,
         arch="resnet50" if "encoder.layer1.0.conv3.weight" in state else "resnet18",
-        stem=stem or _stem_of(first, metadata, path, otherwise),
+        stem=stem or _stem_of(first, metadata, path, otherwise, stem_set_by),
         width=len(first),
         state=state,
         metadata=metadata,
+        stem_set_by=stem_set_by,
     )
 
 
@@ -137,7 +143,7 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]
     run, checkpoints = RunFolder(folder), list(checkpoint.checkpoints(folder).values())
     trained_here = run.starts.exists() or bool(checkpoints)
     missing = [file for file in (run.model, run.results) if not file.exists()]
-    remedy = "let it end by --resume auto" + (
+    remedy = "let training go on to its end" + (
         f", or take its newest checkpoint, {checkpoints[-1]}" if checkpoints else ""
     )
     if trained_here and missing:
@@ -150,13 +156,13 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]
     for name, value in metadata.get("config", {}).items():
         if name in now and now[name] != value:
             raise UserError(
-                f"The run in {folder} is being trained on with another --{name}, so its {WEIGHTS} is not the last "
+                f"The run in {folder} is being trained on with another {name}, so its {WEIGHTS} is not the last "
                 f"word; {remedy}."
             )
     return run.model, state, metadata if missing else {**metadata, "results": read_object(run.results, restore)}
 
 
-def _stem_of(conv1: Tensor, metadata: Mapping[str, Any], path: Path, otherwise: Stem | None) -> Stem:
+def _stem_of(conv1: Tensor, metadata: Mapping[str, Any], path: Path, otherwise: Stem | None, stem_set_by: str) -> Stem:
     """What the metadata says, or else the first convolution's size, or else ``otherwise``.
 
     Raises UserError where nothing tells.
@@ -174,8 +180,8 @@ def _stem_of(conv1: Tensor, metadata: Mapping[str, Any], path: Path, otherwise: 
     said = said or otherwise
     if said is None:
         raise UserError(
-            f"{path} does not say whether a max-pool follows its first convolution; add --stem imagenet (it does) or "
-            f"--stem stl10 (it does not)."
+            f"{path} does not say whether a max-pool follows its first convolution; add {stem_set_by} imagenet (it "
+            f"does) or {stem_set_by} stl10 (it does not)."
         )
     if said not in STEMS:
         raise UserError(f"{path} has the stem {said}, which this version does not know; {OTHER_VERSION}")

@@ -7,9 +7,11 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
 
 from stec import checkpoint
 from stec.config import FIXED, TrainConfig
@@ -44,6 +46,27 @@ class RunFolder:
         self.lock = path / ".lock"
         self._unwritten = b""
 
+    def written(self) -> list[Path]:
+        """The files of training that are there; none where the folder is no run's."""
+        if not any(file.exists() for file in (self.starts, self.metrics)) and not checkpoint.checkpoints(self.path):
+            return []
+        named = (self.config, self.starts, self.metrics, self.bad_images, self.results, self.model, self.encoder,
+                 self.profile, self.trace)  # fmt: skip
+        return [*filter(Path.exists, named), *checkpoint.checkpoints(self.path).values()]
+
+    def last_step(self) -> int:
+        """The last step in ``metrics.jsonl``, 0 where there is none."""
+        return max((values["step"] for _, values in self._lines()), default=0)
+
+    def trained_steps(self) -> int | None:
+        """The step of the weights in ``model.safetensors``, None where they do not say it."""
+        try:
+            with safe_open(self.model, "np") as file:
+                step = json.loads((file.metadata() or {}).get("stec", "{}"))["step"]
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError):
+            return None
+        return step if isinstance(step, int) else None
+
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Add a line; where the disk refuses, it waits for the next one or for ``flush_metrics``."""
         with contextlib.suppress(OSError):
@@ -77,17 +100,20 @@ class RunFolder:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that a resumed run computes again, and whatever is no line of metrics."""
+        if self.metrics.exists():
+            write_text(self.metrics, "".join(line + "\n" for line, values in self._lines() if values["step"] <= step))
+
+    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The lines of ``metrics.jsonl`` that are whole, each with its values."""
         if not self.metrics.exists():
             return
-        kept = []
         for line in self.metrics.read_text(errors="replace").splitlines():
             try:
                 values = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(values, dict) and isinstance(values.get("step"), int) and values["step"] <= step:
-                kept.append(line + "\n")
-        write_text(self.metrics, "".join(kept))
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                yield line, values
 
     def add_start(self, values: Mapping[str, Any]) -> None:
         """Add a line to what is known of the run's starts."""
@@ -109,8 +135,8 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
     """Find or make the folder, lock it until this process ends, and find where to go on.
 
     Raises UserError where another process has the folder, it holds a run that ``config`` does not ask to resume or
-    that belongs to another configuration, all its checkpoints are damaged, or it cannot be written. What was in it is
-    then untouched.
+    that belongs to another configuration, all its checkpoints are damaged, it holds results that no checkpoint reaches
+    up to, or it cannot be written. What was in it is then untouched.
     """
     try:
         path = config.results_path or _default_path(config)
@@ -123,11 +149,12 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
                 f"--results_path."
             ),
         )
-        if config.resume == "no" and (folder.config.exists() or checkpoint.checkpoints(path)):
+        if config.resume == "no" and (folder.config.exists() or folder.model.exists() or folder.written()):
             raise UserError(
                 f"{path} already holds a run; go on with it by --resume auto, or name another folder by --results_path."
             )
         resumed, damaged = checkpoint.load_newest(path)
+        _check_results(folder, resumed)
         changes = _changes(config, environment, resumed, path) if resumed is not None else []
 
         # From here on the folder is this run's.
@@ -142,6 +169,11 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
             notes.append(f"{file.name} is damaged ({what}); it is now {aside.name}, and the one before it is taken.")
         notes += [f"Changed, as --allow_changes 1 allows: {change}." for change in changes]
         step = resumed["step"] if resumed is not None else 0
+        if resumed is None and folder.last_step():
+            notes.append(
+                f"{path} holds metrics up to step {folder.last_step()}, but no checkpoint; training starts from the "
+                f"beginning."
+            )
         folder.forget_metrics_after(step)
         # The permission is for this start alone.
         write_json(folder.config, {**config.to_json(), "allow_changes": 0})
@@ -169,6 +201,23 @@ def _default_path(config: TrainConfig) -> Path:
         except FileExistsError:  # another run was faster
             continue
         return path
+
+
+def _check_results(folder: RunFolder, resumed: Mapping[str, Any] | None) -> None:
+    """Raise UserError where going on would train again what the folder's results are of, and replace them."""
+    results = [file for file in (folder.model, folder.encoder, folder.results) if file.exists()]
+    if not results:
+        return
+    names = ", ".join(file.name for file in results)
+    remedy = f"bring its checkpoint back, move {names} elsewhere, or name another folder by --results_path."
+    if resumed is None:
+        raise UserError(f"{folder.path} holds {names} of a finished run, but no checkpoint to go on from; {remedy}")
+    trained = folder.trained_steps()
+    if trained is not None and trained > resumed["step"]:
+        raise UserError(
+            f"{folder.path} holds {names} of step {trained}, but its newest undamaged checkpoint is of step "
+            f"{resumed['step']}; {remedy}"
+        )
 
 
 def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> list[str]:

@@ -66,8 +66,8 @@ def read_run(path: Path) -> RunRecord:
     folder = RunFolder(path)
     if not folder.config.is_file() and not folder.metrics.is_file():
         raise UserError(
-            f"{path} is no run: it holds neither config.json nor metrics.jsonl; name a folder that training wrote to "
-            f"(--results_path, or runs/DATASET-NUMBER)."
+            f"{path} is no run: it holds neither config.json nor metrics.jsonl; name a folder that training wrote to, "
+            f"such as runs/demo-001."
         )
     record = RunRecord(path=path)
     say = record.remarks.append

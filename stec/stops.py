@@ -32,13 +32,21 @@ def exit_code(number: int, stop_exit_code: int) -> int:
 def at_once(
     stop_exit_code: int, how_to_go_on: str = "a run goes on from its last checkpoint by --resume auto"
 ) -> Iterator[None]:
-    """While open, signals raise Interrupted wherever the program is; of Ctrl-C, it comes out as that."""
+    """While open, signals raise Interrupted wherever the program is; of Ctrl-C, it comes out as that.
+
+    Further SIGTERMs and SIGUSR1s are ignored: a launcher that ends, too, must not disturb what is cleaned up.
+    """
     sentence = f"Stopped at once; {how_to_go_on}."
 
     def stop(number: int, _frame: object) -> None:
+        for other in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(other, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise Interrupted(sentence, exit_code=exit_code(number, stop_exit_code))
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS if number != signal.SIGINT}
+    heeded = [number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     except KeyboardInterrupt as error:
@@ -75,7 +83,8 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: object) -> None:
-        self._own = max(self._own, number)
+        # Of Ctrl-C, which a launcher notices, too, and then ends, the first signal is what was meant.
+        self._own = self._own or number
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
     def ask(self) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +22,11 @@ from stec.config import (
     DataSetTraits,
     Switch,
     TrainConfig,
+    as_path,
     check_ranges,
 )
 from stec.errors import UserError
+from subcommands.launcher import choose_precision, is_main_process, started_one_of_several
 
 if TYPE_CHECKING:
     import torch
@@ -93,15 +96,25 @@ class EncoderConfig:
         return replace(own.at(self.view_size), resize_px=self.view_size)
 
 
-def check_place(path: Path, flag: str = "") -> None:
-    """Raise UserError where ``path``, which ``flag`` gave, is no place for a file."""
+def check_place(path: Path, flag: str = "", *, inputs: Sequence[Path | None] = ()) -> None:
+    """Raise UserError where ``path``, which ``flag`` gave, is no place for a file, or there is one that is read.
+
+    Those are the ``inputs``: the files, all that is in the folders among them, and what training wrote to a run's.
+    """
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path} cannot be written; name a file in an existing folder.".lstrip())
+    if not path.exists():
+        return
+    from stec.run_folder import RunFolder
 
-
-def is_main_process() -> bool:
-    """Whether this is the process that speaks, before Accelerate is loaded."""
-    return os.environ.get("RANK", "0") == "0"
+    for source in inputs:
+        if source is None or not source.exists():
+            continue
+        inside = source.is_dir() and path.resolve().is_relative_to(source.resolve())
+        if path.samefile(source) or (inside and not RunFolder(source).written()):
+            raise UserError(f"{flag} {path} would overwrite a file of {source}; name another file.".lstrip())
+    if path.name in {file.name for file in RunFolder(path.parent).written()}:
+        raise UserError(f"{flag} {path} would overwrite a file of a run; name another file.".lstrip())
 
 
 def _program() -> str:
@@ -109,10 +122,90 @@ def _program() -> str:
     return "stec" if Path(sys.argv[0]).name == "stec" else "launch.py"
 
 
+ALIASES = {
+    "b": "batch_size",
+    "bs": "batch_size",
+    "bsz": "batch_size",
+    "batch": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "checkpoint": "ckpt_path",
+    "ckpt": "ckpt_path",
+    "model": "ckpt_path",
+    "pretrained": "ckpt_path",
+    "weights": "ckpt_path",
+    "data": "data_dir",
+    "data_path": "data_dir",
+    "data_root": "data_dir",
+    "root": "data_dir",
+    "epochs": "max_epochs",
+    "n_epochs": "max_epochs",
+    "num_epochs": "max_epochs",
+    "num_train_epochs": "max_epochs",
+    "fp16": "mixed_precision",
+    "bf16": "mixed_precision",
+    "amp": "mixed_precision",
+    "precision": "mixed_precision",
+    "gradient_accumulation_steps": "accumulate",
+    "accum_iter": "accumulate",
+    "img_size": "view_size",
+    "image_size": "view_size",
+    "input_size": "view_size",
+    "crop_size": "view_size",
+    "j": "num_workers",
+    "workers": "num_workers",
+    "lr": "learning_rate",
+    "base_lr": "learning_rate",
+    "opt": "optimizer",
+    "optim": "optimizer",
+    "out_dir": "results_path",
+    "output": "results_path",
+    "output_dir": "results_path",
+    "log_dir": "results_path",
+    "save_dir": "results_path",
+    "resume_from_checkpoint": "resume",
+    "sched": "lr_scheduler",
+    "scheduler": "lr_scheduler",
+    "tau": "temperature",
+    "temp": "temperature",
+    "warmup": "warmup_epochs",
+    "wd": "weight_decay",
+    "backbone": "arch",
+}
+"""What other trainers call our flags."""
+
+
+def _check_aliases(kind: type, arguments: Sequence[str]) -> None:
+    """Raise UserError for a flag that ``kind`` has under another name."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    for argument in arguments:
+        flag = argument.split("=")[0]
+        alias = flag.lstrip("-").replace("-", "_")
+        if flag.startswith("-") and alias not in known and ALIASES.get(alias) in known:
+            raise UserError(f"There is no {flag}; it is called --{ALIASES[alias]} here.")
+
+
+PATHS = tyro.constructors.ConstructorRegistry()
+"""How a flag becomes a path."""
+
+
+@PATHS.primitive_rule
+def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: as_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
 def parse(
     kind: type[C], arguments: list[str], *, name: str, default: C | None = None, epilogue: str = "", **options: Any
 ) -> C:
     """A configuration from flags; on a mistake tyro explains it and exits with code 2. ``options`` are tyro's."""
+    _check_aliases(kind, arguments)
     if default is not None:
         options["default"] = default
     return tyro.cli(
@@ -122,6 +215,7 @@ def parse(
         args=arguments,
         use_underscores=True,
         console_outputs=is_main_process(),
+        registry=PATHS,
         **options,
     )
 
@@ -145,7 +239,8 @@ def start(
     from stec.engine import resolve_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = resolve_precision(mixed_precision, device)
+    asked, launchers = choose_precision(mixed_precision)
+    precision = resolve_precision(asked, device)
     # Accelerate does not yet know the option by its new name.
     warnings.filterwarnings("ignore", message=r".*broadcast_buffers.*is deprecated", category=FutureWarning)
     accelerator = Accelerator(
@@ -172,7 +267,20 @@ def start(
     if device.type == "cpu":
         # accelerate launch allows each process one thread unless told otherwise.
         torch.set_num_threads(own_cpus())
-    return accelerator, Console(enabled=accelerator.is_main_process), precision
+    console = Console(enabled=accelerator.is_main_process)
+    if asked != mixed_precision:
+        console.say(f"Precision {precision}, as accelerate launch says (mixed_precision).")
+    elif launchers not in ("", precision):
+        console.say(
+            f"Precision {precision} (--mixed_precision {mixed_precision}); the mixed_precision {launchers} of "
+            f"accelerate launch is not used."
+        )
+    if started_one_of_several(accelerator.num_processes):
+        console.say(
+            "accelerate launch was asked for several processes, but started only one, as it does without GPUs; for two "
+            "use accelerate launch --config_file configs/cpu-2.yaml, or add --multi_gpu and leave --cpu out."
+        )
+    return accelerator, console, precision
 
 
 def own_cpus() -> int:
@@ -267,6 +375,7 @@ def read_encoder(config: EncoderConfig) -> tuple[Trained, str]:
         config.ckpt_path,
         stem=None if config.trained_on is None else DATA_SETS[config.trained_on].stem,
         otherwise=config.traits.stem,
+        stem_set_by="--trained_on",
     )
     for flag in ("arch", "width"):
         if getattr(config, flag) not in (None, getattr(trained, flag)):

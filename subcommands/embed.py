@@ -36,7 +36,7 @@ class EmbedConfig(EncoderConfig):
         super().validate()
         if self.out.suffix not in (".safetensors", ".npy"):
             raise UserError(f"{self.out} must end in .safetensors or .npy, the formats that are written.")
-        check_place(self.out)
+        check_place(self.out, inputs=(self.ckpt_path,))
 
 
 def run(arguments: list[str]) -> None:

@@ -39,7 +39,9 @@ class EvalConfig(EncoderConfig):
         if self.seed < 0:
             raise UserError(f"--seed {self.seed} is too small; give 0 or more.")
         if self.json is not None:
-            check_place(self.json, "--json")
+            # No data set holds such files.
+            data_dir = None if self.json.suffix == ".json" else self.data_dir
+            check_place(self.json, "--json", inputs=(self.ckpt_path, data_dir))
 
 
 def run(arguments: list[str]) -> None:

@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> None:
     from stec.pretrained import read_trained
 
     check_out(config.out, config.format)
-    trained = read_trained(config.source, stem=config.stem)
+    trained = read_trained(config.source, stem=config.stem, stem_set_by="--stem")
     loading = export(trained, config.out, config.format, source=config.source, license=config.license)
     values = sum(tensor.numel() for tensor in trained.encoder.state_dict().values())
     print(f"{config.out}: {trained.arch}, width {trained.width}, {trained.stem} stem, {values} values in the encoder")

@@ -8,24 +8,25 @@ from pathlib import Path
 import tyro
 
 from stec.errors import UserError
-from subcommands.common import parse
+from subcommands.common import check_place, parse
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
     """Turn a checkpoint, official .ckpt files included, into a safetensors file under our names."""
 
-    checkpoint: Path
+    checkpoint: tyro.conf.Positional[Path]
     """File to read; nothing in it is executed."""
-    out: Path
+    out: tyro.conf.Positional[Path]
     """File to write, ending in .safetensors."""
 
 
 def run(arguments: list[str]) -> None:
     """Turn a checkpoint into a safetensors file under our names."""
-    config = parse(tyro.conf.Positional[ImportConfig], arguments, name="import")
+    config = parse(ImportConfig, arguments, name="import")
     if config.out.suffix != ".safetensors":
         raise UserError(f"{config.out} must end in .safetensors, the format that is written.")
+    check_place(config.out, inputs=(config.checkpoint,))
 
     from stec.export import read_weights, write_safetensors
 

@@ -10,7 +10,8 @@ import tyro
 
 from stec.config import check_ranges
 from stec.errors import UserError
-from subcommands.common import check_place, is_main_process, parse_some, training_loader
+from subcommands.common import check_place, parse_some, training_loader
+from subcommands.launcher import is_main_process
 from subcommands.train import parse_train, title
 
 
@@ -36,7 +37,6 @@ class PreviewConfig:
         check_ranges(self, {"epoch": (0, None), "position": (0, None), "count": (1, 100)})
         if self.out.suffix.lower() != ".png":
             raise UserError(f"{self.out} does not end in .png, the format that is written.")
-        check_place(self.out)
 
 
 def run(arguments: list[str]) -> None:
@@ -47,6 +47,7 @@ def run(arguments: list[str]) -> None:
     config, rest = parse_some(PreviewConfig, arguments, name="preview")
     config.validate()
     settings, _ = parse_train([*(["--config", str(config.config)] if config.config else []), *rest])
+    check_place(config.out, inputs=(settings.data_dir,))
     if config.epoch >= settings.max_epochs:
         raise UserError(f"--epoch {config.epoch} is beyond the last one; give 0 to {settings.max_epochs - 1}.")
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from stec.errors import UserError
+from dataclasses import dataclass
+
 from stec.recipes import RECIPES, flags
-from subcommands.common import is_main_process
+from subcommands.common import parse
+from subcommands.launcher import is_main_process
+
+
+@dataclass(frozen=True)
+class RecipesConfig:
+    """Show the recipes and the flags that they stand for."""
 
 
 def run(arguments: list[str]) -> None:
     """Show the recipes and the flags that they stand for."""
-    if arguments:
-        raise UserError(f"launch.py recipes takes no arguments, but got {' '.join(arguments)}.")
+    parse(RecipesConfig, arguments, name="recipes")
 
     from stec.console import Console
 

@@ -13,7 +13,7 @@ import tyro
 
 from stec.config import TrainConfig, check_ranges
 from stec.errors import UserError
-from subcommands.common import evaluation_loader, parse, start, training_loader
+from subcommands.common import check_place, evaluation_loader, parse, start, training_loader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,8 +45,9 @@ class ReportConfig:
         if not self.runs:
             raise UserError("launch.py report needs the folder of a run: launch.py report RUN [RUN ...].")
         check_ranges(self, {"images": (1, None)})
-        if self.out.suffix.lower() not in (".html", ".htm") or self.out.is_dir() or not self.out.parent.is_dir():
-            raise UserError(f"--out {self.out} cannot be written; name an .html file in an existing folder.")
+        if self.out.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"--out {self.out} does not end in .html, the format that is written.")
+        check_place(self.out, "--out")
         if importlib.util.find_spec("plotly") is None:
             raise UserError("launch.py report draws with plotly, which is not installed; run pip install plotly.")
 
@@ -92,7 +93,9 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
     asked = None
     try:
         if record.weights is not None:
-            trained = read_trained(record.weights, otherwise=settings.traits.stem)
+            trained = read_trained(
+                record.weights, otherwise=settings.traits.stem, stem_set_by="the dataset in config.json"
+            )
             asked = trained.model("inverse_model").to(accelerator.device), trained.convention or settings.affine
         else:
             look.remarks.append("There are no weights yet: what the model believes and finds similar is left out.")

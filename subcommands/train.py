@@ -6,11 +6,10 @@ import argparse
 import json
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stec import __version__
-from stec.config import TrainConfig, with_settings
+from stec.config import TrainConfig, as_path, with_settings
 from stec.errors import UserError
 from stec.files import read_object
 from stec.recipes import RECIPES, recipe
@@ -29,7 +28,7 @@ def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
     # These three decide what the other flags' defaults are, so they are read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
-    first.add_argument("--config", type=Path)
+    first.add_argument("--config")
     first.add_argument("--print_config", action="store_true")
     first.add_argument("--dataset")
     chosen, rest = first.parse_known_args(arguments)
@@ -37,8 +36,12 @@ def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
         rest += ["--dataset", chosen.dataset]
 
     settings = {}
-    if chosen.config:
-        settings = read_object(chosen.config, "give a run's config.json", name=f"--config {chosen.config}")
+    if chosen.config is not None:
+        try:
+            file = as_path(chosen.config)
+        except ValueError as error:
+            raise UserError(f"--config '{chosen.config}' names no file: {error}") from error
+        settings = read_object(file, "give a run's config.json", name=f"--config {chosen.config}")
     name = chosen.recipe
     if name is None and chosen.config is None and chosen.dataset in (None, "demo"):
         name = "demo"
@@ -84,7 +87,7 @@ def run(arguments: list[str]) -> None:
 
 
 def warn(text: str) -> None:
-    """A function of the module, as DataLoader's workers may be sent a copy."""
+    """A function of the module, as worker processes may be sent a copy."""
     print(text, file=sys.stderr)
 
 

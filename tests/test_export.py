@@ -276,15 +276,20 @@ def unfinished(finished: Path, tmp_path: Path) -> Path:
 
 
 WRONG: dict[str, tuple[str, str, str, str]] = {
-    "still training": ("running", "x", "huggingface", "has no model.safetensors yet; let it end by --resume auto, or"),
+    "still training": (
+        "running",
+        "x",
+        "huggingface",
+        "has no model.safetensors yet; let training go on",
+    ),
     "which checkpoint": ("running", "x", "huggingface", "its newest checkpoint, {}/running/checkpoint-00000004.pt"),
     "still evaluating": ("evaluating", "x", "huggingface", "has no results.json yet"),
-    "trained on": ("longer", "x", "huggingface", "is being trained on with another --max_epochs"),
+    "trained on": ("longer", "x", "huggingface", "is being trained on with another max_epochs"),
     "no run": ("empty", "x", "huggingface", "is no run's folder and holds no model.safetensors"),
     "nothing there": ("absent", "x", "huggingface", "There is no file or folder {}/absent"),
     "damaged": ("bit.pt", "x", "huggingface", "is damaged (its checksum does not fit its content)"),
     "newer checkpoint": ("newer.pt", "x", "huggingface", "is a checkpoint of format 3, but this version knows 2"),
-    "newer setting": ("newer-setting.safetensors", "x", "huggingface", "by stec 9.9 with --telepathy, which stec"),
+    "newer setting": ("newer-setting.safetensors", "x", "huggingface", "by stec 9.9 with the setting telepathy"),
     "newer data set": ("newer-data-set.safetensors", "x", "huggingface", "imagenet22k, a data set that this version"),
     "newer stem": ("newer-stem.safetensors", "x", "huggingface", "has the stem patchify"),
     "folder is there": ("finished", "there", "huggingface", "{}/there is there already"),

@@ -5,6 +5,7 @@ Each fault is a real one: processes are killed, disks fill up, files are damaged
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -28,9 +29,9 @@ import torch
 from PIL import Image
 
 from stec import checkpoint, console
-from stec.errors import UserError
+from stec.errors import Interrupted, UserError
 from stec.run_folder import RunFolder
-from stec.stops import StopRequests
+from stec.stops import StopRequests, at_once
 from tests.runs import Prepare, Run, SignalAtStep, together
 
 TOTAL_STEPS = 24
@@ -253,6 +254,37 @@ def test_repeated_signals(whole: Path, tmp_path: Path) -> None:
     assert list(checkpoint.checkpoints(folder)) == [3, 4]
     resume(folder)
     assert_same_outcome(folder, whole)
+
+
+def test_at_once_a_second_signal_changes_nothing() -> None:
+    """It would break off what the first one has cleaned up: a launcher that ends sends one, too."""
+    cleaned_up = []
+
+    def stopped(by: signal.Signals) -> None:
+        try:
+            os.kill(os.getpid(), by)
+            time.sleep(10)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            cleaned_up.append(by)
+
+    for number, code in ((signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)):
+        with pytest.raises(Interrupted) as raised, at_once(85):
+            stopped(number)
+        assert raised.value.exit_code == code
+    assert len(cleaned_up) == 3
+
+
+def test_no_library_swallows_an_interruption() -> None:
+    def library() -> None:
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    with pytest.raises(Interrupted), at_once(0):
+        library()
 
 
 # --- Several processes ---
@@ -485,6 +517,54 @@ def test_no_undamaged_checkpoint_is_left(whole: Path, tmp_path: Path) -> None:
     assert f"No checkpoint in {folder} is undamaged (checkpoint-00000008.pt: its end is missing)" in said
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
     assert after == before
+
+
+# --- Results without the checkpoints that they came from ---
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("missing", "flags"),
+    [
+        ([], ["--resume", "auto"]),
+        ([], ["--resume", "auto", "--width", "8", "--allow_changes", "1"]),
+        (["results.json"], ["--resume", "auto"]),
+        (["model.safetensors"], ["--resume", "auto"]),
+        (["model.safetensors", "results.json", "config.json", "metrics.jsonl"], ["--resume", "auto"]),
+        (["config.json"], []),
+        (["config.json", "starts.jsonl", "metrics.jsonl", "results.json"], []),
+        (["config.json", "model.safetensors", "encoder.safetensors", "results.json"], []),
+    ],
+    ids=["all", "another width", "no results", "no model", "encoder alone", "no config", "model alone", "metrics"],
+)
+def test_results_are_not_trained_again_without_checkpoints(
+    missing: list[str], flags: list[str], whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("checkpoint-*", *missing))
+    before = files_in(folder)
+    said = start(folder, *flags).end(2)
+    assert str(folder) in said and "--results_path" in said
+    assert files_in(folder) == before
+
+
+def test_results_are_not_trained_again_from_an_old_checkpoint(whole: Path, tmp_path: Path) -> None:
+    folder = cut(whole, tmp_path / "run", 8)
+    shutil.copy(whole / "model.safetensors", folder)
+    before = files_in(folder)
+    said = resume(folder, code=2)
+    assert f"of step {TOTAL_STEPS}" in said and "of step 8" in said
+    assert files_in(folder) == before
+
+
+def test_a_run_without_checkpoint_starts_again_and_says_so(whole: Path, tmp_path: Path) -> None:
+    folder = cut(whole, tmp_path / "run")
+    said = resume(folder)
+    assert f"metrics up to step {TOTAL_STEPS}" in said
+    assert_same_outcome(folder, whole)
 
 
 # --- Two runs, one folder ---

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import multiprocessing
 import pickle
 import shutil
 import tarfile
@@ -292,20 +291,6 @@ def test_forgotten_pipelines_end_before_workers_are_forked(demo_test_images: Ima
         assert forgotten() is None
     finally:
         gc.enable()
-
-
-def test_a_worker_that_is_killed_ends_the_steps(demo_test_images: ImageArray) -> None:
-    """As the system kills it where memory runs out; the others have nothing wrong with them and would wait for ever."""
-    order = Order(demo_test_images, POLICIES["stl10"], seed=0, batch_size=64)
-    batches = Loader(order, backend="torchvision", device=CPU, workers=2).batches(0)
-    before = set(multiprocessing.active_children())
-    next(batches)
-    workers = [child for child in multiprocessing.active_children() if child not in before]
-    assert len(workers) == 2
-    workers[0].kill()
-    with pytest.raises(UserError, match="--num_workers"):
-        for _ in batches:
-            pass
 
 
 def test_a_data_set_smaller_than_the_batch_is_refused(demo_test_images: ImageArray) -> None:

@@ -1,0 +1,96 @@
+"""Worker processes of the torchvision backend: without shared memory, and none is left when others are killed."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import resource
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipelines.images import ImageArray
+from pipelines.order import Order
+from pipelines.reference import Step, reference_evaluation, reference_steps
+from stec.commands import Policy
+from stec.errors import UserError
+from tests.runs import PROCESSES
+
+
+def images_of(pixels: NDArray[np.uint8]) -> ImageArray:
+    return ImageArray(pixels=pixels, labels=np.arange(len(pixels)))
+
+
+def steps(pixels: NDArray[np.uint8], workers: int) -> Any:
+    """Steps of more than a pipe holds, so that a worker waits in the middle of one until it is fetched."""
+    return reference_steps(Order(images_of(pixels), Policy(), seed=0, batch_size=64), 0, workers)
+
+
+def test_a_killed_worker_ends_the_steps(demo_test_images: ImageArray) -> None:
+    """As the system kills it where memory runs out; the others have nothing wrong with them and would wait for ever."""
+    made = steps(demo_test_images.pixels, 2)
+    before = set(multiprocessing.active_children())
+    next(made)
+    time.sleep(0.5)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    assert len(workers) == 2
+    workers[0].kill()
+    with pytest.raises(UserError, match="--num_workers") as raised:
+        for _ in made:
+            pass
+    assert raised.value.local
+
+
+def _without_shared_memory(pixels: NDArray[np.uint8]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # a server of its own would load PyTorch again
+    # Shared memory is made of files, too, which may not grow to what a step takes.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+    one: list[Step]
+    several: list[Step]
+    one, several = (list(itertools.islice(steps(pixels, workers), 3)) for workers in (0, 2))
+    batches = list(np.arange(64).reshape(4, 16))
+    plain, made = (list(reference_evaluation(images_of(pixels), batches, None, 32, workers)) for workers in (0, 2))
+    same = all((a[0] == b[0]).all() for a, b in zip(one, several, strict=True))
+    same &= all(bool((a == b).all()) for a, b in zip(plain, made, strict=True))
+    os._exit(0 if same else 1)
+
+
+def test_no_shared_memory_is_needed(demo_test_images: ImageArray) -> None:
+    process = PROCESSES.Process(target=_without_shared_memory, args=(demo_test_images.pixels[:64],))
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
+
+
+def _wait_with_workers(pixels: NDArray[np.uint8], connection: Connection[Any, Any]) -> None:
+    multiprocessing.set_start_method("fork", force=True)
+    made = steps(pixels, 3)
+    next(made)
+    connection.send([process.pid for process in multiprocessing.active_children()])
+    time.sleep(60)
+
+
+def test_workers_end_with_the_main_process(demo_test_images: ImageArray) -> None:
+    ours, its = multiprocessing.Pipe()
+    process = PROCESSES.Process(target=_wait_with_workers, args=(demo_test_images.pixels[:64], its))
+    process.start()
+    workers = ours.recv()
+    process.kill()
+    process.join()
+    assert len(workers) == 3
+    deadline = time.monotonic() + 30
+    while any(_runs(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
