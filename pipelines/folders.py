@@ -49,6 +49,7 @@ KINDS_SHOWN = 10
 Layout = Literal["class folders", "loose images", "shards"]
 Stamp = tuple[int, int]
 """When a file or directory was changed, in ns, and a file's size: another stamp, another content."""
+MISSING: Stamp = (0, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +74,17 @@ def list_class_folders(root: Path) -> Listing:
     Raises UserError where there is no class, or an empty one.
     """
     left_out: Counter[str] = Counter()
+    watched = {".": stamp(root)}
     above = _folders_above(root) | {_identity(root.stat())}
     classes = []
     for entry in os.scandir(root):
         if is_hidden(entry.name):
             left_out[HIDDEN] += 1
         elif not _is_folder(entry):
-            left_out[OUTSIDE if entry.name.lower().endswith(EXTENSIONS) else _kind_of_entry(entry)] += 1
+            kind = OUTSIDE if entry.name.lower().endswith(EXTENSIONS) else _kind_of_entry(entry)
+            left_out[kind] += 1
+            if kind == BROKEN:
+                watched[entry.name] = MISSING
         elif entry.is_symlink() and _identity(entry.stat()) in above:
             left_out[AGAIN] += 1
         else:
@@ -90,7 +95,6 @@ def list_class_folders(root: Path) -> Listing:
             f"{root} holds neither class folders nor shards (*.tar){_but(left_out)}; put each class's images into a "
             f"folder of its own."
         )
-    watched = {".": stamp(root)}
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(sorted(classes)):
@@ -138,8 +142,8 @@ def image_files(root: Path, top: str, watched: dict[str, Stamp], left_out: Count
     """Names relative to ``root`` of the images in and below ``top``, in ImageFolder's order.
 
     Links are followed, but each folder is listed once, by the path without links where it has one, and nothing that is
-    hidden is listed. ``watched`` receives the directories that images were looked for in; ``left_out`` counts what is
-    none, by kind. Raises UserError where a directory cannot be read.
+    hidden is listed. ``watched`` receives the directories where images were looked for, and broken links; ``left_out``
+    counts what is no image, by kind. Raises UserError where a directory cannot be read.
     """
     seen = _folders_above(root) if top == "." else _folders_above(root) | {_identity(root.stat())}
     found: list[tuple[str, list[str]]] = []
@@ -173,7 +177,10 @@ def image_files(root: Path, top: str, watched: dict[str, Stamp], left_out: Count
             elif entry.name.lower().endswith(EXTENSIONS) and not _is_special(entry):
                 names.append(entry.name)
             else:
-                left_out[_kind_of_entry(entry)] += 1
+                kind = _kind_of_entry(entry)
+                left_out[kind] += 1
+                if kind == BROKEN:
+                    watched[prefix + entry.name] = MISSING
         found.append((prefix.removesuffix("/"), [prefix + name for name in sorted(names)]))
     return [name for _, names in sorted(found) for name in names]
 
@@ -258,7 +265,7 @@ def stamp(path: Path) -> Stamp:
     try:
         return _stamp_of(path.stat())
     except OSError:
-        return 0, -1
+        return MISSING
 
 
 def _stamp_of(status: os.stat_result) -> Stamp:

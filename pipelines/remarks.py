@@ -15,27 +15,27 @@ LARGE_PIXELS = 2_000_000
 def remarks(split: Split) -> list[str]:
     """What was left out, shards that were cut off, classes without images, and photographs that lie or are large."""
     images = split.images
-    told = [f"{remark}." for remark in split.remarks]
+    sentences = [f"{remark}." for remark in split.remarks]
     if split.left_out:
-        told.insert(0, f"Left out of {images.root}: {counted(split.left_out)}.")
+        sentences.insert(0, f"Left out of {images.root}: {counted(split.left_out)}.")
     if split.classes and (empty := empty_classes(split)):
-        told.append(
+        sentences.append(
             f"{empty} of {len(split.classes)} classes have no image in {images.root}; the largest label is that of "
             f"{largest_labelled(split)}."
         )
     turned = int((images.orientation != 1).sum())
     if turned and not images.exif_orientation:
-        told.append(
+        sentences.append(
             f"{turned} of {len(images)} images in {images.root} are rotated by EXIF and used as they are stored; "
             f"--exif_orientation 1 turns them upright."
         )
     median = int(np.median(images.sizes.prod(axis=1)))
     if median > LARGE_PIXELS:
-        told.append(
+        sentences.append(
             f"The images in {images.root} are large (median {median / 1e6:.0f} megapixels), so that decoding them "
             f"takes most of the time; train on smaller copies, which docs/train-on-my-images.md makes."
         )
-    return told
+    return sentences
 
 
 def empty_classes(split: Split) -> int:

@@ -131,6 +131,16 @@ def test_only_regular_files_are_images(tmp_path: Path) -> None:
     assert split.left_out == {folders.SPECIAL: 5, folders.BROKEN: 1}
 
 
+@pytest.mark.parametrize("kind", ["class folders", "loose images"])
+def test_a_disk_that_comes_back_is_noticed(kind: str, tmp_path: Path) -> None:
+    """What links to it was broken."""
+    root = fill(tmp_path / "data", "a/0.jpg")
+    (root / "b").symlink_to(tmp_path / "disk")
+    assert read_split(root, kind).left_out == {folders.BROKEN: 1}
+    fill(tmp_path / "disk", "1.jpg")
+    assert names_of(read_split(root, kind)) == ["a/0.jpg", "b/1.jpg"]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -178,17 +188,17 @@ def test_other_kinds_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_many_kinds_are_summed_up() -> None:
-    told = folders.counted({f".k{n}": n for n in range(1, 100)})
-    counts = [int(part.split()[0]) for part in told.split(", ")]
-    assert sum(counts) == 99 * 100 // 2 and len(counts) == folders.KINDS_SHOWN + 1 and "99 .k99" in told
+    text = folders.counted({f".k{n}": n for n in range(1, 100)})
+    counts = [int(part.split()[0]) for part in text.split(", ")]
+    assert sum(counts) == 99 * 100 // 2 and len(counts) == folders.KINDS_SHOWN + 1 and "99 .k99" in text
 
 
 @pytest.mark.parametrize("kind", ["class folders", "loose images"])
 def test_a_folder_of_other_kinds_alone(kind: str, tmp_path: Path) -> None:
     fill(tmp_path / "data", "a/0.heic", "a/1.HEIC", "a/2.dng", "a/._0.heic")
-    with pytest.raises(UserError, match=r"2 \.heic, 1 \.dng, 1 hidden") as told:
+    with pytest.raises(UserError, match=r"2 \.heic, 1 \.dng, 1 hidden") as refused:
         read_split(tmp_path / "data", kind)
-    assert str(tmp_path / "data") in str(told.value) and "\n" not in str(told.value)
+    assert str(tmp_path / "data") in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_images_outside_class_folders_are_counted(tmp_path: Path) -> None:
