@@ -83,8 +83,8 @@ def describe(trained: Trained, *, source: Path, license: str) -> dict[str, Any]:
     if unknown:
         theirs = trained.metadata.get("environment", {}).get("stec", "of another version")
         raise UserError(
-            f"{source} was trained by stec {theirs} with the setting {unknown[0]}, which stec {__version__} does not know; "
-            f"export it by that version."
+            f"{source} was trained by stec {theirs} with the setting {unknown[0]}, which stec {__version__} does not "
+            f"know; export it by that version."
         )
     if config.get("ckpt_path"):
         config["ckpt_path"] = Path(config["ckpt_path"]).name  # no one else's business where it lay
