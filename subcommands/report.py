@@ -13,7 +13,7 @@ import tyro
 
 from stec.config import TrainConfig, check_ranges
 from stec.errors import UserError
-from subcommands.common import check_place, evaluation_loader, parse, start, training_loader
+from subcommands.common import evaluation_loader, parse, start, training_loader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,9 +45,8 @@ class ReportConfig:
         if not self.runs:
             raise UserError("launch.py report needs the folder of a run: launch.py report RUN [RUN ...].")
         check_ranges(self, {"images": (1, None)})
-        if self.out.suffix.lower() not in (".html", ".htm"):
-            raise UserError(f"--out {self.out} does not end in .html, the format that is written.")
-        check_place(self.out, "--out")
+        if self.out.suffix.lower() not in (".html", ".htm") or self.out.is_dir() or not self.out.parent.is_dir():
+            raise UserError(f"--out {self.out} cannot be written; name an .html file in an existing folder.")
         if importlib.util.find_spec("plotly") is None:
             raise UserError("launch.py report draws with plotly, which is not installed; run pip install plotly.")
 

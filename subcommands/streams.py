@@ -31,8 +31,10 @@ def make_robust() -> None:
         if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
             continue
         stream.flush()
+        # Not the stream's own buffer, which may have been opened on another file than the descriptor now is of.
+        buffer = open(stream.fileno(), "wb", buffering=0 if stream.write_through else -1, closefd=False)  # noqa: SIM115
         replacement = _Stream(
-            stream.buffer,
+            buffer,
             encoding=stream.encoding,
             errors="replace" if stream.errors == "strict" else stream.errors,
             line_buffering=stream.line_buffering,
