@@ -26,7 +26,7 @@ def demo() -> TrainConfig:
         width=16,
         feat_dim=64,
         temperature=0.2,
-        manip_lambda=10.0,
+        manip_lambda=6.0,
         # Few steps are trained, too few for LARS's small ones.
         optimizer="adam",
         learning_rate=3e-3,
