@@ -23,15 +23,15 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
 import launch
-from pipelines import splits
-from pipelines.bad_list import BadList, remember
-from pipelines.cache import cache_file
-from pipelines.headers import MAX_PIXELS
-from pipelines.images import UNLABELLED, ImageFiles, Names
-from pipelines.index import check_labels, open_data_set, open_split
-from pipelines.shards import sample_key
-from pipelines.splits import read_split, verified
-from stec.errors import BadImage, UserError
+from pipelines.datasets import splits
+from pipelines.datasets.bad_list import BadList, remember
+from pipelines.datasets.cache import cache_file
+from pipelines.datasets.headers import MAX_PIXELS
+from pipelines.datasets.images import UNLABELLED, ImageFiles, Names
+from pipelines.datasets.index import check_labels, open_data_set, open_split
+from pipelines.datasets.shards import sample_key
+from pipelines.datasets.splits import read_split, verified
+from pipelines.errors import BadImage, UserError
 from tests.conftest import smooth_image
 
 ROOT = Path(__file__).parents[1]
@@ -378,7 +378,7 @@ def test_a_killed_pass_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     (root / "class 1" / "bad.jpg").write_text("no image")
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, time\nfrom pathlib import Path\nfrom pipelines.splits import read_split\n"
+        "import sys, time\nfrom pathlib import Path\nfrom pipelines.datasets.splits import read_split\n"
         "if __name__ == '__main__':\n"
         "    tell = lambda *about: [print(about, flush=True), time.sleep(60)]\n"
         "    read_split(Path(sys.argv[1]), 'class folders', tell)\n"
@@ -523,7 +523,7 @@ def test_open_shards_stay_where_they_are(tmp_path: Path) -> None:
 
 
 def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.images.OPEN_SHARDS", 2)
+    monkeypatch.setattr("pipelines.datasets.images.OPEN_SHARDS", 2)
     images = read_split(write_shards(tmp_path / "train"), "class folders").images
 
     def count_open() -> int:
