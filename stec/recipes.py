@@ -30,9 +30,9 @@ def demo() -> TrainConfig:
         # Few steps are trained, too few for LARS's small ones.
         optimizer="adam",
         learning_rate=3e-3,
-        batch_size=64,
+        batch_size=32,
         warmup_epochs=1,
-        max_epochs=12,
+        max_epochs=8,
     )
 
 
