@@ -20,6 +20,8 @@ _MODULES = {
     "Loader": "pipelines.loader",
     "Order": "pipelines.order",
     "Policy": "pipelines.commands",
+    "UserError": "pipelines.errors",
+    "draw": "pipelines.commands",
     "open_data_set": "pipelines.datasets.index",
 }
 
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
     from pipelines.batch import Batch as Batch
     from pipelines.commands import Commands as Commands
     from pipelines.commands import Policy as Policy
+    from pipelines.commands import draw as draw
     from pipelines.datasets.images import ImageArray as ImageArray
     from pipelines.datasets.images import ImageFiles as ImageFiles
     from pipelines.datasets.index import DataSet as DataSet
     from pipelines.datasets.index import open_data_set as open_data_set
+    from pipelines.errors import UserError as UserError
     from pipelines.loader import EvaluationLoader as EvaluationLoader
     from pipelines.loader import Loader as Loader
     from pipelines.order import Order as Order

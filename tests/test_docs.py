@@ -196,26 +196,6 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in map(slug, headings), target
 
 
-def test_the_tree_in_the_readme_is_the_tree() -> None:
-    """Each file of it exists, and each module, example and page is in it."""
-    (tree,) = (block for block in fenced(PAGES["README.md"], "text") if block.startswith("launch.py "))
-    named, folder = set(), ""
-    for line in tree.splitlines():
-        name = line.split()[0]
-        folder = "" if not line.startswith(" ") else folder
-        named.add(folder + name)
-        folder = name if name.endswith("/") else folder
-    assert not [name for name in named if not (ROOT / name).exists()]
-    described = {name for name in named if (ROOT / name).is_dir() and re.search(rf"^{name} +\S", tree, re.MULTILINE)}
-    there = {
-        str(path.relative_to(ROOT))
-        for pattern in ("*.py", "*/*.py", "*/*.md")
-        for path in ROOT.glob(pattern)
-        if path.name != "__init__.py" and not path.parent.name.startswith((".", "build", "dist"))
-    }
-    assert {name for name in there if f"{Path(name).parent}/" not in described} <= named
-
-
 def test_the_public_names_are_listed() -> None:
     table = [line.split(" | ")[0] for line in PAGES["docs/install.md"].splitlines() if line.startswith("| `")]
     listed = {span for cell in table for span in re.findall(r"`((?:stec|pipelines)\.\w+)`", cell)}
