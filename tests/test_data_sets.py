@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 
-from pipelines.datasets import demo, splits
+from pipelines import splits
+from pipelines.datasets import demo
 from pipelines.datasets.images import ImageArray, ImageFiles
 from pipelines.datasets.index import open_data_set, open_split
 from pipelines.errors import UserError

@@ -22,7 +22,7 @@ from torchvision import transforms
 
 import launch
 from pipelines.datasets import demo
-from pipelines.datasets.splits import read_split
+from pipelines.splits import read_split
 from stec.evaluation.embed import Parts
 from stec.models.model import Model
 from stec.weights.export import write_safetensors

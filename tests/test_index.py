@@ -23,15 +23,15 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
 import launch
-from pipelines.datasets import splits
+from pipelines import splits
 from pipelines.datasets.bad_list import BadList, remember
 from pipelines.datasets.cache import cache_file
 from pipelines.datasets.headers import MAX_PIXELS
 from pipelines.datasets.images import UNLABELLED, ImageFiles, Names
 from pipelines.datasets.index import check_labels, open_data_set, open_split
 from pipelines.datasets.shards import sample_key
-from pipelines.datasets.splits import read_split, verified
 from pipelines.errors import BadImage, UserError
+from pipelines.splits import read_split, verified
 from tests.conftest import smooth_image
 
 ROOT = Path(__file__).parents[1]
@@ -378,7 +378,7 @@ def test_a_killed_pass_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     (root / "class 1" / "bad.jpg").write_text("no image")
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, time\nfrom pathlib import Path\nfrom pipelines.datasets.splits import read_split\n"
+        "import sys, time\nfrom pathlib import Path\nfrom pipelines.splits import read_split\n"
         "if __name__ == '__main__':\n"
         "    tell = lambda *about: [print(about, flush=True), time.sleep(60)]\n"
         "    read_split(Path(sys.argv[1]), 'class folders', tell)\n"

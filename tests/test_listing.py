@@ -24,8 +24,8 @@ from pipelines.datasets.headers import read_header, to_rgb
 from pipelines.datasets.images import UNLABELLED
 from pipelines.datasets.index import check_classes, open_data_set, splits_below
 from pipelines.datasets.remarks import LARGE_PIXELS, remarks
-from pipelines.datasets.splits import read_split, verified
 from pipelines.errors import UserError
+from pipelines.splits import read_split, verified
 from tests.runs import Run
 from tests.test_index import encode, picture
 

@@ -20,10 +20,10 @@ from pipelines.datasets.headers import ORIENTATION
 from pipelines.datasets.images import ImageFiles
 from pipelines.datasets.index import open_data_set
 from pipelines.datasets.remarks import remarks
-from pipelines.datasets.splits import read_split
 from pipelines.errors import UserError
 from pipelines.loader import Backend, EvaluationLoader, Loader
 from pipelines.order import Order
+from pipelines.splits import read_split
 from stec.cli.next_steps import next_steps
 from stec.config import TrainConfig, with_settings
 from stec.runs import checkpoint

@@ -14,8 +14,8 @@ from pipelines.datasets.cache import Split
 from pipelines.datasets.folders import is_hidden
 from pipelines.datasets.images import UNLABELLED, ImageArray, Images
 from pipelines.datasets.remarks import empty_classes, largest_labelled, remarks
-from pipelines.datasets.splits import Kind, Progress, read_split, silent
 from pipelines.errors import UserError
+from pipelines.splits import Kind, Progress, read_split, silent
 
 SPLITS = ("train", "val")
 SplitName = Literal["train", "labelled", "test"]

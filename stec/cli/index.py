@@ -39,8 +39,8 @@ def run(arguments: list[str]) -> None:
     from pipelines.datasets.cache import cache_file
     from pipelines.datasets.index import check_classes, check_labels, splits_below, turned
     from pipelines.datasets.remarks import remarks
-    from pipelines.datasets.splits import read_split, verified
     from pipelines.files import write_whole
+    from pipelines.splits import read_split, verified
     from stec.console import Console
 
     console = Console(enabled=is_main_process())
