@@ -7,10 +7,10 @@ import os
 import sys
 
 from pipelines.decoder_messages import decoder_messages_dropped
+from pipelines.errors import Interrupted, UserError
 from stec import __version__
-from stec.errors import Interrupted, UserError
-from subcommands.launcher import check_environment, end_with_launcher, is_main_process
-from subcommands.streams import make_robust
+from stec.cli.launcher import check_environment, end_with_launcher, is_main_process
+from stec.cli.streams import make_robust
 
 COMMANDS = {
     "train": "train",
@@ -23,7 +23,7 @@ COMMANDS = {
     "preview": "preview",
     "report": "report",
 }
-"""Names of commands, and of the modules of ``subcommands`` whose ``run`` they call."""
+"""Names of commands, and of the modules of ``stec.cli`` whose ``run`` they call."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UserError(f"{name} is no command; known are {', '.join(COMMANDS)}, and without one launch.py trains.")
         with decoder_messages_dropped():
-            importlib.import_module(f"subcommands.{COMMANDS[name]}").run(arguments)
+            importlib.import_module(f"stec.cli.{COMMANDS[name]}").run(arguments)
     except UserError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)

@@ -28,13 +28,13 @@ from PIL import Image
 from benchmarks import report
 from benchmarks.report import Figures, Output
 from pipelines.bad_images import BadImages
+from pipelines.commands import Policy
+from pipelines.datasets.index import open_data_set
 from pipelines.decoder_messages import decoder_messages_dropped
-from pipelines.index import open_data_set
+from pipelines.errors import UserError
 from pipelines.loader import Loader
 from pipelines.order import Order
-from stec.commands import Policy
 from stec.console import Console
-from stec.errors import UserError
 
 HEIGHT, WIDTH, KINDS = 375, 500, 20
 EPOCHS = ("first epoch", "second epoch")

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipelines import graphs
+from pipelines.commands import PACKED_COLUMNS
+from pipelines.executors import graphs
 from pipelines.loader import PREFETCH_DEPTH, _TrainingSource
 from pipelines.order import Order
-from stec.commands import PACKED_COLUMNS
 
 Part = Literal["the whole image", "the union of both windows", "each window"]
 

@@ -23,15 +23,16 @@ from torch import Tensor
 from torchvision.transforms import functional as F
 
 from benchmarks import report
-from pipelines import reference
-from pipelines.images import Images
-from pipelines.index import open_data_set
+from pipelines.commands import VIEWS, Policy
+from pipelines.datasets.images import Images
+from pipelines.datasets.index import open_data_set
+from pipelines.executors import reference
+from pipelines.files import write_json, write_whole
 from pipelines.loader import Loader
 from pipelines.order import Order, Share
-from stec.commands import VIEWS, Policy
+from stec.augmentation import policy_of
 from stec.config import DataSetName, TrainConfig
 from stec.console import Console
-from stec.files import write_json, write_whole
 
 BATCH_SIZE = 50
 CPU = torch.device("cpu")
@@ -238,7 +239,7 @@ def measure(options: Options, console: Console) -> None:
     for name, data_dir in (given or {"demo": None}).items():
         images = open_data_set(name, data_dir).train
         switch: Literal[0, 1] = 0 if name == "cifar10" else 1
-        full = Policy.of(TrainConfig(dataset=name, use_gaussian_blur=switch, use_solarization=switch))
+        full = policy_of(TrainConfig(dataset=name, use_gaussian_blur=switch, use_solarization=switch))
         found[name] = []
         with console.waiting(f"{name}: comparing"):
             for row, pairs in compare(images, full, options):

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from benchmarks import report
 from benchmarks.report import Figures, Output
+from pipelines.errors import UserError
 from stec.console import Console
-from stec.errors import UserError
-from stec.objective import nt_xent
+from stec.objectives.objective import nt_xent
 from tests.plain import plain_nt_xent
 
 VERSIONS: dict[str, Callable[..., Any]] = {"whole matrix": plain_nt_xent, "in chunks": nt_xent}

@@ -22,12 +22,12 @@ import tyro
 
 import launch
 from benchmarks import report
+from pipelines.errors import UserError
+from pipelines.files import read_object, write_json, write_text
+from stec.cli.train import parse_train
 from stec.config import TrainConfig, with_settings
 from stec.console import Console
-from stec.errors import UserError
-from stec.files import read_object, write_json, write_text
-from stec.run_folder import RunFolder
-from subcommands.train import parse_train
+from stec.runs.run_folder import RunFolder
 
 Objective = Literal["stec", "simclr"]
 NAMES: dict[Objective, str] = {"stec": "S-TEC", "simclr": "SimCLR"}

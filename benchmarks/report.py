@@ -21,9 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UserError
+from pipelines.files import write_json, write_whole
 from stec.console import Console
-from stec.errors import UserError
-from stec.files import write_json, write_whole
 
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "Pillow", "accelerate")
 

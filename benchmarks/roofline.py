@@ -25,18 +25,18 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from benchmarks import report, step_model
 from benchmarks.step_model import CLASSES, FLOAT, SIMILARITY_PASSES
-from stec.commands import VIEWS
+from pipelines.commands import VIEWS
+from pipelines.errors import UserError
 from stec.console import Console
-from stec.engine import initial_model
-from stec.errors import UserError
 from stec.recipes import recipe
+from stec.training.engine import initial_model
 
 BF16 = 2
 """Bytes of an activation."""
 BACKWARD_BYTES = 2
 """Of the forward pass's bytes: what was written is read again, beside gradients read and written."""
 LARS_PASSES = 15
-"""How often a step of LARS reads or writes a number for each parameter; see ``stec/optim.py``."""
+"""How often a step of LARS reads or writes a number for each parameter; see ``stec/training/optim.py``."""
 SIMILARITY_PRODUCTS = 3
 """Matrix products of NT-Xent: similarities forwards, again backwards, and the gradient from them."""
 NODE = 8

@@ -31,18 +31,19 @@ from torch.nn import functional as F
 
 from benchmarks import report
 from benchmarks.report import Figures, Output
-from stec import objective
-from stec.batch import Batch
-from stec.commands import VIEWS, Policy, draw
+from pipelines.batch import Batch
+from pipelines.commands import VIEWS, draw
+from pipelines.errors import UserError
+from stec.augmentation import policy_of
+from stec.cli.common import start
 from stec.config import TrainConfig
 from stec.console import Console
-from stec.engine import initial_model, objective_of, optimizer_of
-from stec.errors import UserError
-from stec.objective import nt_xent
-from stec.processes import gather
+from stec.distributed.processes import gather
+from stec.objectives import objective
+from stec.objectives.objective import nt_xent
 from stec.recipes import recipe
-from stec.step import Step
-from subcommands.common import start
+from stec.training.engine import initial_model, objective_of, optimizer_of
+from stec.training.step import Step
 
 CLASSES = 10
 TIMEOUT_S = 300
@@ -127,7 +128,7 @@ def synthetic_batch(config: TrainConfig, device: torch.device) -> Batch:
     views = torch.rand(count * VIEWS, 3, size, size, generator=generator).to(device, memory_format=torch.channels_last)
     return Batch(
         views=views.unflatten(0, (count, VIEWS)),
-        commands=draw(Policy.of(config), seed=0, epoch=0, first_position=0, image_hw=np.full((count, 2), size)),
+        commands=draw(policy_of(config), seed=0, epoch=0, first_position=0, image_hw=np.full((count, 2), size)),
         labels=torch.randint(CLASSES, (count,), generator=generator).to(device),
         epoch=0,
         positions=np.arange(count),

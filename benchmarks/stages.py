@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from benchmarks import decoding, report
 from benchmarks.throughput import PipelineOptions
-from pipelines import kernels
-from pipelines.graphs import Operators
-from pipelines.images import ImageArray, ImageFiles
+from pipelines.commands import Policy
+from pipelines.datasets.images import ImageArray, ImageFiles
+from pipelines.executors import kernels
+from pipelines.executors.graphs import Operators
 from pipelines.loader import Loader, _addresses
 from pipelines.order import Order, Share
-from stec.commands import Policy
 from stec.console import Console
 
 WARM_UP_BATCHES = 4
@@ -142,7 +142,7 @@ def through_the_pipeline(order: Order, options: Options, console: Console) -> tu
 
 @cache
 def in_a_loop(function: Any) -> Any:
-    """A function that calls a function of ``pipelines.kernels``, which compiled code alone can do, so many times."""
+    """A function that calls one of ``executors.kernels``, which compiled code alone can do, so many times."""
 
     @njit(error_model="numpy")  # type: ignore[untyped-decorator]
     def loop(times: int, *arguments: Any) -> None:

@@ -34,20 +34,20 @@ from torch.utils.data import DataLoader, RandomSampler
 from benchmarks import report
 from benchmarks.report import Figures, Output
 from benchmarks.throughput import RandomViews
-from pipelines.index import DataSet, open_data_set
+from pipelines.batch import Batch
+from pipelines.datasets.index import DataSet, open_data_set
 from pipelines.loader import Loader
 from pipelines.order import Order
-from stec import engine
-from stec.batch import Batch
-from stec.commands import Policy
+from stec.augmentation import policy_of
+from stec.cli.common import start
 from stec.config import TrainConfig
 from stec.console import Console
-from stec.model import Model
-from stec.objective import inverse_loss
-from stec.optim import MOMENTUM, learning_rate_factor, make_optimizer
+from stec.models.model import Model
+from stec.objectives.objective import inverse_loss
 from stec.profiling import WARM_UP_STEPS
-from stec.run_folder import RunFolder
-from subcommands.common import start
+from stec.runs.run_folder import RunFolder
+from stec.training import engine
+from stec.training.optim import MOMENTUM, learning_rate_factor, make_optimizer
 from tests.plain import plain_nt_xent
 
 Contender = Literal["baseline", "real", "synthetic", "bare"]
@@ -143,7 +143,7 @@ def training_turn(contender: Contender, options: Options, profile: int = 0) -> d
     # The probe of a data set whose training images have no labels would need images of its own.
     classes = len(data_set.classes) if data_set.labelled is data_set.train else 0
     loader = Loader(
-        Order(data_set.train, Policy.of(config), seed=0, batch_size=options.batch_size),
+        Order(data_set.train, policy_of(config), seed=0, batch_size=options.batch_size),
         backend="auto",
         device=accelerator.device,
         workers=options.workers,
@@ -252,7 +252,7 @@ def baseline_turn(options: Options) -> float:
     optimizers = plain_optimizers(model, config)
     batches = iter(
         DataLoader(
-            RandomViews(data_set.train, Policy.of(config), "official"),
+            RandomViews(data_set.train, policy_of(config), "official"),
             batch_size=options.batch_size,
             sampler=RandomSampler(range(len(data_set.train)), replacement=True, num_samples=sys.maxsize),
             num_workers=options.workers,

@@ -29,14 +29,15 @@ from torchvision.transforms import v2
 
 from benchmarks import report
 from pipelines import loader
-from pipelines.images import ImageArray, ImageFiles, Images
-from pipelines.index import open_data_set
+from pipelines.commands import Policy
+from pipelines.datasets.images import ImageArray, ImageFiles, Images
+from pipelines.datasets.index import open_data_set
+from pipelines.errors import UserError
 from pipelines.loader import Loader, resolve_backend
 from pipelines.order import Order
-from stec.commands import Policy
+from stec.augmentation import policy_of
 from stec.config import DATA_SETS, DataSetName, TrainConfig
 from stec.console import Console
-from stec.errors import UserError
 
 Contender = Literal["official", "v2", "torchvision", "dali", "compiled"]
 NAMES: dict[Contender, str] = {
@@ -78,7 +79,7 @@ class PipelineOptions(report.Output):
         # Of the recipes, those with jitter 1 on real images blur and solarize, too.
         if self.dataset != "demo" and DATA_SETS[self.dataset].jitter_strength == 1:
             config = replace(config, use_gaussian_blur=1, use_solarization=1)
-        policy = Policy.of(config)
+        policy = policy_of(config)
         default = 64 if policy.size == 224 else 256
         return Order(
             open_data_set(self.dataset, self.data_dir).train,

@@ -20,8 +20,8 @@ from torch import Tensor
 from benchmarks import decoding, report
 from benchmarks.throughput import PipelineOptions, images_per_second
 from pipelines import loader
-from pipelines.graphs import training_pipeline
-from pipelines.images import ImageArray
+from pipelines.datasets.images import ImageArray
+from pipelines.executors.graphs import training_pipeline
 from pipelines.order import Order, Share
 from stec.console import Console
 

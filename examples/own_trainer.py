@@ -1,4 +1,4 @@
-"""Our two-view loader in a trainer of one's own, here of Barlow Twins: ``python examples/own_trainer.py``."""
+"""The two-view loader, without anything of ``stec``, in another trainer: ``python examples/own_trainer.py``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-import stec
-from pipelines import Loader, Order, open_data_set
+from pipelines import Loader, Order, Policy, open_data_set
 
 STEPS, BATCH, SEED = 8, 32, 0
 
@@ -25,7 +24,7 @@ def barlow_twins(z_i: Tensor, z_j: Tensor, off_diagonal: float = 5e-3) -> Tensor
 def main() -> list[float]:
     """Train for some steps; returns their losses."""
     torch.manual_seed(SEED)
-    policy = stec.Policy(size=32, jitter_strength=1.0, p_blur=0.5)
+    policy = Policy(size=32, jitter_strength=1.0, p_blur=0.5)
     order = Order(open_data_set("demo", None).train, policy, seed=SEED, batch_size=BATCH)
     loader = Loader(order, backend="auto", device=torch.device("cpu"), workers=2)
 

@@ -1,30 +1,40 @@
 """Data pipelines: they execute commands on images and hand both on as a batch.
 
-For use in programs of one's own (``examples/``): ``open_data_set`` opens a data set by its name; ``ImageArray`` and
-``ImageFiles`` are images of one's own; an ``Order`` says which of them stands where, with which commands; a ``Loader``
-makes ``stec.Batch`` of it, and an ``EvaluationLoader`` batches without augmentation. Each is imported when it is first
-used.
+They need nothing of ``stec``. For use in your programs (``examples/``): ``open_data_set`` opens a data set by its name;
+``ImageArray`` and ``ImageFiles`` are your images; an ``Order`` says which of them stands where, with which ``Commands``
+of a ``Policy``; a ``Loader`` makes each ``Batch`` of it, and an ``EvaluationLoader`` batches without augmentation. Each
+is imported when it is first used.
 """
 
 from typing import TYPE_CHECKING
 
-from stec.lazy import lazily
+from pipelines.lazy import lazily
 
 _MODULES = {
-    "DataSet": "index",
-    "EvaluationLoader": "loader",
-    "ImageArray": "images",
-    "ImageFiles": "images",
-    "Loader": "loader",
-    "Order": "order",
-    "open_data_set": "index",
+    "Batch": "pipelines.batch",
+    "Commands": "pipelines.commands",
+    "DataSet": "pipelines.datasets.index",
+    "EvaluationLoader": "pipelines.loader",
+    "ImageArray": "pipelines.datasets.images",
+    "ImageFiles": "pipelines.datasets.images",
+    "Loader": "pipelines.loader",
+    "Order": "pipelines.order",
+    "Policy": "pipelines.commands",
+    "UserError": "pipelines.errors",
+    "draw": "pipelines.commands",
+    "open_data_set": "pipelines.datasets.index",
 }
 
 if TYPE_CHECKING:
-    from pipelines.images import ImageArray as ImageArray
-    from pipelines.images import ImageFiles as ImageFiles
-    from pipelines.index import DataSet as DataSet
-    from pipelines.index import open_data_set as open_data_set
+    from pipelines.batch import Batch as Batch
+    from pipelines.commands import Commands as Commands
+    from pipelines.commands import Policy as Policy
+    from pipelines.commands import draw as draw
+    from pipelines.datasets.images import ImageArray as ImageArray
+    from pipelines.datasets.images import ImageFiles as ImageFiles
+    from pipelines.datasets.index import DataSet as DataSet
+    from pipelines.datasets.index import open_data_set as open_data_set
+    from pipelines.errors import UserError as UserError
     from pipelines.loader import EvaluationLoader as EvaluationLoader
     from pipelines.loader import Loader as Loader
     from pipelines.order import Order as Order

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.bad_list import BadList
-from pipelines.images import ImageFiles, Images
-from stec.commands import REPLACEMENT_STREAM, generator
-from stec.errors import BadImage, UserError
+from pipelines.commands import REPLACEMENT_STREAM, generator
+from pipelines.datasets.bad_list import BadList
+from pipelines.datasets.images import ImageFiles, Images
+from pipelines.errors import BadImage, UserError
 
 CANDIDATES = 64
 """Replacements that are drawn for a position; all of them bad is out of the question as long as few images are."""

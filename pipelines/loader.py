@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.bad_list import remember
-from pipelines.dali_failure import DaliFailure
-from pipelines.images import ImageArray, ImageFiles, Images
+from pipelines.batch import Batch, PlainBatch
+from pipelines.commands import Commands
+from pipelines.datasets.bad_list import remember
+from pipelines.datasets.images import ImageArray, ImageFiles, Images
+from pipelines.errors import BadImage, UserError
+from pipelines.executors.dali_failure import DaliFailure
+from pipelines.executors.reference import reference_evaluation, reference_steps
 from pipelines.order import Order, Share
-from pipelines.reference import reference_evaluation, reference_steps
-from stec.batch import Batch, PlainBatch
-from stec.commands import Commands
-from stec.errors import BadImage, UserError
 
 if TYPE_CHECKING:
-    from pipelines.graphs import FileForm, Form, Operators
+    from pipelines.executors.graphs import FileForm, Form, Operators
 
 Backend = Literal["auto", "dali", "torchvision"]
 
@@ -131,7 +131,7 @@ class Loader:
             )
 
     def _dali_batches(self, first_step: int) -> Iterator[Batch]:
-        from pipelines.graphs import training_pipeline
+        from pipelines.executors.graphs import training_pipeline
 
         images, step = self.order.images, first_step
         while True:
@@ -384,7 +384,7 @@ class _TrainingSource(_Source):
         return step
 
     def _opening_and_arguments(self, share: Share, step: int) -> list[Any]:
-        from pipelines.graphs import argument_names, needed_part, view_arguments
+        from pipelines.executors.graphs import argument_names, needed_part, view_arguments
 
         images, policy, image_ids = self.images, self.policy, share.image_ids
         origin = None
@@ -512,7 +512,7 @@ class EvaluationLoader:
                 yield batch.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
 
     def _dali_images(self, images: ImageFiles, parts: list[NDArray[np.int64]], resize_px: int) -> Iterator[Tensor]:
-        from pipelines.graphs import evaluation_pipeline
+        from pipelines.executors.graphs import evaluation_pipeline
 
         done = 0
         while done < len(parts):

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.bad_images import BadImages
-from pipelines.images import ImageFiles, Images
-from stec.commands import COMMAND_STREAM, ORDER_STREAM, VIEWS, Commands, Policy, draw, generator
-from stec.errors import UserError
+from pipelines.commands import COMMAND_STREAM, ORDER_STREAM, VIEWS, Commands, Policy, draw, generator
+from pipelines.datasets.images import ImageFiles, Images
+from pipelines.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,14 +17,14 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from pipelines.bad_list import BadList
-from pipelines.cache import Partial, Split, cache_file, read_cache, write_cache
-from pipelines.folders import Listing, Stamp, counted, list_class_folders, list_loose_images, read_files, stamp
-from pipelines.headers import Found
-from pipelines.images import UNLABELLED, ImageFiles
-from pipelines.shards import list_shards, read_shard
+from pipelines.datasets.bad_list import BadList
+from pipelines.datasets.cache import Partial, Split, cache_file, read_cache, write_cache
+from pipelines.datasets.folders import Listing, Stamp, counted, list_class_folders, list_loose_images, read_files, stamp
+from pipelines.datasets.headers import Found
+from pipelines.datasets.images import UNLABELLED, ImageFiles
+from pipelines.datasets.shards import list_shards, read_shard
+from pipelines.errors import BadImage, UserError
 from pipelines.worker_process import begin_work
-from stec.errors import BadImage, UserError
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -13,43 +13,43 @@ Each is imported when it is first used.
 
 from typing import TYPE_CHECKING
 
-from stec.lazy import lazily
+from pipelines.lazy import lazily
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Batch": "batch",
-    "Commands": "commands",
-    "Encoder": "encoder",
-    "InverseModel": "heads",
-    "Model": "model",
-    "Objective": "objective",
-    "Policy": "commands",
-    "Projection": "heads",
-    "UserError": "errors",
-    "Weights": "objective",
-    "draw": "commands",
-    "inverse_loss": "objective",
-    "load_encoder": "pretrained",
-    "nt_xent": "objective",
-    "relative_windows": "geometry",
+    "Batch": "pipelines.batch",
+    "Commands": "pipelines.commands",
+    "Encoder": "stec.models.encoder",
+    "InverseModel": "stec.models.heads",
+    "Model": "stec.models.model",
+    "Objective": "stec.objectives.objective",
+    "Policy": "pipelines.commands",
+    "Projection": "stec.models.heads",
+    "UserError": "pipelines.errors",
+    "Weights": "stec.objectives.objective",
+    "draw": "pipelines.commands",
+    "inverse_loss": "stec.objectives.objective",
+    "load_encoder": "stec.weights.pretrained",
+    "nt_xent": "stec.objectives.objective",
+    "relative_windows": "stec.objectives.geometry",
 }
 
 if TYPE_CHECKING:
-    from stec.batch import Batch as Batch
-    from stec.commands import Commands as Commands
-    from stec.commands import Policy as Policy
-    from stec.commands import draw as draw
-    from stec.encoder import Encoder as Encoder
-    from stec.errors import UserError as UserError
-    from stec.geometry import relative_windows as relative_windows
-    from stec.heads import InverseModel as InverseModel
-    from stec.heads import Projection as Projection
-    from stec.model import Model as Model
-    from stec.objective import Objective as Objective
-    from stec.objective import Weights as Weights
-    from stec.objective import inverse_loss as inverse_loss
-    from stec.objective import nt_xent as nt_xent
-    from stec.pretrained import load_encoder as load_encoder
+    from pipelines.batch import Batch as Batch
+    from pipelines.commands import Commands as Commands
+    from pipelines.commands import Policy as Policy
+    from pipelines.commands import draw as draw
+    from pipelines.errors import UserError as UserError
+    from stec.models.encoder import Encoder as Encoder
+    from stec.models.heads import InverseModel as InverseModel
+    from stec.models.heads import Projection as Projection
+    from stec.models.model import Model as Model
+    from stec.objectives.geometry import relative_windows as relative_windows
+    from stec.objectives.objective import Objective as Objective
+    from stec.objectives.objective import Weights as Weights
+    from stec.objectives.objective import inverse_loss as inverse_loss
+    from stec.objectives.objective import nt_xent as nt_xent
+    from stec.weights.pretrained import load_encoder as load_encoder
 else:
     __getattr__, __dir__ = lazily(__name__, _MODULES)

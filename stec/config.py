@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stec.errors import UserError
+from pipelines.errors import UserError
 
 Switch = Literal[0, 1]
 

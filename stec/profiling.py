@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from stec.files import write_whole
+from pipelines.files import write_whole
 
 PARTS = (
     "wait for data",

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+from pipelines.errors import UserError
 from stec.config import TrainConfig
-from stec.errors import UserError
 
 Arch = Literal["resnet18", "resnet50"]
 

@@ -17,8 +17,8 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from pipelines import demo
-from pipelines.images import ImageArray, ImageFiles, Names
+from pipelines.datasets import demo
+from pipelines.datasets.images import ImageArray, ImageFiles, Names
 from tests.runs import leave_nothing_running
 
 # The compiler's cache does not distinguish instruction sets, so what was compiled for another one would be loaded.

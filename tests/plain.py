@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def plain_nt_xent(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``stec.objective.nt_xent`` on one process, with the whole similarity matrix and autograd's own gradient."""
+    """``stec.nt_xent`` on one process, with the whole similarity matrix and autograd's own gradient."""
     count = len(z_i)
     z = torch.cat([z_i, z_j])
     logits = (z @ z.T).float() / temperature

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stec.encoder import Encoder
+from stec.models.encoder import Encoder
 
 EPS = torch.finfo(torch.float32).eps
 

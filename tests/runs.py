@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from pipelines import demo
+from pipelines.datasets import demo
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
         "launch",
-        "stec.embed",
-        "subcommands.train",
+        "stec.evaluation.embed",
+        "stec.cli.train",
         "torch",
         "accelerate",
-        "pipelines.graphs",
+        "pipelines.executors.graphs",
         "pipelines.loader",
-        "stec.engine",
-        "stec.run_folder",
+        "stec.training.engine",
+        "stec.runs.run_folder",
     ]
 )
 SMALL_DEMO = {"train": 256, "test": 64}
@@ -117,7 +117,7 @@ class SignalAtStep:
     number: signal.Signals
 
     def __call__(self) -> None:
-        from stec.stops import StopRequests
+        from stec.training.stops import StopRequests
 
         after_step, steps = StopRequests.after_step, 0
 

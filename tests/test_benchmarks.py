@@ -31,10 +31,10 @@ from benchmarks import (
     throughput,
     tries,
 )
-from pipelines import reference
-from pipelines.images import ImageFiles
+from pipelines.datasets.images import ImageFiles
+from pipelines.executors import reference
 from stec.console import Console
-from stec.optim import Lars
+from stec.training.optim import Lars
 from tests.runs import Run
 from tests.test_data_sets import CIFAR10_FILES, random_batches, write_cifar10_binary, write_stl10
 

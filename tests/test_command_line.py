@@ -21,17 +21,17 @@ import torch
 import torchvision
 
 import launch
+from pipelines.errors import UserError
+from stec.cli.common import ALIASES, parse
+from stec.cli.embed import EmbedConfig
+from stec.cli.evaluate import EvalConfig
+from stec.cli.export import ExportConfig
+from stec.cli.import_checkpoint import ImportConfig
+from stec.cli.index import IndexConfig
+from stec.cli.preview import PreviewConfig
+from stec.cli.report import ReportConfig
 from stec.config import TrainConfig, check_ranges, with_settings
-from stec.errors import UserError
 from stec.recipes import RECIPES, recipe
-from subcommands.common import ALIASES, parse
-from subcommands.embed import EmbedConfig
-from subcommands.evaluate import EvalConfig
-from subcommands.export import ExportConfig
-from subcommands.import_checkpoint import ImportConfig
-from subcommands.index import IndexConfig
-from subcommands.preview import PreviewConfig
-from subcommands.report import ReportConfig
 from tests.runs import Prepare, Run
 
 ROOT = Path(__file__).parents[1]
@@ -405,7 +405,7 @@ def test_one_process_needs_no_environment(
 
 FOLLOWER = """
 import os, pathlib, signal, sys, time
-from subcommands.launcher import end_with_launcher
+from stec.cli.launcher import end_with_launcher
 folder = pathlib.Path(sys.argv[1])
 def stop(*_):
     (folder / "stopped").touch()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision.transforms.transforms as torchvision_transforms
 
-from stec.commands import UNIFORMS_PER_VIEW, VIEWS, Commands, Policy, commands_from_uniforms, draw
+from pipelines.commands import UNIFORMS_PER_VIEW, VIEWS, Commands, Policy, commands_from_uniforms, draw
 
 SEVERAL_SIZES = np.array([[32, 32], [375, 500], [500, 375], [20, 400], [400, 20], [1, 1], [2, 97]])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stec.encoder import Encoder
+from stec.models.encoder import Encoder
 from tests.precision import assert_as_exact, exact, images_for, one_step
 from tests.runs import Run
 

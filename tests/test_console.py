@@ -22,7 +22,7 @@ import pyte
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-from subcommands.train import parse_train
+from stec.cli.train import parse_train
 from tests.runs import Run
 
 ROOT = Path(__file__).parents[1]

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 
-from pipelines import demo, splits
-from pipelines.images import ImageArray, ImageFiles
-from pipelines.index import open_data_set, open_split
-from stec.errors import UserError
+from pipelines import splits
+from pipelines.datasets import demo
+from pipelines.datasets.images import ImageArray, ImageFiles
+from pipelines.datasets.index import open_data_set, open_split
+from pipelines.errors import UserError
 from tests.conftest import smooth_image
 
 RNG = np.random.default_rng(0)

@@ -95,7 +95,7 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
 
     def call_launch(arguments: list[str]) -> None:
         name = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
-        module = importlib.import_module(f"subcommands.{launch.COMMANDS[name]}")
+        module = importlib.import_module(f"stec.cli.{launch.COMMANDS[name]}")
         if arguments == [name]:
             return  # The name of a command, in a sentence.
         if "--help" in arguments:
@@ -196,26 +196,6 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in map(slug, headings), target
 
 
-def test_the_tree_in_the_readme_is_the_tree() -> None:
-    """Each file of it exists, and each module, example and page is in it."""
-    (tree,) = (block for block in fenced(PAGES["README.md"], "text") if block.startswith("launch.py "))
-    named, folder = set(), ""
-    for line in tree.splitlines():
-        name = line.split()[0]
-        folder = "" if not line.startswith(" ") else folder
-        named.add(folder + name)
-        folder = name if name.endswith("/") else folder
-    assert not [name for name in named if not (ROOT / name).exists()]
-    described = {name for name in named if (ROOT / name).is_dir() and re.search(rf"^{name} +\S", tree, re.MULTILINE)}
-    there = {
-        str(path.relative_to(ROOT))
-        for pattern in ("*.py", "*/*.py", "*/*.md")
-        for path in ROOT.glob(pattern)
-        if path.name != "__init__.py" and not path.parent.name.startswith((".", "build", "dist"))
-    }
-    assert {name for name in there if f"{Path(name).parent}/" not in described} <= named
-
-
 def test_the_public_names_are_listed() -> None:
     table = [line.split(" | ")[0] for line in PAGES["docs/install.md"].splitlines() if line.startswith("| `")]
     listed = {span for cell in table for span in re.findall(r"`((?:stec|pipelines)\.\w+)`", cell)}
@@ -300,17 +280,18 @@ def test_measuring(tmp_path: Path) -> None:
 UPSIDE_DOWN = """
 from dataclasses import replace
 import numpy as np, torch
-from pipelines import ImageArray, Loader, Order, kernels, reference
-from stec.commands import Policy
+from pipelines import ImageArray, Loader, Order
+from pipelines.executors import kernels, reference
+from stec.augmentation import policy_of
 from stec.config import TrainConfig
-from stec.geometry import window_matrices
-from subcommands.train import parse_train
+from stec.objectives.geometry import window_matrices
+from stec.cli.train import parse_train
 
 config, _ = parse_train("--p_upside_down 0.5 --p_color_jitter 0 --p_grayscale 0 --view_size 32".split())
-assert Policy.of(config).p_upside_down == 0.5 and TrainConfig().p_upside_down == 0
+assert policy_of(config).p_upside_down == 0.5 and TrainConfig().p_upside_down == 0
 pixels = np.random.default_rng(0).integers(0, 256, (8, 40, 50, 3), np.uint8)
 images = ImageArray(pixels=pixels, labels=np.full(8, -1))
-order = Order(images, Policy.of(config), seed=1, batch_size=8)
+order = Order(images, policy_of(config), seed=1, batch_size=8)
 share = order.share(0)
 commands, turned = share.commands, share.commands.upside_down
 assert 0.2 < turned.mean() < 0.8
@@ -334,7 +315,7 @@ for n, image_id in enumerate(share.image_ids.tolist()):
 @pytest.fixture
 def changed(tmp_path: Path) -> Path:
     """A copy of the project with all changes of the page on commands made."""
-    for name in ("stec", "pipelines", "subcommands", "tests"):
+    for name in ("stec", "pipelines", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     patch = "".join(fenced(PAGES["docs/add-a-command.md"], "diff"))
     subprocess.run(["git", "apply", "-C1", "-"], cwd=tmp_path, input=patch, text=True, check=True)

@@ -21,11 +21,11 @@ from safetensors.numpy import load_file
 from torchvision import transforms
 
 import launch
-from pipelines import demo
+from pipelines.datasets import demo
 from pipelines.splits import read_split
-from stec.embed import Parts
-from stec.export import write_safetensors
-from stec.model import Model
+from stec.evaluation.embed import Parts
+from stec.models.model import Model
+from stec.weights.export import write_safetensors
 from tests.conftest import smooth_image
 from tests.runs import SMALL_DEMO, Run, together
 

@@ -18,12 +18,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 import launch
-from pipelines import demo
-from stec.batch import PlainBatch
-from stec.encoder import Encoder
-from stec.evaluate import Features, class_balanced, evaluate, knn_votes, linear_fit_logits, score
-from stec.export import to_official_names
-from stec.model import Model
+from pipelines.batch import PlainBatch
+from pipelines.datasets import demo
+from stec.evaluation.evaluate import Features, class_balanced, evaluate, knn_votes, linear_fit_logits, score
+from stec.models.encoder import Encoder
+from stec.models.model import Model
+from stec.weights.export import to_official_names
 from tests.conftest import smooth_image
 from tests.runs import SMALL_DEMO, together
 from tests.test_embed import write_weights
@@ -122,7 +122,7 @@ def test_each_image_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> 
     """For all measures together; where there are many labelled images, only those that some measure needs."""
     encoder, accelerator = Encoder("resnet18", "cifar", 4), Accelerator(cpu=True)
     for limit in (1000, 50):
-        monkeypatch.setattr("stec.evaluate.FIT_LIMIT", limit)
+        monkeypatch.setattr("stec.evaluation.evaluate.FIT_LIMIT", limit)
         labelled, test = Counting(200), Counting(40)
         arguments: dict[str, Any] = {"labelled": labelled, "test": test, "classes": 4, "accelerator": accelerator}
         scores = evaluate(

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 import launch
 import stec
-from pipelines.fingerprint import fingerprint
-from pipelines.images import ImageArray, ImageFiles
-from stec import checkpoint
-from stec.encoder import Encoder
-from stec.errors import UserError
-from stec.export import to_official_names, write_safetensors
-from stec.model import Model
+from pipelines.datasets.fingerprint import fingerprint
+from pipelines.datasets.images import ImageArray, ImageFiles
+from pipelines.errors import UserError
+from stec.models.encoder import Encoder
+from stec.models.model import Model
+from stec.runs import checkpoint
+from stec.weights.export import to_official_names, write_safetensors
 from tests import hub
 from tests.conftest import SHARED, smooth_image
 from tests.runs import Run
@@ -159,7 +159,7 @@ def test_a_folder_for_the_hub(stem: str, width: int, tmp_path: Path, monkeypatch
     assert export(tmp_path / "encoder.safetensors", out, "huggingface") == 0
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
-    from stec.hub import HubEncoder
+    from stec.weights.hub import HubEncoder
 
     loaded: dict[str, nn.Module] = {
         "load_encoder of the folder": stec.load_encoder(out),
@@ -336,7 +336,7 @@ def test_without_huggingface_hub(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.delitem(sys.modules, "stec.hub", raising=False)
+    monkeypatch.delitem(sys.modules, "stec.weights.hub", raising=False)
     assert export(finished, tmp_path / "x", "huggingface") == 2
     assert "needs the package huggingface_hub; install it by pip install -e '.[export]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -378,7 +378,7 @@ def at(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_push_and_back(finished: Path, tmp_path: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mixin's own ``push_to_hub``, and our ``load_encoder`` from there, then from the cache."""
-    from stec.hub import HubEncoder
+    from stec.weights.hub import HubEncoder
 
     assert HubEncoder.push_to_hub is huggingface_hub.PyTorchModelHubMixin.push_to_hub
     assert export(finished, tmp_path / "exported", "huggingface") == 0

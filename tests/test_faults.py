@@ -28,10 +28,11 @@ import pytest
 import torch
 from PIL import Image
 
-from stec import checkpoint, console
-from stec.errors import Interrupted, UserError
-from stec.run_folder import RunFolder
-from stec.stops import StopRequests, at_once
+from pipelines.errors import Interrupted, UserError
+from stec import console
+from stec.runs import checkpoint
+from stec.runs.run_folder import RunFolder
+from stec.training.stops import StopRequests, at_once
 from tests.runs import Prepare, Run, SignalAtStep, together
 
 TOTAL_STEPS = 24

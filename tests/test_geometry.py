@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from pipelines import reference
-from stec.commands import Commands, Policy, draw
-from stec.geometry import (
-    GREY_WEIGHTS,
-    colour_maps,
+from pipelines.color import GREY_WEIGHTS, colour_maps
+from pipelines.commands import Commands, Policy, draw
+from pipelines.executors import reference
+from stec.objectives.geometry import (
     colour_matrices,
     relative_colours,
     relative_factors,

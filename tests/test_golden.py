@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import reference
-from stec.commands import Commands, Policy
+from pipelines.commands import Commands, Policy
+from pipelines.executors import reference
 from stec.config import DATA_SETS
-from stec.export import from_official_names, load_weights, read_weights, to_official_names
-from stec.geometry import relative_windows, window_matrices
-from stec.model import Model
-from stec.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent
-from stec.optim import learning_rate_factor, make_optimizer
+from stec.models.model import Model
+from stec.objectives.geometry import relative_windows, window_matrices
+from stec.objectives.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent
+from stec.training.optim import learning_rate_factor, make_optimizer
+from stec.weights.export import from_official_names, load_weights, read_weights, to_official_names
 
 GOLDEN = Path(os.environ.get("STEC_GOLDEN", Path(__file__).parents[2] / "shared/golden/official_public.npz"))
 

@@ -24,14 +24,14 @@ from torchvision.datasets.folder import default_loader
 
 import launch
 from pipelines import splits
-from pipelines.bad_list import BadList, remember
-from pipelines.cache import cache_file
-from pipelines.headers import MAX_PIXELS
-from pipelines.images import UNLABELLED, ImageFiles, Names
-from pipelines.index import check_labels, open_data_set, open_split
-from pipelines.shards import sample_key
+from pipelines.datasets.bad_list import BadList, remember
+from pipelines.datasets.cache import cache_file
+from pipelines.datasets.headers import MAX_PIXELS
+from pipelines.datasets.images import UNLABELLED, ImageFiles, Names
+from pipelines.datasets.index import check_labels, open_data_set, open_split
+from pipelines.datasets.shards import sample_key
+from pipelines.errors import BadImage, UserError
 from pipelines.splits import read_split, verified
-from stec.errors import BadImage, UserError
 from tests.conftest import smooth_image
 
 ROOT = Path(__file__).parents[1]
@@ -523,7 +523,7 @@ def test_open_shards_stay_where_they_are(tmp_path: Path) -> None:
 
 
 def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.images.OPEN_SHARDS", 2)
+    monkeypatch.setattr("pipelines.datasets.images.OPEN_SHARDS", 2)
     images = read_split(write_shards(tmp_path / "train"), "class folders").images
 
     def count_open() -> int:

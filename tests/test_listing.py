@@ -18,14 +18,14 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import launch
-from pipelines import folders
-from pipelines.cache import Split
-from pipelines.headers import read_header, to_rgb
-from pipelines.images import UNLABELLED
-from pipelines.index import check_classes, open_data_set, splits_below
-from pipelines.remarks import LARGE_PIXELS, remarks
+from pipelines.datasets import folders
+from pipelines.datasets.cache import Split
+from pipelines.datasets.headers import read_header, to_rgb
+from pipelines.datasets.images import UNLABELLED
+from pipelines.datasets.index import check_classes, open_data_set, splits_below
+from pipelines.datasets.remarks import LARGE_PIXELS, remarks
+from pipelines.errors import UserError
 from pipelines.splits import read_split, verified
-from stec.errors import UserError
 from tests.runs import Run
 from tests.test_index import encode, picture
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torchvision
 
-from stec.encoder import Encoder
-from stec.heads import InverseModel, Projection
-from stec.model import Model
+from stec.models.encoder import Encoder
+from stec.models.heads import InverseModel, Projection
+from stec.models.model import Model
 from tests.precision import assert_as_exact, exact, images_for, one_step
 
 

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import step_model
-from stec import objective
-from stec.model import Outputs
-from stec.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent
+from stec.models.model import Outputs
+from stec.objectives import objective
+from stec.objectives.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent
 from tests.plain import plain_nt_xent
 
 VERSIONS: tuple[Callable[..., Any], ...] = (nt_xent, plain_nt_xent)

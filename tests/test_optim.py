@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stec.model import Model
-from stec.optim import Lars, learning_rate_factor, make_optimizer
+from stec.models.model import Model
+from stec.training.optim import Lars, learning_rate_factor, make_optimizer
 
 
 def slow_lars(

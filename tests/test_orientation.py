@@ -14,20 +14,20 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import default_loader
 
 import launch
-from pipelines.headers import ORIENTATION
-from pipelines.images import ImageFiles
-from pipelines.index import open_data_set
+from pipelines.batch import Batch
+from pipelines.commands import Policy
+from pipelines.datasets.headers import ORIENTATION
+from pipelines.datasets.images import ImageFiles
+from pipelines.datasets.index import open_data_set
+from pipelines.datasets.remarks import remarks
+from pipelines.errors import UserError
 from pipelines.loader import Backend, EvaluationLoader, Loader
 from pipelines.order import Order
-from pipelines.remarks import remarks
 from pipelines.splits import read_split
-from stec import checkpoint
-from stec.batch import Batch
-from stec.commands import Policy
+from stec.cli.next_steps import next_steps
 from stec.config import TrainConfig, with_settings
-from stec.errors import UserError
-from stec.run_folder import open_run_folder
-from subcommands.next_steps import next_steps
+from stec.runs import checkpoint
+from stec.runs.run_folder import open_run_folder
 from tests.conftest import smooth_image
 
 CPU = torch.device("cpu")

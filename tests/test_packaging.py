@@ -27,7 +27,7 @@ import stec
 from tests.conftest import smooth_image
 
 ROOT = Path(__file__).parents[1]
-IN_WHEEL = ("stec/", "pipelines/", "subcommands/", "launch.py")
+IN_WHEEL = ("stec/", "pipelines/", "launch.py")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def test_a_wheel_holds_what_is_imported(built: Built) -> None:
     with zipfile.ZipFile(built.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == {name for name in built.tracked if name.startswith(IN_WHEEL)}
-    assert {f"{package}/py.typed" for package in ("stec", "pipelines", "subcommands")} < names
+    assert {f"{package}/py.typed" for package in ("stec", "pipelines")} < names
 
 
 def test_a_wheel_says_its_license_and_holds_it(built: Built) -> None:

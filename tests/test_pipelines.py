@@ -20,15 +20,15 @@ from nvidia.dali import Pipeline
 from PIL import Image
 from torchvision import transforms
 
-from pipelines import graphs, reference
 from pipelines.bad_images import BadImages
-from pipelines.graphs import Form, Operators, argument_names, training_pipeline
-from pipelines.images import ImageArray, ImageFiles, Images, Names
+from pipelines.batch import Batch
+from pipelines.commands import PROBE_STREAM, VIEWS, Policy
+from pipelines.datasets.images import ImageArray, ImageFiles, Images, Names
+from pipelines.errors import UserError
+from pipelines.executors import graphs, reference
+from pipelines.executors.graphs import Form, Operators, argument_names, training_pipeline
 from pipelines.loader import EvaluationLoader, Loader, _on_device
 from pipelines.order import Order, Share
-from stec.batch import Batch
-from stec.commands import PROBE_STREAM, VIEWS, Policy
-from stec.errors import UserError
 from tests.conftest import smooth_image
 
 CPU = torch.device("cpu")

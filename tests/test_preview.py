@@ -14,28 +14,28 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import launch
-from pipelines import demo
-from pipelines.bad_list import BadList
-from pipelines.examples import examples
-from pipelines.images import ImageArray, ImageFiles
-from pipelines.index import DataSet
-from pipelines.reference import execute
-from stec.batch import Batch
-from stec.beliefs import beliefs, confusion, overlap
-from stec.commands import Commands, Policy, draw
+from pipelines.batch import Batch
+from pipelines.commands import Commands, Policy, draw
+from pipelines.datasets import demo
+from pipelines.datasets.bad_list import BadList
+from pipelines.datasets.images import ImageArray, ImageFiles
+from pipelines.datasets.index import DataSet
+from pipelines.executors.reference import execute
+from stec.cli.common import training_loader
 from stec.config import TrainConfig
-from stec.geometry import (
+from stec.evaluation.beliefs import beliefs, confusion, overlap
+from stec.evaluation.examples import examples
+from stec.evaluation.preview import COLOURS, PANEL_PX, Example, in_words, panels, sheet
+from stec.models.model import Model
+from stec.objectives.geometry import (
     Convention,
     following_windows,
     relative_windows,
     window_matrices,
     windows_of,
 )
-from stec.model import Model
-from stec.objective import bin_centres, command_bins
-from stec.pretrained import read_trained
-from stec.preview import COLOURS, PANEL_PX, Example, in_words, panels, sheet
-from subcommands.common import training_loader
+from stec.objectives.objective import bin_centres, command_bins
+from stec.weights.pretrained import read_trained
 from tests.runs import SMALL_DEMO
 
 CPU = torch.device("cpu")

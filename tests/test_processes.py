@@ -15,15 +15,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from pipelines import demo
-from pipelines.images import ImageArray
+from pipelines.commands import Policy
+from pipelines.datasets import demo
+from pipelines.datasets.images import ImageArray
 from pipelines.loader import Loader
 from pipelines.order import Order
-from stec.batch_norm import CpuSyncBatchNorm
-from stec.commands import Policy
-from stec.model import Model
-from stec.objective import METRICS, Objective, Weights
-from stec.step import Step
+from stec.models.batch_norm import CpuSyncBatchNorm
+from stec.models.model import Model
+from stec.objectives.objective import METRICS, Objective, Weights
+from stec.training.step import Step
 
 GLOBAL_BATCH, STEPS = 32, 20
 LOSSES = [METRICS.index(name) for name in ("loss", "discrimination", "manipulation", "supervised")]

@@ -7,9 +7,9 @@ import shlex
 
 import pytest
 
+from stec.cli.train import parse_train
 from stec.config import TrainConfig
 from stec.recipes import RECIPES, flags, recipe
-from subcommands.train import parse_train
 
 OFFICIAL = {
     "cifar10-resnet18": "--dataset cifar10 --arch resnet18 --temperature .5 --learning_rate 4. --manip_lambda 1. "

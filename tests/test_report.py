@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 import launch
-from pipelines import demo
+from pipelines.datasets import demo
 from stec.config import TrainConfig
-from stec.evaluate import Features, evenly_spread, nearest
-from stec.export import write_safetensors
-from stec.model import Model
-from stec.report import RUN_COLOURS, Look, Neighbours, _thinned, report
-from stec.run_record import read_run
+from stec.evaluation.evaluate import Features, evenly_spread, nearest
+from stec.evaluation.report import RUN_COLOURS, Look, Neighbours, _thinned, report
+from stec.models.model import Model
+from stec.runs.run_record import read_run
+from stec.weights.export import write_safetensors
 from tests.runs import SMALL_DEMO
 
 pytest.importorskip("plotly")

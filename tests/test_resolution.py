@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import reference
 from pipelines.bad_images import BadImages
-from pipelines.graphs import Operators
-from pipelines.images import ImageArray, ImageFiles, Images
+from pipelines.batch import Batch
+from pipelines.commands import PROBE_STREAM, VIEWS, Commands, Policy
+from pipelines.datasets.images import ImageArray, ImageFiles, Images
+from pipelines.executors import reference
+from pipelines.executors.graphs import Operators
 from pipelines.loader import Loader
 from pipelines.order import Order
-from stec import checkpoint
-from stec.batch import Batch
-from stec.commands import PROBE_STREAM, VIEWS, Commands, Policy
 from stec.config import TrainConfig
-from stec.geometry import relative_windows
+from stec.objectives.geometry import relative_windows
 from stec.recipes import recipe
-from stec.step import Step
+from stec.runs import checkpoint
+from stec.training.step import Step
 from tests.runs import Run
 
 POLICY = Policy(size=64, p_blur=0.5, p_solarize=0.2)

@@ -13,14 +13,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from pipelines.images import ImageArray
+from pipelines.batch import Batch
+from pipelines.commands import Policy
+from pipelines.datasets.images import ImageArray
 from pipelines.loader import Loader
 from pipelines.order import Order
-from stec.batch import Batch
-from stec.commands import Policy
-from stec.model import Model
-from stec.objective import Objective, Weights
-from stec.step import Step
+from stec.models.model import Model
+from stec.objectives.objective import Objective, Weights
+from stec.training.step import Step
 from tests.runs import Run
 
 GLOBAL_BATCH = 24

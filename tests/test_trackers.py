@@ -20,10 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import launch
-from stec import trackers
+from pipelines.errors import UserError
 from stec.config import TRACKERS
-from stec.errors import UserError
-from stec.run_folder import RunFolder
+from stec.runs.run_folder import RunFolder
+from stec.training import trackers
 from tests.runs import Run
 
 SMALL = (

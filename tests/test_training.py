@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from stec import checkpoint
-from stec.engine import resolve_precision
+from stec.runs import checkpoint
+from stec.training.engine import resolve_precision
 from tests.conftest import smooth_image
 from tests.runs import Run, SignalAtStep, together
 

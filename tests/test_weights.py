@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import launch
-from stec.errors import UserError
-from stec.export import from_official_names, load_weights, read_weights, to_official_names, write_safetensors
-from stec.model import Model
+from pipelines.errors import UserError
+from stec.models.model import Model
+from stec.weights.export import from_official_names, load_weights, read_weights, to_official_names, write_safetensors
 
 
 def small_model(**changes: object) -> Model:

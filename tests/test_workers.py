@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipelines.images import ImageArray
+from pipelines.commands import Policy
+from pipelines.datasets.images import ImageArray
+from pipelines.errors import UserError
+from pipelines.executors.reference import Step, reference_evaluation, reference_steps
 from pipelines.order import Order
-from pipelines.reference import Step, reference_evaluation, reference_steps
-from stec.commands import Policy
-from stec.errors import UserError
 from tests.runs import PROCESSES
 
 

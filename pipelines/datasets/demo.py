@@ -1,0 +1,180 @@
+"""The embedded demo set: coloured, textured shapes over cluttered backgrounds, made from a seed.
+
+The class is the shape alone. Positions, sizes, rotations, colours, textures and clutter are drawn at random for every
+image, so that neither colour nor background tells the class, and neither crop, flip nor jitter changes it. Every image
+shows its shape five times, so that most windows hold one, and in muted colours, so that little but the shape survives
+the jitter to recognise an image by: without this, contrastive learning would be content with colours.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.datasets.cache import cache_folder, write_arrays
+
+CLASSES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar", "heart", "hourglass")
+SIZE_PX = 32
+IMAGES = {"train": 8192, "test": 2048}
+VERSION = 1
+"""Another one, other images."""
+CHUNK = 64
+"""Images painted at a time: few enough for the intermediate arrays to stay in the processor's cache."""
+
+Floats = NDArray[np.floating]
+
+
+def load(*, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """What ``render`` makes, from the user's cache folder if it is there: painting takes seconds."""
+    count = IMAGES[split]
+    file = cache_folder() / f"demo-{VERSION}-{split}-{count}.npz"
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+        if images.shape == (count, SIZE_PX, SIZE_PX, 3) and labels.shape == (count,):
+            return images, labels
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass
+    images, labels = render(split=split)
+    write_arrays(file, images=images, labels=labels)
+    return images, labels
+
+
+def render(*, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images [N, 32, 32, 3] uint8 and labels [N] int64; classes are interleaved, so any prefix is balanced."""
+    count = IMAGES[split]
+    labels = np.arange(count, dtype=np.int64) % len(CLASSES)
+    images = np.empty((count, SIZE_PX, SIZE_PX, 3), np.uint8)
+
+    def render_chunk(start: int) -> None:
+        chunk = slice(start, start + CHUNK)
+        images[chunk] = _paint(labels[chunk], np.random.default_rng([2022, split == "test", start]))
+
+    # NumPy works without the interpreter's lock, so threads share the chunks.
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(render_chunk, range(0, count, CHUNK)))
+    return images, labels
+
+
+def _paint(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.uint8]:
+    painter = _Painter(len(labels), rng)
+    image = painter.texture()
+    for _ in range(4):
+        image = painter.clutter(image)
+    for _ in range(4):
+        image = painter.shape(image, labels, radius=(0.22, 0.32), reach=0.8)
+    image = painter.shape(image, labels, radius=(0.4, 0.55), reach=0.4)
+    image += rng.normal(0, 0.02, image.shape).astype(np.float32)
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+class _Painter:
+    """Paints a chunk of N images [N, H, W, 3]; every image gets its own random draws."""
+
+    def __init__(self, count: int, rng: np.random.Generator) -> None:
+        self.count, self.rng = count, rng
+        axis = (np.arange(SIZE_PX, dtype=np.float32) + 0.5) / SIZE_PX * 2 - 1
+        self.x, self.y = axis[None, None, :], axis[None, :, None]
+
+    def uniform(self, low: float, high: float, *shape: int) -> Floats:
+        return self.rng.uniform(low, high, (self.count, *shape)).astype(np.float32)
+
+    def colour(self) -> Floats:
+        """[N, 1, 1, 3]: a muted colour, so that jitter leaves little of it to recognise an image by."""
+        return np.clip(self.uniform(0.1, 0.9, 1, 1, 1) + self.uniform(-0.1, 0.1, 1, 1, 3), 0, 1)
+
+    def texture(self) -> Floats:
+        """[N, H, W, 3]: a wave between two colours, anything from a slow gradient to stripes or checks."""
+        first, second = self.colour(), self.colour()
+        angle, frequency = self.uniform(0, np.pi, 1, 1), self.uniform(0.5, 9, 1, 1)
+        along = np.cos(angle) * self.x + np.sin(angle) * self.y
+        across = -np.sin(angle) * self.x + np.cos(angle) * self.y
+        wave = np.sin(frequency * along + self.uniform(0, 2 * np.pi, 1, 1))
+        checks = wave * np.sin(frequency * across + self.uniform(0, 2 * np.pi, 1, 1))
+        wave = np.where(self.uniform(0, 1, 1, 1) < 0.4, checks, wave)
+        return first + (second - first) * (0.15 + 0.15 * np.clip(1.5 * wave, -1, 1))[..., None]
+
+    def clutter(self, image: Floats) -> Floats:
+        """Adds a small ellipse or stroke somewhere."""
+        angle = self.uniform(0, np.pi, 1, 1)
+        dx, dy = self.x - self.uniform(-1, 1, 1, 1), self.y - self.uniform(-1, 1, 1, 1)
+        along = (np.cos(angle) * dx + np.sin(angle) * dy) / self.uniform(0.08, 0.45, 1, 1)
+        across = (-np.sin(angle) * dx + np.cos(angle) * dy) / self.uniform(0.04, 0.14, 1, 1)
+        cover = np.clip(3 * (1 - np.hypot(along, across)), 0, 1)[..., None]
+        return image * (1 - cover) + self.colour() * cover
+
+    def shape(self, image: Floats, labels: NDArray[np.int64], *, radius: tuple[float, float], reach: float) -> Floats:
+        """Adds the shape of each image's class, of a size within ``radius``, at most ``reach`` from the middle."""
+        angle, size = self.uniform(-0.4, 0.4, 1, 1), self.uniform(*radius, 1, 1)
+        dx, dy = self.x - self.uniform(-reach, reach, 1, 1), self.y - self.uniform(-reach, reach, 1, 1)
+        u = (np.cos(angle) * dx + np.sin(angle) * dy) / size
+        v = (-np.sin(angle) * dx + np.cos(angle) * dy) / size
+        distance = np.empty_like(u)
+        for label, signed_distance in enumerate(_SHAPES):
+            chosen = labels == label
+            distance[chosen] = signed_distance(u[chosen], v[chosen])
+        # One pixel is this long in the shape's own coordinates: the width of its soft edge.
+        edge = 2 / SIZE_PX / size
+        cover = np.clip(0.5 - distance / edge, 0, 1)[..., None]
+        return image * (1 - cover) + self.texture() * cover
+
+
+# Shapes are signed distances (negative inside) in coordinates where the shape fills about [-1, 1]^2, y down.
+
+
+def _disc(u: Floats, v: Floats) -> Floats:
+    return np.hypot(u, v) - 0.85
+
+
+def _ring(u: Floats, v: Floats) -> Floats:
+    return np.abs(np.hypot(u, v) - 0.72) - 0.2
+
+
+def _square(u: Floats, v: Floats) -> Floats:
+    return np.maximum(np.abs(u), np.abs(v)) - 0.78
+
+
+def _triangle(u: Floats, v: Floats) -> Floats:
+    return np.maximum(0.87 * np.abs(u) - 0.5 * (v - 0.1) - 0.5, v - 0.7)
+
+
+def _cross(u: Floats, v: Floats) -> Floats:
+    a, b = np.abs(u), np.abs(v)
+    return np.minimum(np.maximum(a - 0.95, b - 0.27), np.maximum(b - 0.95, a - 0.27))
+
+
+def _star(u: Floats, v: Floats) -> Floats:
+    # Folded into one tenth of the star, its outline is the straight edge from the tip to the notch beside it.
+    sector = 2 * np.pi / 5
+    folded = np.abs((np.arctan2(u, -v) + sector / 2) % sector - sector / 2)
+    radius = np.hypot(u, v)
+    return 0.35 * (radius * np.cos(folded) - 1) + 0.94 * radius * np.sin(folded)
+
+
+def _crescent(u: Floats, v: Floats) -> Floats:
+    return np.maximum(np.hypot(u, v) - 0.95, 0.72 - np.hypot(u - 0.5, v))
+
+
+def _bar(u: Floats, v: Floats) -> Floats:
+    return np.maximum(np.abs(u) - 1.0, np.abs(v) - 0.3)
+
+
+def _heart(u: Floats, v: Floats) -> Floats:
+    a = np.abs(u)
+    lobes = np.hypot(a - 0.42, v + 0.3) - 0.5
+    point = np.maximum(0.71 * a + 0.71 * v - 0.58, -v - 0.3)
+    return np.minimum(lobes, np.maximum(point, a - 0.92))
+
+
+def _hourglass(u: Floats, v: Floats) -> Floats:
+    return np.maximum(0.8 * (np.abs(u) - np.abs(v)) - 0.1, np.abs(v) - 0.9)
+
+
+_SHAPES: tuple[Callable[[Floats, Floats], Floats], ...] = (
+    _disc, _ring, _square, _triangle, _cross, _star, _crescent, _bar, _heart, _hourglass,
+)  # fmt: skip

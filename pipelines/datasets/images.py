@@ -1,0 +1,302 @@
+"""What a split of a data set is to the pipelines: numbered images in memory or in files, with sizes and labels."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.datasets.headers import MAX_PIXELS, open_lazily, orientation, read_header, reason, to_rgb, upright
+from pipelines.errors import BadImage, UserError
+
+__all__ = ["MAX_PIXELS", "UNLABELLED", "ImageArray", "ImageFiles", "Images", "Names"]
+
+UNLABELLED = -1
+OPEN_SHARDS = 256
+"""Shards that are kept open at a time; a process may have 1024 files open."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageArray:
+    """Images of one size as bytes in memory, or in a memory-mapped file. Equal to itself only: it can be a key."""
+
+    pixels: NDArray[np.uint8]
+    """[N, H, W, 3] or [N, 3, W, H] uint8, as ``layout`` says."""
+    labels: NDArray[np.int64]
+    """[N] int64, 0 to the number of classes - 1, or UNLABELLED."""
+    layout: Literal["HWC", "CWH"] = "HWC"
+    """CWH is how STL-10 stores an image: colour plane after plane, each column by column."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def image_hw(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[N, 2]: height and width in px of the images named by ``image_ids``."""
+        height, width = (self.pixels.shape[self.layout.index(axis) + 1] for axis in "HW")
+        return np.broadcast_to(np.array([height, width], np.int64), (len(image_ids), 2))
+
+    def upright(self, image_ids: NDArray[np.int64] | slice) -> NDArray[np.uint8]:
+        """[N, H, W, 3] uint8."""
+        pixels = self.pixels[image_ids]
+        return pixels if self.layout == "HWC" else pixels.transpose(0, 3, 2, 1)
+
+    def open(self, image_id: int) -> Image.Image:
+        """One image in RGB."""
+        return Image.fromarray(np.ascontiguousarray(self.upright(slice(image_id, image_id + 1))[0]))
+
+    def limited(self, count: int) -> ImageArray:
+        """The first ``count`` images."""
+        return ImageArray(pixels=self.pixels[:count], labels=self.labels[:count], layout=self.layout)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Names:
+    """File names as bytes, end to end: a million of them load in one read."""
+
+    blob: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    """[N + 1]: where each name begins, and the last one ends."""
+
+    @classmethod
+    def of(cls, names: Sequence[bytes]) -> Names:
+        offsets = np.zeros(len(names) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, names), np.int64, len(names)), out=offsets[1:])
+        return cls(blob=np.frombuffer(b"".join(names), np.uint8), offsets=offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, n: int) -> bytes:
+        return self.blob[self.offsets.item(n) : self.offsets.item(n + 1)].tobytes()
+
+
+class _OpenFile:
+    """A file that is open for reading until nothing refers to it any more, in whatever thread that is."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageFiles:
+    """N encoded images in files below ``root``: each a file of its own, or many to a file (a tar shard).
+
+    What is said of each image follows its file where that turns out to have been replaced (``update``).
+    """
+
+    root: Path
+    files: Names
+    """Names of the files relative to ``root``."""
+    file_of: NDArray[np.int32]
+    """[N] int32: which of the files an image lies in."""
+    offset: NDArray[np.int64]
+    """[N] int64: the image's first byte in that file."""
+    size_bytes: NDArray[np.int64]
+    """[N] int64: how many bytes it has."""
+    sizes: NDArray[np.int64]
+    """[N, 2] int64: height and width in px as ``open`` returns the image; 1 x 1 where it has a fault."""
+    labels: NDArray[np.int64]
+    """[N] int64, 0 to the number of classes - 1, or UNLABELLED."""
+    needs_pillow: NDArray[np.bool_]
+    """[N] bool: not known to come out of DALI as it comes out of Pillow."""
+    orientation: NDArray[np.uint8]
+    """[N] uint8: what EXIF says, 1 (upright as stored) to 8."""
+    exif_orientation: bool = False
+    """Whether images are turned upright as ``orientation`` says. As stored, they are what ImageFolder gives."""
+    faults: Mapping[int, str] = field(default_factory=dict)
+    """Why images cannot be used that are known to be unreadable, by image id."""
+    index_file: Path | None = None
+    """The index on disk that says all this; it is deleted when files turn out to have changed."""
+    bad_list: Path | None = None
+    """The list on disk of images that turned out to be bad after they were indexed."""
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The other side opens its own files.
+        return {name: value for name, value in self.__dict__.items() if name != "_open_shards"}
+
+    def image_hw(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[N, 2]: height and width in px of the images named by ``image_ids``."""
+        return self.sizes[image_ids]
+
+    @cached_property
+    def in_shards(self) -> bool:
+        """Whether images are parts of larger files."""
+        # A tar archive begins with a header: no image in one has offset 0.
+        return bool(self.offset.any())
+
+    @property
+    def shard_of(self) -> NDArray[np.int32]:
+        """[N] int32: the shard of each image, for an order that reads shard after shard."""
+        return self.file_of
+
+    def path(self, image_id: int) -> Path:
+        """The file that is the image, or the shard that holds it."""
+        return Path(os.fsdecode(self._path(image_id)))
+
+    def path_bytes(self, image_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """[N, longest] uint8: the same as DALI's file reader takes it, filled up with zeros."""
+        names = np.array([self._path(image_id) for image_id in image_ids.tolist()], np.bytes_)
+        return names.view(np.uint8).reshape(len(names), -1)
+
+    def name(self, image_id: int) -> str:
+        """What a person calls the image: its path, or ``shard.tar: member``."""
+        path = self.path(image_id)
+        if not self.in_shards:
+            return str(path)
+        end = int(self.offset[image_id])
+        try:
+            header = tarfile.TarInfo.frombuf(self._read(image_id, end - 512, 512), "utf-8", "surrogateescape")
+        except (OSError, ValueError, tarfile.HeaderError):
+            return f"{path}: image at byte {end}"
+        return f"{path}: {header.name}"
+
+    def encoded(self, image_id: int) -> NDArray[np.uint8]:
+        """The encoded bytes: [size_bytes] of an image in a shard, those that the file has now of one in its own file.
+
+        Raises BadImage if they are gone, and UserError if it is the disk that is.
+        """
+        try:
+            if not self.in_shards:
+                return np.fromfile(os.fsdecode(self._path(image_id)), np.uint8)
+            first, size = int(self.offset[image_id]), int(self.size_bytes[image_id])
+            content = self._read(image_id, first, size)
+        except (OSError, ValueError) as error:
+            path = self.path(image_id)
+            if isinstance(error, FileNotFoundError | ValueError) and os.path.isdir(path.parent):  # noqa: PTH112
+                raise self.bad(image_id, reason(error)) from error
+            # No fault of the image: taken out of use, it would be missing where the run goes on.
+            raise UserError(
+                f"{path} cannot be read ({reason(error)}); make it readable again, and go on by --resume auto.",
+                local=True,
+            ) from error
+        if len(content) < size:
+            raise self.bad(image_id, "its shard is shorter than when it was indexed")
+        return np.frombuffer(content, np.uint8)
+
+    def open(self, image_id: int) -> Image.Image:
+        """One image in RGB: as torchvision's ImageFolder opens it, but for gray of 16 bits (``headers.to_rgb``), or
+        with ``exif_orientation`` upright.
+
+        It may have another size than ``sizes`` says, where its file was replaced (see ``update``). Raises BadImage
+        where it cannot be read, and UserError where its disk is gone.
+        """
+        if image_id in self.faults:
+            raise self.bad(image_id, self.faults[image_id])
+        content = io.BytesIO(self.encoded(image_id).data)
+        try:
+            with open_lazily(content) as image:
+                turn = orientation(image) if self.exif_orientation else 1
+                return upright(to_rgb(image), turn)
+        except MemoryError as error:
+            name = self.name(image_id)
+            raise UserError(f"Memory ran out while {name} was decoded; end what else uses it.", local=True) from error
+        except Exception as error:  # Pillow's decoders meet foreign bytes: what they raise has no common base.
+            raise self.bad(image_id, reason(error)) from error
+
+    def update(self, image_id: int) -> bool:
+        """Read an image's header again, as its file may have been replaced since it was indexed.
+
+        Returns whether anything is different now; then the index on disk is deleted, so that the next one to need it
+        makes a new one. Raises BadImage where the image cannot be read.
+        """
+        content = self.encoded(image_id)
+        header = read_header(io.BytesIO(content.data))
+        if isinstance(header, str):
+            raise self.bad(image_id, header)
+        height, width, needs_pillow, turn = header
+        if self.exif_orientation and turn >= 5:
+            height, width = width, height
+        if (len(content), height, width) == (self.size_bytes[image_id], *self.sizes[image_id]):
+            return False
+        self.size_bytes[image_id] = len(content)
+        self.sizes[image_id] = height, width
+        self.needs_pillow[image_id] = needs_pillow
+        self.orientation[image_id] = turn
+        if self.index_file is not None:
+            with suppress(OSError):
+                self.index_file.unlink()
+        return True
+
+    def bad(self, image_id: int, why: str) -> BadImage:
+        """The error that says of an image why it cannot be used."""
+        return BadImage(self.name(image_id), image_id, why)
+
+    def read_ahead(self, shard: int) -> None:
+        """Have the system read a whole shard into its cache, as far as it sees fit, without waiting for it."""
+        if hasattr(os, "posix_fadvise"):
+            # A shard that is gone is told when its images are needed.
+            with suppress(OSError):
+                descriptor = os.open(self._prefix + self.files[shard], os.O_RDONLY)
+                try:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
+
+    def limited(self, count: int) -> ImageFiles:
+        """``count`` of the images, evenly spread: folders are sorted by class."""
+        image_ids = np.arange(count) * len(self) // count
+        new_ids = {int(old): new for new, old in enumerate(image_ids)} if self.faults else {}
+        return replace(
+            self,
+            file_of=self.file_of[image_ids],
+            offset=self.offset[image_ids],
+            size_bytes=self.size_bytes[image_ids],
+            sizes=self.sizes[image_ids],
+            labels=self.labels[image_ids],
+            needs_pillow=self.needs_pillow[image_ids],
+            orientation=self.orientation[image_ids],
+            faults={new_ids[old]: fault for old, fault in self.faults.items() if old in new_ids},
+        )
+
+    def turned_upright(self) -> ImageFiles:
+        """The same images, upright by their EXIF orientation."""
+        return replace(
+            self,
+            sizes=np.where(self.orientation[:, None] >= 5, self.sizes[:, ::-1], self.sizes),
+            exif_orientation=True,
+        )
+
+    @cached_property
+    def _prefix(self) -> bytes:
+        return os.path.join(os.fsencode(self.root), b"")  # noqa: PTH118 - paths as bytes
+
+    def _path(self, image_id: int) -> bytes:
+        return self._prefix + self.files[self.file_of.item(image_id)]
+
+    @cached_property
+    def _open_shards(self) -> dict[int, _OpenFile]:
+        return {}
+
+    def _read(self, image_id: int, first: int, size: int) -> bytes:
+        """Bytes of the shard that holds an image; fewer where it ends before.
+
+        Not from a memory map: a shard that is truncated while it is mapped ends the process with SIGBUS.
+        """
+        shard = int(self.file_of[image_id])
+        file = self._open_shards.get(shard)
+        if file is None:
+            file = _OpenFile(self.path(image_id))
+            if len(self._open_shards) >= OPEN_SHARDS:
+                self._open_shards.pop(next(iter(self._open_shards)), None)
+            self._open_shards[shard] = file
+        return os.pread(file.descriptor, size, first)
+
+
+Images = ImageArray | ImageFiles

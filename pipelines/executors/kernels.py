@@ -1,0 +1,389 @@
+"""Views on the CPU: one compiled function that executes a command from window to float, as Pillow and torchvision do.
+
+The arithmetic is Pillow's own, rounding included (its ``Resample.c``, ``Blend.c``, ``Convert.c``, ``ImageEnhance``), so
+that a view is the one that torchvision's transforms make of the same command. All of a view's stages happen while it is
+in the processor's cache. DALI calls the function from its threads, an image at a time, as an operator of its graph.
+
+Numba compiles on first use, in a few seconds, and keeps the machine code on disk.
+
+Indices are unsigned where it matters: Numba looks for negative ones otherwise, at every access.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pipelines.commands import PACKED_COLUMNS
+
+WEIGHT_BITS = 22
+"""Fraction bits of the resampling weights, as in Pillow: 32 less 8 for the pixel and 2 to spare."""
+HALF = 1 << (WEIGHT_BITS - 1)
+
+TOP, LEFT, HEIGHT, WIDTH = (PACKED_COLUMNS[name] for name in ("top", "left", "height", "width"))
+FLIP, JITTER, GREY, SOLARIZE = (PACKED_COLUMNS[name] for name in ("flip", "jitter", "grey", "solarize"))
+BRIGHTNESS, CONTRAST, SATURATION = (PACKED_COLUMNS[name] for name in ("brightness", "contrast", "saturation"))
+HUE, ORDER, BLUR, SIGMA = (PACKED_COLUMNS[name] for name in ("hue_turns", "order", "blur", "sigma_px"))
+SOURCE_HEIGHT, SOURCE_WIDTH = PACKED_COLUMNS["source_height"], PACKED_COLUMNS["source_width"]
+COLUMNS = PACKED_COLUMNS["end"]
+
+
+def _can_cache() -> bool:
+    """Whether Numba finds a place to keep machine code: beside this file, or in the user's cache folder."""
+    try:
+        njit(cache=True)(_can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+CACHE = _can_cache()
+
+# Called from compiled code alone, so without the wrappers that would make Python functions of them.
+compiled = njit(cache=CACHE, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+@compiled
+def _make_views(
+    image: Any, strides: Any, image_hw: Any, origin: Any, commands: Any, window_px: int, views: Any
+) -> None:
+    """Fill ``views`` [V, size, size, 3] float32 in [0, 1] as ``commands`` [V, 20] float32 say.
+
+    ``image`` is a flat array of uint8 whose rows, columns and colours are ``strides`` apart. It is the part of the
+    source image that starts at ``origin`` and is ``image_hw`` large. ``window_px``: width of the official blur kernel.
+    """
+    size = views.shape[1]
+    for v in range(len(views)):
+        command, view = commands[v], views[v]
+        # A file may have become another image since its command was drawn: never read beside it. It is told later.
+        top = min(max(int(command[TOP]) - origin[0], 0), image_hw[0] - 1)
+        left = min(max(int(command[LEFT]) - origin[1], 0), image_hw[1] - 1)
+        height, width = min(int(command[HEIGHT]), image_hw[0] - top), min(int(command[WIDTH]), image_hw[1] - left)
+        start = top * strides[0] + left * strides[1]
+        planes = _resize(image, start, strides, height, width, size, command[FLIP] != 0)
+        if command[JITTER] != 0:
+            for k in range(4):
+                step = int(command[ORDER + k])
+                if step == 0:
+                    _brightness(planes, command[BRIGHTNESS])
+                elif step == 1:
+                    _contrast(planes, command[CONTRAST])
+                elif step == 2:
+                    _saturation(planes, command[SATURATION])
+                else:
+                    _hue(planes, command[HUE])
+        if command[GREY] != 0:
+            _grey(planes)
+        if command[BLUR] != 0:
+            _blurred(planes, float(command[SIGMA]), window_px, view)
+        else:
+            _interleave(planes, view)
+        if command[SOLARIZE] != 0:
+            _solarize(view)
+
+
+@compiled
+def _weights(source_px: int, target_px: int) -> tuple[Any, Any, Any]:
+    """Pillow's triangle filter: first source pixel, number of taps and weights of each target pixel."""
+    scale = source_px / target_px
+    support = max(scale, 1.0)
+    most = math.ceil(support) * 2 + 1
+    first = np.empty(target_px, np.int64)
+    taps = np.empty(target_px, np.int64)
+    weights = np.empty((target_px, most), np.int32)
+    exact = np.empty(most)
+    for target in range(np.uint64(target_px)):
+        centre = (np.int64(target) + 0.5) * scale
+        low = max(int(centre - support + 0.5), 0)
+        count = min(int(centre + support + 0.5), source_px) - low
+        total = 0.0
+        for k in range(np.uint64(count)):
+            weight = max(0.0, 1.0 - abs((np.int64(k) + low - centre + 0.5) / support))
+            exact[k] = weight
+            total += weight
+        for k in range(np.uint64(count)):
+            weights[target, k] = int(0.5 + exact[k] / total * (1 << WEIGHT_BITS))
+        first[target] = low
+        taps[target] = count
+    return first, taps, weights
+
+
+@compiled
+def _resize(image: Any, start: int, strides: Any, height: int, width: int, size: int, flip: bool) -> Any:
+    """[3, size * size] uint8: the window's rows resized first, then its columns, rounded in between."""
+    first, taps, weights = _weights(width, size)
+    rows = np.empty((3, height, size), np.uint8)
+    step_y, step_x, step_c = np.uint64(strides[0]), np.uint64(strides[1]), np.uint64(strides[2])
+    last = np.uint64(size - 1)
+    for y in range(np.uint64(height)):
+        row = np.uint64(start) + y * step_y
+        for x in range(np.uint64(size)):
+            at = row + np.uint64(first[x]) * step_x
+            red = green = blue = np.int32(HALF)
+            for k in range(np.uint64(taps[x])):
+                weight = weights[x, k]
+                red += np.int32(image[at]) * weight
+                green += np.int32(image[at + step_c]) * weight
+                blue += np.int32(image[at + step_c + step_c]) * weight
+                at += step_x
+            to = last - x if flip else x
+            rows[0, y, to] = red >> WEIGHT_BITS
+            rows[1, y, to] = green >> WEIGHT_BITS
+            rows[2, y, to] = blue >> WEIGHT_BITS
+
+    first, taps, weights = _weights(height, size)
+    planes = np.empty((3, size * size), np.uint8)
+    total = np.empty(size, np.int32)
+    for c in range(3):
+        for y in range(size):
+            total[:] = HALF
+            for k in range(taps[y]):
+                weight = weights[y, k]
+                source = rows[c, first[y] + k]
+                for x in range(size):
+                    total[x] += np.int32(source[x]) * weight
+            target = planes[c, y * size : (y + 1) * size]
+            for x in range(size):
+                target[x] = total[x] >> WEIGHT_BITS
+    return planes
+
+
+@compiled
+def _blend(background: Any, value: Any, factor: Any) -> Any:
+    """Pillow's ``Image.blend``: away from the background for factors above 1, rounded down, clipped."""
+    mixed = background + factor * (value - background)
+    return np.uint8(np.int32(min(max(mixed, np.float32(0)), np.float32(255))))
+
+
+@compiled
+def _luma(red: Any, green: Any, blue: Any) -> Any:
+    """Pillow's grey of a colour, in integers."""
+    return (np.int32(red) * 19595 + np.int32(green) * 38470 + np.int32(blue) * 7471 + 0x8000) >> 16
+
+
+@compiled
+def _brightness(planes: Any, factor: Any) -> None:
+    for c in range(3):
+        plane = planes[c]
+        for p in range(plane.size):
+            plane[p] = _blend(np.float32(0), np.float32(plane[p]), factor)
+
+
+@compiled
+def _contrast(planes: Any, factor: Any) -> None:
+    red, green, blue = planes[0], planes[1], planes[2]
+    total = np.int32(0)
+    for p in range(red.size):
+        total += np.int32(_luma(red[p], green[p], blue[p]))
+    mean = np.float32(int(total / red.size + 0.5))
+    for c in range(3):
+        plane = planes[c]
+        for p in range(plane.size):
+            plane[p] = _blend(mean, np.float32(plane[p]), factor)
+
+
+@compiled
+def _saturation(planes: Any, factor: Any) -> None:
+    red, green, blue = planes[0], planes[1], planes[2]
+    for p in range(red.size):
+        luma = np.float32(_luma(red[p], green[p], blue[p]))
+        red[p] = _blend(luma, np.float32(red[p]), factor)
+        green[p] = _blend(luma, np.float32(green[p]), factor)
+        blue[p] = _blend(luma, np.float32(blue[p]), factor)
+
+
+@compiled
+def _grey(planes: Any) -> None:
+    red, green, blue = planes[0], planes[1], planes[2]
+    for p in range(red.size):
+        luma = np.uint8(_luma(red[p], green[p], blue[p]))
+        red[p] = luma
+        green[p] = luma
+        blue[p] = luma
+
+
+@compiled
+def _hue(planes: Any, turns: Any) -> None:
+    """Through Pillow's HSV, whose three values have 8 bits each; without branches, so that it is compiled to vectors.
+
+    In single precision, where Pillow has some double: one colour in 1,000 comes out in the next hue.
+    """
+    shift = np.int32(np.float64(turns) * 255)
+    red, green, blue = planes[0], planes[1], planes[2]
+    one, full, half = np.float32(1), np.float32(255), np.float32(0.5)
+    for p in range(np.uint64(red.size)):
+        r, g, b = np.float32(red[p]), np.float32(green[p]), np.float32(blue[p])
+        value, low = max(r, max(g, b)), min(r, min(g, b))
+        chroma = value - low
+        inverse = one / max(chroma, one)
+        rc, gc, bc = (value - r) * inverse, (value - g) * inverse, (value - b) * inverse
+        sixths = np.float32(4) + gc - rc
+        sixths = np.float32(2) + rc - bc if g == value else sixths
+        sixths = bc - gc if r == value else sixths
+        turn = sixths / np.float32(6)
+        turn = turn + one if turn < np.float32(0) else turn
+        hue = (np.int32(turn * full) + shift) & 255
+        saturation = np.float32(np.int32(chroma / max(value, one) * full)) / full
+
+        sixths = np.float32(hue) * np.float32(6) / full
+        sector = np.int32(sixths)
+        part = sixths - np.float32(sector)
+        sector = 0 if sector == 6 else sector
+        lowest = np.floor(value * (one - saturation) + half)
+        falling = np.floor(value * (one - saturation * part) + half)
+        rising = np.floor(value * (one - saturation * (one - part)) + half)
+        r = value if (sector == 0) | (sector == 5) else lowest
+        r = falling if sector == 1 else (rising if sector == 4 else r)
+        g = value if (sector == 1) | (sector == 2) else lowest
+        g = rising if sector == 0 else (falling if sector == 3 else g)
+        b = value if (sector == 3) | (sector == 4) else lowest
+        b = rising if sector == 2 else (falling if sector == 5 else b)
+        red[p], green[p], blue[p] = np.uint8(np.int32(r)), np.uint8(np.int32(g)), np.uint8(np.int32(b))
+
+
+@compiled
+def _interleave(planes: Any, view: Any) -> None:
+    """Planes of bytes to a view [size, size, 3] float32 in [0, 1]."""
+    flat = view.reshape(-1)
+    red, green, blue = planes[0], planes[1], planes[2]
+    full = np.float32(255)
+    for p in range(np.uint64(red.size)):
+        flat[np.uint64(3) * p] = np.float32(red[p]) / full
+        flat[np.uint64(3) * p + np.uint64(1)] = np.float32(green[p]) / full
+        flat[np.uint64(3) * p + np.uint64(2)] = np.float32(blue[p]) / full
+
+
+@compiled
+def _blurred(planes: Any, sigma_px: float, window_px: int, view: Any) -> None:
+    """The same with torchvision's Gaussian blur, mirrored at the borders.
+
+    Four sigmas to each side are within one part in 10,000 of the kernel of ``window_px``, which is never exceeded.
+    """
+    size = view.shape[0]
+    reach = min(window_px // 2, math.ceil(4 * sigma_px))
+    kernel = np.empty(2 * reach + 1, np.float32)
+    total = 0.0
+    for k in range(2 * reach + 1):
+        distance = (k - reach) / sigma_px
+        kernel[k] = math.exp(-0.5 * distance * distance)
+        total += kernel[k]
+    padded = np.empty(size + 2 * reach, np.float32)
+    rows = np.empty((size, size), np.float32)
+    line = np.empty(size, np.float32)
+    full = np.float32(255)
+    for c in range(3):
+        for y in range(size):
+            plane = planes[c, y * size : (y + 1) * size]
+            for x in range(size):
+                padded[reach + x] = np.float32(plane[x]) / full
+            for k in range(reach):
+                padded[reach - 1 - k] = padded[reach + 1 + k]
+                padded[reach + size + k] = padded[reach + size - 2 - k]
+            row = rows[y]
+            row[:] = 0
+            for k in range(2 * reach + 1):
+                weight = np.float32(kernel[k] / total)
+                for x in range(size):
+                    row[x] += padded[np.uint64(x + k)] * weight
+        for y in range(size):
+            line[:] = 0
+            for k in range(2 * reach + 1):
+                at = abs(y + k - reach)
+                at = 2 * (size - 1) - at if at >= size else at
+                weight, row = np.float32(kernel[k] / total), rows[at]
+                for x in range(size):
+                    line[x] += row[x] * weight
+            target = view[y]
+            for x in range(size):
+                target[x, c] = line[x]
+
+
+@compiled
+def _solarize(view: Any) -> None:
+    flat = view.reshape(-1)
+    for p in range(flat.size):
+        flat[p] = min(flat[p], np.float32(1) - flat[p])
+
+
+# --- What DALI calls: C functions of addresses, as its operator for Numba hands them over ---
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+@compiled
+def _at(address: int, shape: Any, dtype: Any) -> Any:
+    return carray(_pointer(address), shape, dtype)
+
+
+_U, _I = types.uint64, types.int32
+_SHAPES = types.void(_U, _U, _I, _U, _U, _I, _I)
+_RUN = types.void(_U, _U, _U, _I, _U, _U, _U, _I)
+
+# Each is compiled when it is first asked for: a run needs one of the two below.
+
+
+def shape_function(views: int, size: int) -> int:
+    """Address of the function that tells DALI the shape of each sample's output: [views, size, size, 3]."""
+
+    @cfunc(_SHAPES, cache=CACHE)
+    def shapes(outputs, _ranks, _count, _input_shapes, _input_ranks, _input_count, samples):
+        by_sample = _at(outputs, samples, np.uint64)
+        for n in range(samples):
+            shape = _at(by_sample[n], 4, np.int64)
+            shape[0], shape[1], shape[2], shape[3] = views, size, size, 3
+
+    return int(shapes.address)
+
+
+def views_of_memory() -> int:
+    """Address of the operator on images that lie in memory, any layout.
+
+    Inputs of a sample: [5] int64, the address of the image's first byte, its three strides and the width of the blur
+    kernel; its commands [V, 20].
+    """
+
+    @cfunc(_RUN, cache=CACHE)
+    def run(outputs, shapes, _ranks, _count, inputs, _input_shapes, _input_ranks, _input_count):
+        shape = _at(_at(shapes, 1, np.uint64)[0], 4, np.int64)
+        views = _at(_at(outputs, 1, np.uint64)[0], (shape[0], shape[1], shape[2], 3), np.float32)
+        by_input = _at(inputs, 2, np.uint64)
+        where = _at(by_input[0], 5, np.int64)
+        commands = _at(by_input[1], (shape[0], COLUMNS), np.float32)
+        height, width = int(commands[0, SOURCE_HEIGHT]), int(commands[0, SOURCE_WIDTH])
+        image = _at(np.uint64(where[0]), height * width * 3, np.uint8)
+        _make_views(image, where[1:4], (height, width), (0, 0), commands, where[4], views)
+
+    return int(run.address)
+
+
+def views_of_decoded() -> int:
+    """Address of the operator on decoded images.
+
+    Inputs of a sample: the decoded part of the image [H, W, 3] uint8; its top-left in the source and the width of the
+    blur kernel, [3] int64; its commands [V, 20].
+    """
+
+    @cfunc(_RUN, cache=CACHE)
+    def run(outputs, shapes, _ranks, _count, inputs, input_shapes, _input_ranks, _input_count):
+        shape = _at(_at(shapes, 1, np.uint64)[0], 4, np.int64)
+        views = _at(_at(outputs, 1, np.uint64)[0], (shape[0], shape[1], shape[2], 3), np.float32)
+        by_input = _at(inputs, 3, np.uint64)
+        part = _at(_at(input_shapes, 3, np.uint64)[0], 3, np.int64)
+        where = _at(by_input[1], 3, np.int64)
+        commands = _at(by_input[2], (shape[0], COLUMNS), np.float32)
+        image = _at(by_input[0], part[0] * part[1] * 3, np.uint8)
+        strides = np.array([part[1] * 3, 3, 1])
+        _make_views(image, strides, (part[0], part[1]), (where[0], where[1]), commands, where[2], views)
+
+    return int(run.address)

@@ -1,0 +1,187 @@
+"""The same commands executed by torchvision: the oracle of the tests and the fallback where DALI has no wheel."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as F
+
+from pipelines.commands import Commands, Policy
+from pipelines.datasets.images import ImageFiles, Images
+from pipelines.errors import BadImage, UserError
+from pipelines.order import Order, Share
+from pipelines.worker_process import begin_work
+
+T = TypeVar("T")
+
+_JITTER_STEPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+_HUE = 3
+
+
+def execute(image: Image.Image, commands: Commands, policy: Policy, n: int, v: int) -> Tensor:
+    """View ``v`` of image ``n`` of ``commands``, made from that image in RGB: [3, size, size] float32 in [0, 1].
+
+    As in the official code, window, jitter and grey act on 8-bit Pillow images, blur and solarization on floats.
+    """
+    size = policy.size
+    view = F.resized_crop(
+        image,
+        int(commands.top[n, v]),
+        int(commands.left[n, v]),
+        int(commands.height[n, v]),
+        int(commands.width[n, v]),
+        [size, size],
+    )
+    if commands.flip[n, v]:
+        view = F.hflip(view)
+    if commands.jitter[n, v]:
+        factors = [commands.brightness[n, v], commands.contrast[n, v], commands.saturation[n, v]]
+        for step in commands.order[n, v]:
+            if step == _HUE:
+                view = F.adjust_hue(view, float(commands.hue_turns[n, v]))
+            else:
+                view = _JITTER_STEPS[step](view, float(factors[step]))
+    if commands.grey[n, v]:
+        view = F.rgb_to_grayscale(view, num_output_channels=3)
+    tensor: Tensor = F.to_tensor(view)
+    if commands.blur[n, v]:
+        tensor = blur(tensor, float(commands.sigma_px[n, v]), policy)
+    if commands.solarize[n, v]:
+        tensor = solarize(tensor)
+    return tensor
+
+
+def blur(view: Tensor, sigma_px: float, policy: Policy) -> Tensor:
+    """Gaussian blur of a view [3, H, W] with the official kernel size, mirrored at the borders."""
+    blurred: Tensor = F.gaussian_blur(view, [policy.blur_window_px] * 2, [sigma_px] * 2)
+    return blurred
+
+
+def solarize(view: Tensor) -> Tensor:
+    """Invert values of one half and more of a view in [0, 1]."""
+    return torch.where(view < 0.5, view, 1 - view)
+
+
+Step = tuple[NDArray[np.float32], NDArray[np.int64], Share, list[BadImage]]
+"""A complete step: views [N, V, H, W, 3], labels [N], the share that was executed, and the images that turned out to be
+bad on the way and are not part of it."""
+
+
+class _Steps(Dataset[Step | UserError]):
+    """Item ``step`` is that step, or why it could not be made: a worker's exceptions would lose their type."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+
+    def __getitem__(self, step: int) -> Step | UserError:
+        found: list[BadImage] = []
+        while True:
+            try:
+                return *self._make(step), found
+            except BadImage as bad:
+                # What replaces it is a fact of seed, epoch, position and files: it needs no other process.
+                found.append(bad)
+                self.order.bad.exclude(bad.image_id)
+            except UserError as error:
+                return error
+
+    def _make(self, step: int) -> tuple[NDArray[np.float32], NDArray[np.int64], Share]:
+        share = self.order.share(step)
+        images, policy, n = self.order.images, share.policy, 0
+        views = np.empty((len(share.image_ids), self.order.views, policy.size, policy.size, 3), np.float32)
+        while n < len(share.image_ids):
+            image_id, commands = int(share.image_ids[n]), share.commands
+            image = images.open(image_id)
+            if image.size != (commands.source_width[n, 0], commands.source_height[n, 0]):
+                # Its file was replaced since it was indexed: its commands, but no others, are drawn for another size.
+                assert isinstance(images, ImageFiles)
+                images.update(image_id)
+                share = self.order.share(step)
+                continue
+            for v in range(self.order.views):
+                views[n, v] = execute(image, commands, policy, n, v).permute(1, 2, 0)
+            n += 1
+        return views, images.labels[share.image_ids], share
+
+
+def evaluation_view(image: Image.Image, resize_px: int | None, size: int) -> Tensor:
+    """[3, size, size] float32 in [0, 1]: the plain image, or its shorter side at ``resize_px`` and the centre of it."""
+    if resize_px is not None:
+        image = F.center_crop(F.resize(image, resize_px), [size, size])
+    tensor: Tensor = F.to_tensor(image)
+    return tensor
+
+
+def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[Step]:
+    """Endless steps from ``first_step`` on, made by so many worker processes (0: in this one)."""
+    return _made(_Steps(order), workers, itertools.count(first_step))
+
+
+class _EvaluationBatches(Dataset[NDArray[np.float32] | UserError]):
+    """Item ``k`` is a batch as evaluation sees it: [n, 3, size, size], or why it cannot be made."""
+
+    def __init__(self, images: Images, batches: list[NDArray[np.int64]], resize_px: int | None, size: int) -> None:
+        self.images, self.image_ids, self.resize_px, self.size = images, batches, resize_px, size
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, k: int) -> NDArray[np.float32] | UserError:
+        try:
+            opened = (self.images.open(int(image_id)) for image_id in self.image_ids[k])
+            return np.stack([evaluation_view(image, self.resize_px, self.size).numpy() for image in opened])
+        except UserError as error:
+            return error
+
+
+def reference_evaluation(
+    images: Images, batches: list[NDArray[np.int64]], resize_px: int | None, size: int, workers: int
+) -> Iterator[Tensor]:
+    """Batches of image ids as evaluation sees the images, each [n, 3, size, size] float32 in [0, 1]."""
+    return map(torch.from_numpy, _made(_EvaluationBatches(images, batches, resize_px, size), workers))
+
+
+def _made(items: Dataset[T | UserError], workers: int, order: Iterable[int] | None = None) -> Iterator[T]:
+    """The items, in this order (None: one after the other), until one is an error, which is raised.
+
+    Workers send arrays through pipes: tensors would be in shared memory, which containers have little of.
+    """
+    if workers:
+        # A DALI pipeline that nobody holds any more ends its threads when Python collects it. A worker forked before
+        # that would wait for ever: it inherits the pipeline, but no threads.
+        gc.collect()
+    loader = DataLoader(
+        items,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=begin_work,
+    )
+    try:
+        for item in loader:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"A worker process that makes views was killed ({error}), perhaps for want of memory; use fewer by "
+            f"--num_workers, or a smaller --batch_size.",
+            local=True,
+        ) from error
+
+
+def _unchanged(item: T) -> T:
+    """Instead of PyTorch's own function, which makes tensors of arrays."""
+    return item

@@ -1,0 +1,172 @@
+"""Evaluate a trained encoder and its probe on the test images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pipelines.errors import UserError
+from stec.cli.common import EncoderConfig, check_place, evaluation_loader, parse, read_encoder, start
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipelines.datasets.images import Images
+    from stec.evaluation.evaluate import Score
+
+CLASSES_SHOWN = 20
+"""Of data sets with more classes, the table leaves them to the file of ``--json``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(EncoderConfig):
+    """Evaluate a trained encoder and its probe on the test images."""
+
+    measures: tuple[Literal["probe", "linear_fit", "fractions", "knn"], ...] = ()
+    """What is measured: the file's probe, a linear classifier fitted to the labelled images, others fitted to 10 % and
+    to 1 % of them, nearest neighbours; default: all that the weights and the data allow."""
+    seed: int = 0
+    """Which images make up the 10 % and 1 %."""
+    json: Path | None = None
+    """Also write the results to this file."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting that is out of its range."""
+        super().validate()
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed} is too small; give 0 or more.")
+        if self.json is not None:
+            # No data set holds such files.
+            data_dir = None if self.json.suffix == ".json" else self.data_dir
+            check_place(self.json, "--json", inputs=(self.ckpt_path, data_dir))
+
+
+def run(arguments: list[str]) -> None:
+    """Evaluate a trained encoder and its probe on the test images; with a probe, the last line is its accuracy."""
+    config = parse(EvalConfig, arguments, name="eval")
+    config.validate()
+    accelerator, console, precision = start(config.mixed_precision)
+
+    from pipelines.datasets.index import open_split
+    from pipelines.files import write_json
+    from stec.distributed import processes
+    from stec.evaluation.evaluate import MEASURES, evaluate
+
+    trained, trained_on = read_encoder(config)
+    model = trained.model("probe")
+    asked = config.measures or MEASURES
+    with console.counting() as progress:
+
+        def open_images(split: Literal["labelled", "test"]) -> tuple[Images, tuple[str, ...]]:
+            fetch = bool(config.download) and accelerator.is_main_process
+            return open_split(
+                config.dataset,
+                config.data_dir,
+                split,
+                download=fetch,
+                exif_orientation=bool(config.exif_orientation),
+                progress=progress,
+            )
+
+        opened: list[tuple[Images, tuple[str, ...]]] = []
+
+        def why_not_labelled() -> str:
+            try:
+                opened.append(open_images("labelled"))
+            except UserError as error:
+                return str(error)
+            return ""
+
+        test, classes = processes.main_process_first(accelerator, lambda: open_images("test"))
+        labelled: Images | None = None
+        reasons = dict.fromkeys(MEASURES, "")
+        if set(asked) != {"probe"}:
+            reason = processes.on_main_process(accelerator, why_not_labelled)
+            reasons = dict.fromkeys(MEASURES, reason)
+            if not reason:
+                labelled, known = opened[0] if opened else open_images("labelled")
+                if known[: len(classes)] != classes:
+                    raise UserError(f"The test images in {config.data_dir} have other classes than the labelled ones.")
+                classes = known
+    reasons["probe"] = why_no_probe(config, model.probe, trained_on, len(classes))
+    measures = tuple(measure for measure in asked if not reasons[measure])
+    left_out = [(measure, reasons[measure]) for measure in asked if reasons[measure]]
+    if left_out and (config.measures or not measures):
+        raise UserError(f"{left_out[0][0]} cannot be measured: {left_out[0][1]}")
+
+    model.to(accelerator.device)
+    console.say(f"{config.ckpt_path} on the {len(test)} test images of {config.dataset}, precision {precision}")
+    for measure, reason in left_out:
+        console.say(f"Not measured: {measure}. {reason}")
+    with console.waiting("evaluating"):
+        scores = evaluate(
+            model.encoder,
+            model.probe,
+            labelled=None if labelled is None else evaluation_loader(config, labelled, accelerator),
+            test=evaluation_loader(config, test, accelerator),
+            classes=len(classes),
+            measures=measures,
+            accelerator=accelerator,
+            seed=config.seed,
+        )
+    console.table("Of the test images", ["", *map(column, scores)], table(scores, classes))
+    probe = scores.get("probe")
+    summary = {} if probe is None else {name: getattr(probe, name) for name in ("loss", "top5_accuracy", "accuracy")}
+    if config.json is not None and accelerator.is_main_process:
+        facts = {"dataset": config.dataset, "ckpt_path": str(config.ckpt_path), "trained_on": trained_on}
+        written = {
+            name: {**dataclasses.asdict(of), "class_accuracies": by_name(of, classes)} for name, of in scores.items()
+        }
+        write_json(config.json, {**facts, "test_images": len(test), **summary, "measures": written})
+    for name, value in summary.items():
+        console.say(f"{name} {value:.4f}")
+    accelerator.end_training()
+
+
+def why_no_probe(config: EvalConfig, probe: nn.Linear | None, trained_on: str, classes: int) -> str:
+    """Why the file's probe cannot be evaluated, empty if it can."""
+    if probe is None:
+        return f"{config.ckpt_path} holds no probe; fit one by --measures linear_fit."
+    if trained_on != config.dataset:
+        return f"The probe of {config.ckpt_path} was trained on {trained_on}; fit one by --measures linear_fit."
+    known = probe.out_features
+    if known != classes:
+        return f"The probe of {config.ckpt_path} tells {known} classes apart, but {config.dataset} has {classes}."
+    return ""
+
+
+def column(name: str) -> str:
+    """What a person calls a score."""
+    if name.startswith("knn"):
+        return f"kNN, k {name[3:]}"
+    return name.replace("_percent", " %").replace("linear_fit_", "fit to ").replace("_", " ")
+
+
+def table(scores: Mapping[str, Score], classes: Sequence[str]) -> list[list[str]]:
+    """Rows of the closing table: a column for each score."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    of_all = scores.values()
+    rows = [
+        ["top-1", *(percent(score.accuracy) for score in of_all)],
+        ["top-5", *(percent(score.top5_accuracy) for score in of_all)],
+        ["loss", *("-" if score.loss is None else f"{score.loss:.3f}" for score in of_all)],
+        ["fitted to", *("-" if score.fitted_to is None else str(score.fitted_to) for score in of_all)],
+    ]
+    shown = {name: [score.class_accuracies[k] for score in of_all] for k, name in enumerate(classes)}
+    if len(classes) > CLASSES_SHOWN:
+        measured = [[value for value in score.class_accuracies if value is not None] for score in of_all]
+        shown = {
+            "worst class": [min(values) for values in measured],
+            "best class": [max(values) for values in measured],
+        }
+    return rows + [[name, *map(percent, values)] for name, values in shown.items()]
+
+
+def by_name(score: Score, classes: Sequence[str]) -> dict[str, float | None]:
+    return dict(zip(classes, score.class_accuracies, strict=True))

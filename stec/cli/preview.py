@@ -1,0 +1,115 @@
+"""Show the views of some images in a picture, as training sees or saw them, and what an inverse model believes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from pipelines.errors import UserError
+from stec.cli.common import check_place, parse_some, training_loader
+from stec.cli.launcher import is_main_process
+from stec.cli.train import parse_train, title
+from stec.config import check_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Show some images' views in a picture, with what was executed in words; takes every flag of training, too."""
+
+    out: tyro.conf.Positional[Path]
+    """The picture to write, ending in .png."""
+    config: Path | None = None
+    """A run's config.json: show what that run trained on."""
+    epoch: int = 0
+    """Epoch, counted from 0 as in metrics.jsonl."""
+    position: int = 0
+    """First position in the epoch, counted from 0."""
+    count: int = 4
+    """Images to show."""
+    ckpt_path: Path | None = None
+    """Also show where the inverse model of this run's folder or file believes view j's window to be."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting that is out of its range."""
+        check_ranges(self, {"epoch": (0, None), "position": (0, None), "count": (1, 100)})
+        if self.out.suffix.lower() != ".png":
+            raise UserError(f"{self.out} does not end in .png, the format that is written.")
+
+
+def run(arguments: list[str]) -> None:
+    """Show the views of some images in a picture, as training sees or saw them."""
+    # Behind flags of training, which are not known here, it could not be told from their values.
+    if not arguments or (arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments)):
+        raise UserError("launch.py preview needs the name of the picture first: launch.py preview OUT.png ...")
+    config, rest = parse_some(PreviewConfig, arguments, name="preview")
+    config.validate()
+    settings, _ = parse_train([*(["--config", str(config.config)] if config.config else []), *rest])
+    check_place(config.out, inputs=(settings.data_dir,))
+    if config.epoch >= settings.max_epochs:
+        raise UserError(f"--epoch {config.epoch} is beyond the last one; give 0 to {settings.max_epochs - 1}.")
+
+    import torch
+
+    from pipelines.datasets.index import open_data_set
+    from pipelines.files import write_whole
+    from stec.console import Console
+    from stec.evaluation.examples import examples
+    from stec.evaluation.preview import png, sheet
+    from stec.runs.run_record import read_run
+    from stec.training.engine import resolve_precision
+    from stec.weights.pretrained import read_trained
+
+    console = Console(enabled=is_main_process())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked = None
+    if config.ckpt_path is not None:
+        trained = read_trained(config.ckpt_path, otherwise=settings.traits.stem)
+        asked = trained.model("inverse_model").to(device), trained.convention or settings.affine
+        if asked[0].inverse_model is None:
+            raise UserError(
+                f"{config.ckpt_path} holds no inverse model (SimCLR, an encoder alone and a linear fit have none); "
+                f"give an S-TEC run's folder or its model.safetensors, or leave --ckpt_path out."
+            )
+    with console.counting() as progress:
+        data_set = open_data_set(
+            settings.dataset,
+            settings.data_dir,
+            limit_train=settings.limit_train,
+            exif_orientation=bool(settings.exif_orientation),
+            progress=progress,
+        )
+    loader = training_loader(
+        dataclasses.replace(settings, batch_size=1, accumulate=1),
+        data_set,
+        device=device,
+        precision=resolve_precision(settings.mixed_precision, device) if device.type == "cuda" else "no",
+    )
+    # A run leaves out what does not fill its last batch.
+    positions, where = loader.order.epoch_length, ""
+    if config.config is not None and (config.config.parent / "starts.jsonl").is_file():
+        loader.order.bad.know(config.config.parent / "bad-images.tsv")
+        batch = read_run(config.config.parent).global_batch_size or settings.batch_size * settings.accumulate
+        positions -= positions % batch
+        where = f" · step {config.epoch * (positions // batch) + config.position // batch + 1} of the run"
+    if config.position >= positions:
+        raise UserError(f"--position {config.position} is beyond the epoch; give 0 to {positions - 1}.")
+    shown = examples(
+        loader,
+        epoch=config.epoch,
+        position=config.position,
+        count=min(config.count, positions - config.position),
+        classes=data_set.classes,
+        asked=asked,
+    )
+    picture = sheet(
+        f"{title(settings).split(' (')[0]} on {settings.dataset}",
+        f"epoch {config.epoch}, position {config.position} and on{where} · seed {settings.seed} · views of "
+        f"{shown[0].views.shape[1]} px, made by {loader.backend}",
+        shown,
+    )
+    if is_main_process():
+        write_whole(config.out, png(picture))
+    console.say(f"{len(shown)} image(s) shown in {config.out}")

@@ -1,0 +1,166 @@
+"""Show runs side by side on one HTML page: curves, results, settings, and what their models make of their images."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from pipelines.errors import UserError
+from stec.cli.common import evaluation_loader, parse, start, training_loader
+from stec.config import TrainConfig, check_ranges
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from pipelines.datasets.index import DataSet
+    from stec.evaluation.report import Look, Neighbours
+    from stec.models.model import Model
+    from stec.runs.run_record import RunRecord
+
+BATCH_SIZE = 64
+EXAMPLES, QUERIES, NEIGHBOURS = 3, 6, 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Show runs side by side on one HTML page that needs no network; unfinished runs, too."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs."""
+    out: Path = Path("report.html")
+    """The page to write."""
+    images: int = 1024
+    """Pairs of training views that an inverse model is asked about, and images that neighbours are sought among."""
+    data_dir: Path | None = None
+    """Folder that holds the data set, if it is no longer the one that the runs name."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting that is out of its range."""
+        if not self.runs:
+            raise UserError("launch.py report needs the folder of a run: launch.py report RUN [RUN ...].")
+        check_ranges(self, {"images": (1, None)})
+        if self.out.suffix.lower() not in (".html", ".htm") or self.out.is_dir() or not self.out.parent.is_dir():
+            raise UserError(f"--out {self.out} cannot be written; name an .html file in an existing folder.")
+        if importlib.util.find_spec("plotly") is None:
+            raise UserError("launch.py report draws with plotly, which is not installed; run pip install plotly.")
+
+
+def run(arguments: list[str]) -> None:
+    """Write a page that shows runs side by side."""
+    config = parse(ReportConfig, arguments, name="report")
+    config.validate()
+
+    from pipelines.files import write_whole
+    from stec.runs.run_record import read_run
+
+    records = [read_run(path) for path in config.runs]
+    accelerator, console, _ = start("no")
+
+    from stec.evaluation.report import report
+
+    looks = []
+    for record in records:
+        with console.waiting(f"looking at {record.path}"):
+            looks.append(look_into(record, config, accelerator))
+        for remark in (*record.remarks, *looks[-1].remarks):
+            console.say(f"{record.path}: {remark}")
+    if accelerator.is_main_process:
+        # Names of files may be no valid Unicode.
+        write_whole(config.out, report(records, looks).encode(errors="replace"))
+    console.say(f"The report is in {config.out.resolve()}")
+    accelerator.end_training()
+
+
+def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator) -> Look:
+    """What the run's model makes of its images, as far as both can be had."""
+    from pipelines.datasets.index import open_data_set
+    from stec.evaluation.beliefs import confusion
+    from stec.evaluation.examples import examples
+    from stec.evaluation.report import Look
+    from stec.weights.pretrained import read_trained
+
+    look = Look()
+    if record.config is None:
+        return look
+    settings = dataclasses.replace(record.config, data_dir=wanted.data_dir or record.config.data_dir, accumulate=1)
+    asked = None
+    try:
+        if record.weights is not None:
+            trained = read_trained(
+                record.weights, otherwise=settings.traits.stem, stem_set_by="the dataset in config.json"
+            )
+            asked = trained.model("inverse_model").to(accelerator.device), trained.convention or settings.affine
+        else:
+            look.remarks.append("There are no weights yet: what the model believes and finds similar is left out.")
+    except UserError as error:
+        look.remarks.append(f"{error} What the model believes and finds similar is left out.")
+    try:
+        data_set = open_data_set(
+            settings.dataset,
+            settings.data_dir,
+            limit_train=settings.limit_train,
+            exif_orientation=bool(settings.exif_orientation),
+        )
+        batch_size = min(BATCH_SIZE, len(data_set.train), wanted.images)
+        one_by_one, batches = (
+            training_loader(
+                dataclasses.replace(settings, batch_size=size), data_set, device=accelerator.device, precision="no"
+            )
+            for size in (1, batch_size)
+        )
+        for loader in (one_by_one, batches):
+            loader.order.bad.know(record.path / "bad-images.tsv")
+        believing = asked if asked is not None and asked[0].inverse_model is not None else None
+        look.examples = examples(
+            one_by_one, epoch=0, position=0, count=EXAMPLES, classes=data_set.classes, asked=believing
+        )
+        if believing is not None:
+            steps = min(batches.steps_per_epoch, wanted.images // batch_size)
+            look.confusion = confusion(believing[0], itertools.islice(batches.batches(0), steps), believing[1])
+        elif asked is not None:
+            look.remarks.append("The run has no inverse model, so nothing is believed.")
+        if asked is not None:
+            look.neighbours = neighbours(asked[0], settings, data_set, wanted.images, accelerator)
+            if not look.neighbours:
+                look.remarks.append("The data set has no test images, so no neighbours are shown.")
+    except UserError as error:
+        look.remarks.append(f"The data cannot be shown: {error}")
+    return look
+
+
+def neighbours(
+    model: Model, settings: TrainConfig, data_set: DataSet, limit: int, accelerator: Accelerator
+) -> list[Neighbours]:
+    """Some test images, and what the encoder finds most similar among at most ``limit`` labelled images."""
+    from stec.evaluation.evaluate import evenly_spread, extract_features, nearest
+    from stec.evaluation.report import Neighbours
+
+    if data_set.test is None or data_set.labelled is None:
+        return []
+    settings = dataclasses.replace(settings, batch_size=BATCH_SIZE)
+    bank_ids = evenly_spread(len(data_set.labelled), limit)
+    query_ids = evenly_spread(len(data_set.test), QUERIES)
+    bank, queries = (
+        extract_features(model.encoder, evaluation_loader(settings, images, accelerator), accelerator, image_ids)
+        for images, image_ids in ((data_set.labelled, bank_ids), (data_set.test, query_ids))
+    )
+    similarity, rows = nearest(bank, queries, NEIGHBOURS, accelerator.device)
+    found = []
+    for n, image_id in enumerate(query_ids.tolist()):
+        found.append(
+            Neighbours(
+                image=data_set.test.open(image_id),
+                name=data_set.classes[int(queries.labels[n])],
+                nearest=[
+                    (data_set.labelled.open(int(bank_ids[row])), data_set.classes[int(bank.labels[row])], float(value))
+                    for row, value in zip(rows[n].tolist(), similarity[n])
+                ],
+            )
+        )
+    return found

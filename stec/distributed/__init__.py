@@ -1,0 +1,1 @@
+"""Several processes that work together: what they exchange, and what happens when one of them fails."""

@@ -1,0 +1,230 @@
+"""How good features are: the trained probe, linear fits on all labels and on few, and nearest neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipelines.batch import PlainLoader
+from stec.models.encoder import Encoder
+
+Measure = Literal["probe", "linear_fit", "fractions", "knn"]
+"""The trained probe; a linear classifier fitted to the labelled images; the same fitted to few of them; the nearest of
+them. ``MEASURES`` has them in the order of tables."""
+MEASURES: tuple[Measure, ...] = ("probe", "linear_fit", "fractions", "knn")
+NEIGHBOURS = 20
+KNN = f"knn{NEIGHBOURS}"
+"""Name of the neighbours' score."""
+FIT_LIMIT = 50_000
+"""At most so many labelled images serve as neighbours and for the linear fit."""
+PERCENTAGES = (10, 1)
+"""Shares of the labels that ``fractions`` fits to, in percent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features of N images, on the host."""
+
+    features: Tensor
+    """[N, D] float32."""
+    labels: Tensor
+    """[N] int64."""
+
+    def __getitem__(self, rows: Tensor) -> Features:
+        return Features(features=self.features[rows], labels=self.labels[rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How well the images of a data set were classified; shares are 0 to 1."""
+
+    accuracy: float
+    top5_accuracy: float
+    class_accuracies: list[float | None]
+    """Of each class, the share of its images that were told to be of it; None of a class without images."""
+    loss: float | None
+    """Mean cross-entropy; None where the classifier gives no probabilities."""
+    fitted_to: int | None
+    """Labelled images that the classifier was made of; None of the trained probe."""
+
+
+def evaluate(
+    encoder: Encoder,
+    probe: nn.Linear | None,
+    *,
+    labelled: PlainLoader | None,
+    test: PlainLoader,
+    classes: int,
+    measures: Collection[Measure],
+    accelerator: Accelerator,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """Every measure's score on the test images, by name; each image passes the encoder once.
+
+    All processes share that work and return the same. ``probe`` is needed for the measure of that name, ``labelled``
+    for the others. ``seed`` chooses the images of ``fractions``: the same for any encoder.
+    """
+    scores: dict[str, Score] = {}
+    queries = extract_features(encoder, test, accelerator, np.arange(len(test)))
+    if "probe" in measures:
+        assert probe is not None, "the measure needs it"
+        scores["probe"] = score(probe_logits(probe, queries), queries.labels)
+    chosen = _chosen(labelled, measures, seed)
+    if labelled is None or not chosen:
+        return scores
+
+    image_ids = np.unique(np.concatenate([*chosen.values()]))
+    bank = extract_features(encoder, labelled, accelerator, image_ids)
+    for name, of_score in chosen.items():
+        classify = knn_votes if name == KNN else linear_fit_logits
+        known = bank[torch.from_numpy(np.searchsorted(image_ids, of_score))]
+        classified = classify(known, queries, classes, accelerator.device)
+        scores[name] = score(classified, queries.labels, fitted_to=len(of_score), probabilities=name != KNN)
+    return scores
+
+
+def _chosen(labelled: PlainLoader | None, measures: Collection[Measure], seed: int) -> dict[str, NDArray[np.int64]]:
+    """Which labelled images each linear fit gets, and which are neighbours, by their scores' names."""
+    chosen: dict[str, NDArray[np.int64]] = {}
+    if labelled is None:
+        return chosen
+    spread = evenly_spread(len(labelled), FIT_LIMIT)
+    if "linear_fit" in measures:
+        chosen["linear_fit"] = spread
+    if "fractions" in measures:
+        for percent in PERCENTAGES:
+            chosen[f"linear_fit_{percent}_percent"] = class_balanced(labelled.labels, percent / 100, seed)
+    if "knn" in measures:
+        chosen[KNN] = spread
+    return chosen
+
+
+def evenly_spread(count: int, limit: int) -> NDArray[np.int64]:
+    """Numbers of at most ``limit`` of ``count`` images, evenly spread, since images may be sorted by class."""
+    chosen = min(count, limit)
+    return np.arange(chosen) * count // chosen
+
+
+def class_balanced(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
+    """Ascending numbers of about ``fraction`` of the images, as many of each class, at least one; all where a class has
+    fewer.
+
+    A pure function of the labels and the seed; what a smaller fraction holds, a larger one holds, too.
+    """
+    present = np.unique(labels)
+    per_class = max(1, round(fraction * len(labels) / len(present)))
+    orders = [np.random.default_rng([seed, k]).permutation(np.flatnonzero(labels == k)) for k in present.tolist()]
+    return np.sort(np.concatenate([order[:per_class] for order in orders]))
+
+
+def encode_batches(
+    encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, *stretches: NDArray[np.int64]
+) -> Iterator[Tensor]:
+    """Features [n, D] float32 on the device, batch after batch of the loader, of an encoder in evaluation mode."""
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        for batch in loader.batches(*stretches):
+            with torch.no_grad(), accelerator.autocast():
+                yield encoder(batch.images).float()
+    finally:
+        encoder.train(was_training)
+
+
+def extract_features(
+    encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, image_ids: NDArray[np.int64]
+) -> Features:
+    """Features of the images of these numbers, in this order, on every process; the work is shared.
+
+    Each process takes one stretch of the images; the stretches are padded to equal length for the exchange.
+    """
+    stretches = np.array_split(image_ids, accelerator.num_processes)
+    longest = len(stretches[0])
+    own = torch.zeros(longest, encoder.feature_dim, device=accelerator.device)
+    done = 0
+    for features in encode_batches(encoder, loader, accelerator, stretches[accelerator.process_index]):
+        own[done : done + len(features)] = features
+        done += len(features)
+    gathered = accelerator.gather(own).cpu().split(longest)
+    return Features(
+        features=torch.cat([part[: len(ids)] for part, ids in zip(gathered, stretches)]),
+        labels=torch.from_numpy(loader.labels[image_ids]),
+    )
+
+
+def score(classified: Tensor, labels: Tensor, *, fitted_to: int | None = None, probabilities: bool = True) -> Score:
+    """The score of logits or votes [N, C], the highest of which tells an image's class, where the labels are [N].
+
+    ``probabilities``: they are logits.
+    """
+    classes = classified.shape[1]
+    best = classified.topk(min(5, classes), dim=1).indices == labels[:, None]
+    per_class = torch.bincount(labels, minlength=classes)
+    correct = torch.bincount(labels[best[:, 0]], minlength=classes)
+    return Score(
+        accuracy=float(best[:, 0].float().mean()),
+        top5_accuracy=float(best.any(dim=1).float().mean()),
+        class_accuracies=[right / all_ if all_ else None for right, all_ in zip(correct.tolist(), per_class.tolist())],
+        loss=float(F.cross_entropy(classified, labels)) if probabilities else None,
+        fitted_to=fitted_to,
+    )
+
+
+def nearest(bank: Features, queries: Features, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine similarities [N, count] of each query's nearest in the bank, nearest first, and their rows there, both on
+    the host. A bank of fewer gives fewer.
+    """
+    keys = F.normalize(bank.features.to(device), dim=1)
+    found = [
+        (F.normalize(features.to(device), dim=1) @ keys.T).topk(min(count, len(keys)), dim=1)
+        for features in queries.features.split(1024)
+    ]
+    return torch.cat([best.values.cpu() for best in found]), torch.cat([best.indices.cpu() for best in found])
+
+
+def knn_votes(bank: Features, queries: Features, classes: int, device: torch.device) -> Tensor:
+    """[N, C] on the host: the votes of each query's 20 nearest neighbours in the bank.
+
+    Cosine similarity s, votes weighted by exp(s / 0.07), as in Wu et al. 2018, "Unsupervised Feature Learning via
+    Non-Parametric Instance Discrimination".
+    """
+    similarity, rows = nearest(bank, queries, NEIGHBOURS, device)
+    votes = torch.zeros(len(queries.labels), classes)
+    return votes.scatter_add_(1, bank.labels[rows], torch.exp(similarity / 0.07))
+
+
+def linear_fit_logits(bank: Features, queries: Features, classes: int, device: torch.device) -> Tensor:
+    """[N, C] on the host: the queries' logits of a logistic regression fitted to the bank's standardised features.
+
+    Full-batch L-BFGS with an L2 penalty of 1e-4 on the weights; deterministic.
+    """
+    mean, deviation = bank.features.mean(0), bank.features.std(0, correction=0) + 1e-6
+    train = ((bank.features - mean) / deviation).to(device)
+    test = ((queries.features - mean) / deviation).to(device)
+    labels = bank.labels.to(device)
+    weight = torch.zeros(train.shape[1], classes, device=device, requires_grad=True)
+    bias = torch.zeros(classes, device=device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(train @ weight + bias, labels) + 1e-4 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return (test @ weight + bias).cpu()
+
+
+def probe_logits(probe: nn.Linear, queries: Features) -> Tensor:
+    """[N, C]: the queries' logits of a trained probe, in float32 on the host."""
+    return F.linear(queries.features, probe.weight.detach().float().cpu(), probe.bias.detach().float().cpu())

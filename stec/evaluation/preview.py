@@ -1,0 +1,271 @@
+"""Pictures of commands: the source image with both windows, the views, the values in words, and what is believed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from pipelines.commands import Commands
+from stec.evaluation.beliefs import Beliefs, overlap
+from stec.objectives.geometry import window_matrices, windows_of
+
+PANEL_PX = 288
+"""Height and width of a panel: a multiple of 32, 96 and 144."""
+COLOURS = {"i": "#1769c4", "j": "#e07a00", "believed": "#b5179e"}
+"""Of what belongs to view i, to view j, and to the window that is believed to be view j's."""
+NAMES = "ij"
+JITTER = ("brightness", "contrast", "saturation", "hue_turns")
+
+NO_BREAK = "\u00a0"
+
+_PAPER, _INK, _FAINT = "#ffffff", "#1b1f24", "#6a737d"
+_MARGIN, _GAP, _LINE, _SIZE = 36, 24, 20, 15
+_NAME_WIDTH = 66
+_WIDE = {"i": 6, "j": 4, "believed": 4}
+"""Widths of outlines: view i's is wider, so that it shows where both are the same."""
+_ROOM = 0.14
+"""Of a panel's width on each side, for believed windows that reach beyond the image."""
+
+Words = tuple[tuple[str, str], ...]
+"""Names and values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """An image as training saw it."""
+
+    title: str
+    source: Image.Image
+    """The whole image, in RGB."""
+    views: NDArray[np.uint8]
+    """[V, H, W, 3]: views i and j, or the only one."""
+    commands: Commands
+    """Of this image alone: arrays are [1, V]."""
+    beliefs: Beliefs | None = None
+    """Of an inverse model about this pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A picture with words."""
+
+    heading: str
+    colour: str | None
+    """Of the heading; None is that of all text."""
+    image: Image.Image
+    """PANEL_PX high and wide, RGBA: transparent where there is nothing."""
+    words: Words
+
+
+def panels(example: Example) -> list[Panel]:
+    """The source with the views' windows, each view, and with an inverse model the window that it believes in."""
+    source, commands = example.source, example.commands
+    windows, flips = windows_of(window_matrices(commands)[0])
+    canvas = _Canvas(source)
+    canvas.windows({NAMES[v]: (window, bool(flips[v])) for v, window in enumerate(windows)})
+    facts = (("image", example.title), ("size", f"{source.width} x {source.height} px"))
+    made = [Panel(heading="source", colour=None, image=canvas.image, words=facts)]
+    for v, view in enumerate(example.views):
+        made.append(
+            Panel(
+                heading=f"view {NAMES[v]}",
+                colour=COLOURS[NAMES[v]],
+                image=_Canvas(Image.fromarray(view)).image,
+                words=in_words(commands, v),
+            )
+        )
+    if example.beliefs is not None:
+        canvas = _Canvas(source, room=_ROOM, dim=0.5)
+        canvas.windows(
+            {
+                "i": (windows[0], bool(flips[0])),
+                "j": (windows[1], bool(flips[1])),
+                "believed": (example.beliefs.windows[0], bool(example.beliefs.flips[0])),
+            }
+        )
+        made.append(
+            Panel(
+                heading="view j, as believed",
+                colour=COLOURS["believed"],
+                image=canvas.image,
+                words=_error_in_words(example, windows[1], bool(flips[1]), example.beliefs),
+            )
+        )
+    return made
+
+
+def in_words(commands: Commands, v: int) -> Words:
+    """What was executed to make view ``v`` of the first image of ``commands``."""
+
+    def value(name: str) -> float:
+        return float(getattr(commands, name)[0, v])
+
+    share = value("width") * value("height") / (value("source_width") * value("source_height"))
+    window = f"{_window(value('left'), value('top'), value('width'), value('height'))}, {share:.0%} of the image"
+    steps = [
+        f"hue {value(name):+.3f} turns" if name == "hue_turns" else f"{name} x {value(name):.2f}"
+        for name in (JITTER[kind] for kind in commands.order[0, v])
+    ]
+    jitter = ", then ".join(step.replace(" ", NO_BREAK) for step in steps)
+    return (
+        ("window", window),
+        ("flip", "left to right" if commands.flip[0, v] else "no"),
+        ("jitter", jitter if commands.jitter[0, v] else "no"),
+        ("grey", "yes" if commands.grey[0, v] else "no"),
+        ("blur", f"sigma {value('sigma_px'):.2f} px" if commands.blur[0, v] else "no"),
+        ("solarize", "yes" if commands.solarize[0, v] else "no"),
+    )
+
+
+def _error_in_words(example: Example, true: NDArray[np.float64], flipped: bool, beliefs: Beliefs) -> Words:
+    """How far the believed window of view j is from the true one."""
+    height, width = example.source.height, example.source.width
+    pixels = np.array([width, height, width, height])
+    believed, best = beliefs.windows[0], beliefs.best_windows[0]
+    x, y = (believed[:2] + believed[2:] / 2 - true[:2] - true[2:] / 2) * pixels[:2]
+    ratio = believed[2:] / true[2:]
+    right = int((beliefs.true_bins[0] == beliefs.believed_bins[0]).sum())
+    words = [
+        ("window", _window(*(believed * pixels).round().tolist())),
+        (
+            "centre",
+            f"{abs(x):.1f} px too far {'right' if x > 0 else 'left'}, {abs(y):.1f} px {'down' if y > 0 else 'up'}",
+        ),
+        ("size", f"width x {ratio[0]:.2f}, height x {ratio[1]:.2f} of the true one"),
+        (
+            "flip",
+            ("left to right" if beliefs.flips[0] else "no") + ("" if beliefs.flips[0] == flipped else ", wrongly"),
+        ),
+        ("overlap", f"{overlap(believed, true):.0%} of the union ({overlap(best, true):.0%} with every bin right)"),
+        ("bins", f"{right} of 6 right"),
+    ]
+    if example.commands.solarize.any():
+        words.append(("note", "solarized pairs are not trained on"))
+    return tuple(words)
+
+
+def _window(left: float, top: float, width: float, height: float) -> str:
+    return f"{width:.0f} x {height:.0f} px at left {left:.0f}, top {top:.0f}"
+
+
+class _Canvas:
+    """A square that holds an image as large as it goes, with ``room`` around it (a share of the side)."""
+
+    def __init__(self, picture: Image.Image, *, room: float = 0.0, dim: float = 0.0) -> None:
+        self.image = Image.new("RGBA", (PANEL_PX, PANEL_PX))
+        side = PANEL_PX * (1 - 2 * room)
+        scale = side / max(picture.size)
+        self.size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+        self.corner = (PANEL_PX - self.size[0]) // 2, (PANEL_PX - self.size[1]) // 2
+        # Small images show their pixels as they are.
+        filtering = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+        shown = picture.resize(self.size, filtering)
+        if dim:
+            shown = Image.blend(shown, Image.new("RGB", self.size, "white"), dim)
+        self.image.paste(shown, self.corner)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def windows(self, windows: dict[str, tuple[NDArray[np.float64], bool]]) -> None:
+        """The outlines of windows (left, top, width, height, as shares of the image), whether they are flipped, by
+        their names, which stand on top."""
+        boxes = {name: self._box(window, name) for name, (window, _) in windows.items()}
+        for name, box in boxes.items():
+            if name == "believed":
+                self._dashes(box, COLOURS[name])
+            else:
+                self.draw.rectangle(box, outline=COLOURS[name], width=_WIDE[name])
+        for name, (_, flipped) in windows.items():
+            self._tag(boxes[name], name, flipped)
+
+    def _box(self, window: NDArray[np.float64], name: str) -> tuple[int, int, int, int]:
+        """The first and the last pixel of a window, which its lines lie within."""
+        x, y = (
+            [self.corner[k] + round(float(share) * self.size[k]) for share in (window[k], window[k] + window[k + 2])]
+            for k in (0, 1)
+        )
+        smallest = 2 * _WIDE[name]
+        return x[0], y[0], max(x[1], x[0] + smallest) - 1, max(y[1], y[0] + smallest) - 1
+
+    def _dashes(self, box: tuple[int, int, int, int], colour: str) -> None:
+        left, top, right, bottom = box
+        wide = _WIDE["believed"]
+        self.draw.rectangle(box, outline="white", width=wide)
+        dash = 10
+        for x in range(left, right + 1, 2 * dash):
+            end = min(x + dash, right)
+            self.draw.rectangle((x, top, end, top + wide - 1), fill=colour)
+            self.draw.rectangle((x, bottom - wide + 1, end, bottom), fill=colour)
+        for y in range(top, bottom + 1, 2 * dash):
+            end = min(y + dash, bottom)
+            self.draw.rectangle((left, y, left + wide - 1, end), fill=colour)
+            self.draw.rectangle((right - wide + 1, y, right, end), fill=colour)
+
+    def _tag(self, box: tuple[int, int, int, int], name: str, flipped: bool) -> None:
+        """View i's name stands in the window's upper left corner, view j's in its lower right, the believed one's above
+        its upper right; a double arrow beside it says that the window is flipped."""
+        font = ImageFont.load_default(14)
+        text = round(font.getlength(name))
+        width, height = text + 12 + (24 if flipped else 0), 20
+        left = box[0] if name == "i" else box[2] - width + 1
+        top = {"i": box[1], "j": box[3] - height + 1, "believed": box[1] - height}[name]
+        left = min(max(left, 0), PANEL_PX - width)
+        top = min(max(top, 0), PANEL_PX - height)
+        self.draw.rectangle((left, top, left + width - 1, top + height - 1), fill=COLOURS[name])
+        self.draw.text((left + 6, top + height / 2), name, fill="white", font=font, anchor="lm")
+        if flipped:
+            middle, start = top + height // 2, left + text + 10
+            self.draw.polygon([(start, middle), (start + 7, middle - 5), (start + 7, middle + 5)], fill="white")
+            self.draw.polygon([(start + 18, middle), (start + 11, middle - 5), (start + 11, middle + 5)], fill="white")
+
+
+def sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Image.Image:
+    """All panels of the examples, a row each, under a title: an RGB picture."""
+    rows = [panels(example) for example in examples]
+    large, small, bold = (ImageFont.load_default(size) for size in (26, _SIZE, 18))
+    wrapped = [[_wrap(panel.words, small) for panel in row] for row in rows]
+    heights = [_LINE + 14 + PANEL_PX + 10 + _LINE * max(map(len, texts)) + _GAP for texts in wrapped]
+    top = _MARGIN + 44 + 36
+    width = 2 * _MARGIN + len(rows[0]) * (PANEL_PX + _GAP) - _GAP
+    picture = Image.new("RGB", (width, top + sum(heights) + _MARGIN - _GAP), _PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=large)
+    draw.text((_MARGIN, _MARGIN + 38), subtitle, fill=_FAINT, font=small)
+    for row, texts, height in zip(rows, wrapped, heights):
+        for k, (panel, lines) in enumerate(zip(row, texts)):
+            left = _MARGIN + k * (PANEL_PX + _GAP)
+            draw.text((left, top), panel.heading, fill=panel.colour or _INK, font=bold)
+            picture.paste(panel.image, (left, top + _LINE + 8), panel.image)
+            below = top + _LINE + 8 + PANEL_PX + 12
+            for n, (name, text) in enumerate(lines):
+                draw.text((left, below + n * _LINE), name, fill=_FAINT, font=small)
+                draw.text((left + _NAME_WIDTH, below + n * _LINE), text, fill=_INK, font=small)
+        top += height
+    return picture
+
+
+def png(picture: Image.Image) -> bytes:
+    """The picture as the content of a PNG file."""
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
+def _wrap(words: Words, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[tuple[str, str]]:
+    """Lines of name and text that are not wider than a panel; a name stands before its first line only."""
+    lines = []
+    for name, value in words:
+        line = ""
+        for word in value.split(" "):
+            longer = f"{line} {word}".strip(" ")
+            if line and font.getlength(longer.replace(NO_BREAK, " ")) > PANEL_PX - _NAME_WIDTH:
+                lines.append((name, line))
+                name, longer = "", word
+            line = longer
+        lines.append((name, line))
+    # The font lacks this space.
+    return [(name, line.replace(NO_BREAK, " ")) for name, line in lines]

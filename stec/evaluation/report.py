@@ -1,0 +1,387 @@
+"""Runs side by side on one HTML page that needs nothing else: no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from stec.config import RUN_LOCAL
+from stec.evaluation.page import page
+from stec.evaluation.preview import Example, panels, png
+from stec.objectives.objective import bin_centres
+from stec.runs.run_folder import RESULTS
+from stec.runs.run_record import RunRecord
+
+POINTS = 1000
+"""A curve of more points than this becomes one of means over equal stretches."""
+THUMBNAIL_PX = 128
+HOVER_CHARACTERS = 24
+"""Of a line of a run's name beside the pointer: as many as fit into the chart on a phone."""
+
+RUN_COLOURS = ("#3b7dd8", "#e07a00", "#2a9d6f", "#c23bae", "#8a6d3b", "#d1495b", "#6c63c7", "#5f6b76")
+
+LEARNING = {
+    "loss": "Loss",
+    "discrimination": "Contrastive loss (NT-Xent)",
+    "manipulation": "Inverse model: loss",
+    "supervised": "Online probe: loss",
+    "discrimination_accuracy": "Contrastive accuracy, among all other views",
+    "manipulation_accuracy": "Inverse model: accuracy per entry",
+    "supervised_accuracy": "Online probe: accuracy on training views",
+    "contrast_entropy": "Entropy of the contrast, nats",
+    "learning_rate": "Learning rate",
+}
+PACE = {"images_per_second": "Images per second", "wait_share": "Share of time waiting for data"}
+ENTRIES = (("x scale", "x shear", "x shift"), ("y shear", "y scale", "y shift"))
+"""The entries of the command; a window's shears are 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """A test image and the images whose features are nearest to its own."""
+
+    image: Image.Image
+    name: str
+    nearest: list[tuple[Image.Image, str, float]]
+    """Image, name and cosine similarity, nearest first."""
+
+
+@dataclass(kw_only=True)
+class Look:
+    """What a run's model and data show."""
+
+    examples: list[Example] = field(default_factory=list)
+    confusion: NDArray[np.int64] | None = None
+    """[2, 3, K, K], as ``stec.evaluation.beliefs.confusion`` counts."""
+    neighbours: list[Neighbours] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    """What is left out and why, a sentence each."""
+
+
+def report(records: Sequence[RunRecord], looks: Sequence[Look]) -> str:
+    """The report, a whole HTML document. Everything that came from files is escaped."""
+    names = _names(records)
+    keys = "".join(
+        f'<button type="button" aria-pressed="true" data-run="{n}">{_dot(n)}{_safe(name)}</button>'
+        for n, name in enumerate(names)
+    )
+    sections = [
+        _section("Runs", _facts(records, names) + _remarks(records, looks, names)),
+        _section("Results", _results(records, names)),
+        _section("Learning curves", _curves(records, names, LEARNING)),
+        _section("Pace", _curves(records, names, PACE)),
+        _section(
+            "Views",
+            _by_run(names, [_views(look.examples) for look in looks]),
+            "What training saw, first positions of the first epoch: the source with both windows (a double arrow "
+            "means flipped), the views, and where the inverse model believes view j's window to be.",
+        ),
+        _section(
+            "What the inverse model believes",
+            _by_run(names, [_confusion(n, look.confusion) for n, look in enumerate(looks)]),
+            "Each entry of the command from view i to view j: of the pairs whose true bin is in a row, the share that "
+            "is believed to be in each column. A window's shear is always 0.",
+        ),
+        _section(
+            "Nearest neighbours",
+            _by_run(names, [_neighbours(look.neighbours) for look in looks]),
+            "Test images, and the labelled images whose features are most similar (cosine).",
+        ),
+        _section("Settings", _settings(records, names)),
+    ]
+    return page(
+        title="Report of " + ", ".join(names),
+        above=f'<nav aria-label="runs">{keys}</nav>' if len(names) > 1 else "",
+        body="".join(sections),
+    )
+
+
+def _safe(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _names(records: Sequence[RunRecord]) -> list[str]:
+    """Folder names, or whole paths where two folders are called the same."""
+    names = [record.path.resolve().name for record in records]
+    return names if len(set(names)) == len(names) else [str(record.path) for record in records]
+
+
+def _dot(run: int) -> str:
+    return f'<i class="dot" style="background:{RUN_COLOURS[run % len(RUN_COLOURS)]}"></i>'
+
+
+def _section(heading: str, content: str, explanation: str = "") -> str:
+    if not content:
+        return ""
+    return f"<section><h2>{heading}</h2>{explanation and f'<p>{explanation}</p>'}{content}</section>"
+
+
+def _by_run(names: Sequence[str], contents: Sequence[str]) -> str:
+    """What there is of each run, under its name; only the first is unfolded."""
+    shown = [n for n, content in enumerate(contents) if content]
+    return "".join(
+        f'<details data-of="{n}"{" open" if n == shown[0] else ""}><summary>{_dot(n)}{_safe(names[n])}</summary>'
+        f"{contents[n]}</details>"
+        for n in shown
+    )
+
+
+# --- Tables ---
+
+
+def _table(names: Sequence[str], rows: Iterable[tuple[str, Sequence[str], str]]) -> str:
+    """Rows of a name, a cell of HTML for each run, and a class."""
+    head = "".join(f'<th scope="col" data-of="{n}">{_dot(n)}{_safe(name)}</th>' for n, name in enumerate(names))
+    body = "".join(
+        f'<tr class="{kind}"><th scope="row">{_safe(name)}</th>'
+        + "".join(f'<td data-of="{n}">{cell}</td>' for n, cell in enumerate(cells))
+        + "</tr>"
+        for name, cells, kind in rows
+    )
+    return f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _facts(records: Sequence[RunRecord], names: Sequence[str]) -> str:
+    def of(name: str) -> list[str]:
+        return [_safe(record.environment.get(name, "-")) for record in records]
+
+    rows = [("state", [_safe(record.progress) for record in records])]
+    rows.append(("starts", [str(record.starts) for record in records]))
+    rows.append(("images per step", [str(record.global_batch_size or "-") for record in records]))
+    for label, name in (
+        ("training images", "training_images"),
+        ("processes", "processes"),
+        ("device", "device"),
+        ("precision", "precision"),
+        ("pipeline", "backend"),
+        ("S-TEC trainer", "stec"),
+        ("PyTorch", "torch"),
+    ):
+        rows.append((label, of(name)))
+    return _table(names, [(label, cells, "") for label, cells in rows])
+
+
+def _remarks(records: Sequence[RunRecord], looks: Sequence[Look], names: Sequence[str]) -> str:
+    return "".join(
+        f'<aside data-of="{n}"><h3>{_dot(n)}Missing from {_safe(names[n])}</h3><ul>'
+        + "".join(f"<li>{_safe(remark)}</li>" for remark in remarks)
+        + "</ul></aside>"
+        for n, (record, look) in enumerate(zip(records, looks))
+        if (remarks := [*record.remarks, *look.remarks])
+    )
+
+
+def _results(records: Sequence[RunRecord], names: Sequence[str]) -> str:
+    """Before and after training, the best of the runs marked."""
+    rows: list[tuple[str, Sequence[str], str]] = []
+
+    def add(label: str, name: str, form: str, before: str | None = None) -> None:
+        values = [record.results.get(name) for record in records]
+        known = [value for value in values if value is not None]
+        if not known:
+            return
+        cells = []
+        for record, value in zip(records, values):
+            cell = "-" if value is None else format(value, form)
+            if value is not None and value == max(known) and len(set(known)) > 1 and name != "wait_share":
+                cell = f"<strong>{cell}</strong>"
+            if before in record.results:
+                cell += f" <small>from {record.results[before]:{form}}</small>"
+            cells.append(cell)
+        rows.append((label, cells, ""))
+
+    for name, label in RESULTS.items():
+        add(label, f"{name}_after", ".1%", f"{name}_before")
+    add("inverse model, accuracy per entry", "inverse_model_accuracy", ".1%")
+    add("images/s, whole training", "images_per_second", ",.0f")
+    add("share of time waiting for data", "wait_share", ".1%")
+    return _table(names, rows) if rows else ""
+
+
+def _settings(records: Sequence[RunRecord], names: Sequence[str]) -> str:
+    """Differing settings first, those that change what is learnt marked; the others are folded away."""
+    known = list(dict.fromkeys(name for record in records for name in record.settings))
+    differing, equal = [], []
+    for name in known:
+        values = [record.settings.get(name, "not set") for record in records if record.settings]
+        cells = [_safe(record.settings.get(name, "not set")) if record.settings else "-" for record in records]
+        if all(value == values[0] for value in values):
+            equal.append((name, cells, ""))
+        else:
+            differing.append((name, cells, "" if name in RUN_LOCAL else "differs"))
+    differing.sort(key=lambda row: row[2], reverse=True)
+    explanation = "<p>Marked: settings that change what is learnt.</p>"
+    shown = explanation + _table(names, differing) if differing else ""
+    if equal:
+        heading = f"{len(equal)} settings that are the same" if len(records) > 1 else f"{len(equal)} settings"
+        shown += f"<details><summary>{heading}</summary>{_table(names, equal)}</details>"
+    return shown
+
+
+# --- Charts ---
+
+
+def _chart(figure: go.Figure, caption: str) -> str:
+    # What the browser's colour scheme decides is in the page's style; everything else suits both.
+    figure.update_layout(
+        template="none",
+        margin={"l": 8, "r": 16, "t": 8, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 12},
+        showlegend=False,
+        # A finger that moves over a chart scrolls the page.
+        dragmode=False,
+        hoverlabel={"align": "left"},
+    )
+    axes = {"gridcolor": "rgba(128,128,128,.22)", "zeroline": False, "automargin": True, "title_standoff": 8}
+    figure.update_xaxes(**axes, ticklabelstandoff=3)
+    figure.update_yaxes(**axes, ticklabelstandoff=5)
+    # Plotly escapes <, > and / in its JSON.
+    drawn = f'<div class="chart"><script type="application/json">{figure.to_json()}</script></div>'
+    return f"<figure><figcaption>{_safe(caption)}</figcaption>{drawn}</figure>"
+
+
+def _curves(records: Sequence[RunRecord], names: Sequence[str], metrics: dict[str, str]) -> str:
+    """A chart for each metric, a curve for each run. What is 0 throughout was not trained."""
+    in_epochs = all(record.steps_per_epoch for record in records if record.metrics)
+    made = []
+    for metric, caption in metrics.items():
+        figure = go.Figure()
+        for n, record in enumerate(records):
+            lines = [(line["step"], line[metric]) for line in record.metrics if metric in line]
+            if not any(value for _, value in lines):
+                continue
+            x, y = _thinned(np.array(lines, np.float64))
+            name = "<br>".join(_safe(part) for part in textwrap.wrap(names[n], HOVER_CHARACTERS))
+            if in_epochs:
+                x = x / (record.steps_per_epoch or 1)
+            figure.add_trace(
+                go.Scatter(
+                    x=x,
+                    y=y,
+                    mode="lines" if len(x) > 1 else "markers",
+                    meta=n,
+                    line={"color": RUN_COLOURS[n % len(RUN_COLOURS)], "width": 2},
+                    hoverlabel={"bgcolor": RUN_COLOURS[n % len(RUN_COLOURS)]},
+                    cliponaxis=False,
+                    name=name,
+                    hovertemplate="%{y}, "
+                    + ("epoch %{x:.2f}" if in_epochs else "step %{x:.0f}")
+                    + "<br>%{fullData.name}<extra></extra>",
+                )
+            )
+        if not figure.data:
+            continue
+        share = metric.endswith(("accuracy", "share"))
+        figure.update_xaxes(rangemode="tozero", title="epoch" if in_epochs else "step")
+        figure.update_yaxes(hoverformat=".1%" if share else ".4g", tickformat="~%" if share else None)
+        if metric not in PACE:
+            figure.update_yaxes(exponentformat="e")
+        if share or metric in PACE or metric == "learning_rate":
+            figure.update_yaxes(rangemode="tozero")
+        made.append(_chart(figure, caption))
+    return f'<div class="charts">{"".join(made)}</div>' if made else ""
+
+
+def _thinned(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The columns of points [N, 2], or of means over at most POINTS stretches of them."""
+    stretches = (
+        np.array_split(points, POINTS) if len(points) > POINTS else [points[n : n + 1] for n in range(len(points))]
+    )
+    means = np.array([stretch.mean(axis=0) for stretch in stretches])
+    return means[:, 0], means[:, 1]
+
+
+def _confusion(run: int, counts: NDArray[np.int64] | None) -> str:
+    if counts is None:
+        return ""
+    n_bins = counts.shape[-1]
+    bins = torch.arange(n_bins)[:, None, None].expand(n_bins, 2, 3)
+    centres = bin_centres(bins, n_bins).numpy()
+    gap = 2 if n_bins <= 16 else 0
+    colour = RUN_COLOURS[run % len(RUN_COLOURS)]
+    made = []
+    for row, column in np.ndindex(2, 3):
+        of_entry = counts[row, column]
+        totals = of_entry.sum(axis=1, keepdims=True)
+        shares = np.where(totals > 0, of_entry / np.maximum(totals, 1), np.nan)
+        figure = go.Figure(
+            go.Heatmap(
+                x=centres[:, row, column],
+                y=centres[:, row, column],
+                z=shares,
+                customdata=of_entry,
+                zmin=0,
+                zmax=1,
+                colorscale=[[0, f"{colour}26"], [1, colour]],
+                showscale=False,
+                xgap=gap,
+                ygap=gap,
+                hovertemplate="true %{y:.3g}, believed %{x:.3g}:<br>%{z:.0%} (%{customdata} pairs)<extra></extra>",
+                hoverlabel={"bgcolor": colour},
+            )
+        )
+        figure.update_xaxes(title="believed", showgrid=False, ticks="outside", tickangle=0)
+        figure.update_yaxes(title="true", showgrid=False, ticks="outside")
+        right = np.trace(of_entry) / max(of_entry.sum(), 1)
+        made.append(_chart(figure, f"{ENTRIES[row][column]}: {right:.0%} right"))
+    pairs = int(counts[0, 0].sum())
+    return f'<p>{pairs} pairs.</p><div class="charts three">{"".join(made)}</div>'
+
+
+# --- Pictures ---
+
+
+def _picture(picture: Image.Image, description: str) -> str:
+    """An image element that holds its picture; small ones are shown pixel by pixel."""
+    content = base64.b64encode(png(picture)).decode()
+    small = ' class="pixels"' if max(picture.size) < 100 else ""
+    return (
+        f'<img{small} src="data:image/png;base64,{content}" width="{picture.width}" height="{picture.height}" '
+        f'alt="{_safe(description)}">'
+    )
+
+
+def _views(examples: Sequence[Example]) -> str:
+    made = []
+    for example in examples:
+        figures = []
+        for panel in panels(example):
+            words = "".join(f"<dt>{_safe(name)}</dt><dd>{_safe(value)}</dd>" for name, value in panel.words)
+            colour = f' style="color:{panel.colour}"' if panel.colour else ""
+            figures.append(
+                f"<figure><figcaption{colour}>{_safe(panel.heading)}</figcaption>"
+                f"{_picture(panel.image, f'{panel.heading}: {example.title}')}<dl>{words}</dl></figure>"
+            )
+        made.append(f'<div class="panels">{"".join(figures)}</div>')
+    return "".join(made)
+
+
+def _neighbours(rows: Sequence[Neighbours]) -> str:
+    made = []
+    for row in rows:
+        figures = [f'<figure class="query">{_thumbnail(row.image, row.name)}<figcaption>{_safe(row.name)}</figcaption>']
+        for picture, name, similarity in row.nearest:
+            same = ' class="same"' if name == row.name else ""
+            figures.append(
+                f"<figure{same}>{_thumbnail(picture, name)}<figcaption>{_safe(name)} <small>{similarity:.2f}</small>"
+                f"</figcaption>"
+            )
+        made.append(f'<div class="neighbours">{"</figure>".join(figures)}</figure></div>')
+    return f'<div class="scroll">{"".join(made)}</div>' if made else ""
+
+
+def _thumbnail(picture: Image.Image, name: str) -> str:
+    small = picture.copy()
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    return _picture(small, name)

@@ -1,0 +1,1 @@
+"""Networks: the encoder, the heads, and batch norm over all processes."""

@@ -1,0 +1,136 @@
+"""The whole model: one encoder and three heads, from two views to everything the objective needs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stec.models.encoder import Encoder, Stem
+from stec.models.heads import InverseModel, Projection, make_probe
+
+DEFAULT_HIDDEN_MLP = {"resnet18": 512, "resnet50": 2048}
+"""Width of the projection's hidden layer where ``hidden_mlp`` is -1, by architecture, as in the official code."""
+
+
+class Outputs(NamedTuple):
+    """What the model makes of N pairs of views."""
+
+    projections: Tensor | None
+    """[N, 2, F]: unit vectors; None where only the probe is trained."""
+    command_logits: Tensor | None
+    """[N, K, 2, 3]: of the command from view i to view j; None without an inverse model (SimCLR)."""
+    class_logits: Tensor | None
+    """[N, V, C]: of the probe; None without labels."""
+
+
+def encode(encoder: nn.Module, views: Tensor, *, trained: bool) -> Tensor:
+    """Features [N, V, D] of views [N, V, 3, H, W]; unless ``trained``, no gradient reaches the encoder.
+
+    All views pass the encoder as one batch, so that batch norm sees i and j together (official behaviour).
+    """
+    with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        features: Tensor = encoder(views.flatten(0, 1))
+    return features.view(*views.shape[:2], -1)
+
+
+class Heads(nn.Module):
+    """A model's heads as one module: from features to everything the objective needs.
+
+    ``pairs`` are features [N, 2, D] of both views (or [N, V, D] where only the probe is trained), ``probed`` [N, V, D]
+    what the probe sees; it does not train what made them unless ``probe_trains_encoder``.
+    """
+
+    def __init__(
+        self,
+        projection: Projection | None,
+        inverse_model: InverseModel | None,
+        probe: nn.Linear | None,
+        *,
+        probe_trains_encoder: bool,
+    ) -> None:
+        super().__init__()
+        self.projection, self.inverse_model, self.probe = projection, inverse_model, probe
+        self.probe_trains_encoder = probe_trains_encoder
+
+    def forward(self, pairs: Tensor, probed: Tensor) -> Outputs:
+        projections = command_logits = class_logits = None
+        if self.projection is not None:
+            projections = self.projection(pairs.flatten(0, 1)).view(len(pairs), 2, -1)
+        if self.inverse_model is not None:
+            command_logits = self.inverse_model(pairs[:, 0], pairs[:, 1])
+        if self.probe is not None:
+            class_logits = self.probe(probed if self.probe_trains_encoder else probed.detach())
+        return Outputs(projections, command_logits, class_logits)
+
+
+class Model(nn.Module):
+    """S-TEC's model; without the inverse model it is SimCLR's.
+
+    ``classes`` 0 means that there are no labels and so no probe. ``hidden_mlp`` -1 stands for the architecture's own
+    width. ``stop_gradient`` 1: the probe's gradient stops at the features; 0: it reaches the encoder; 2: there is only
+    the probe to train, on a frozen encoder in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        *,
+        arch: str,
+        stem: Stem,
+        classes: int,
+        width: int = 64,
+        hidden_mlp: int = -1,
+        feat_dim: int = 128,
+        manip_hidden_mlp: int = 512,
+        n_bins: int = 6,
+        with_inverse_model: bool = True,
+        stop_gradient: int = 1,
+    ) -> None:
+        super().__init__()
+        self.stop_gradient = stop_gradient
+        self.projection: Projection | None
+        self.inverse_model: InverseModel | None
+        self.probe: nn.Linear | None
+        self.encoder = Encoder(arch, stem, width)
+        feature_dim = self.encoder.feature_dim
+        hidden_dim = DEFAULT_HIDDEN_MLP[arch] if hidden_mlp == -1 else hidden_mlp
+        self.probe = make_probe(feature_dim, classes) if classes else None
+        self.projection = self.inverse_model = None
+        if stop_gradient == 2:
+            self.encoder.requires_grad_(False)
+            return
+        self.projection = Projection(feature_dim, hidden_dim, feat_dim)
+        if with_inverse_model:
+            self.inverse_model = InverseModel(feature_dim, manip_hidden_mlp, n_bins)
+
+    def train(self, mode: bool = True) -> Model:
+        """As in any module, but a frozen encoder always stays in evaluation mode."""
+        super().train(mode)
+        if self.stop_gradient == 2:
+            self.encoder.eval()
+        return self
+
+    def forward(self, views: Tensor, probe_views: Tensor | None = None) -> Outputs:
+        """``views`` [N, V, 3, H, W] in [0, 1]; V = 2, or any number where only the probe is trained.
+
+        ``probe_views`` [N, 1, 3, H, W] are what the probe sees instead of ``views``.
+        """
+        pairs = encode(self.encoder, views, trained=self.views_train_encoder)
+        probed = pairs
+        if probe_views is not None:
+            probed = encode(self.encoder, probe_views, trained=self.probe_trains_encoder)
+        return self.heads(pairs, probed)
+
+    @property
+    def heads(self) -> Heads:
+        """The heads as one module; the parameters are this model's."""
+        return Heads(self.projection, self.inverse_model, self.probe, probe_trains_encoder=self.probe_trains_encoder)
+
+    @property
+    def views_train_encoder(self) -> bool:
+        return self.stop_gradient != 2
+
+    @property
+    def probe_trains_encoder(self) -> bool:
+        return self.stop_gradient == 0

@@ -1,0 +1,260 @@
+"""A run's folder: what lies in it, and when it may be written to."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from stec.runs import checkpoint
+from stec.config import FIXED, TrainConfig
+from pipelines.errors import UserError
+from pipelines.files import lock, remove_leftovers, sign, unwritable, write_json, write_text
+
+DEFAULT_PARENT = Path("runs")
+RESULTS = {
+    "knn20": "kNN (k = 20) top-1",
+    "linear_fit": "probe top-1, fitted afresh",
+    "probe": "probe top-1, trained online",
+}
+"""The shares of the test images in ``results.json``, before and after training, and what they are called."""
+WRITING_METRICS = threading.Lock()
+"""Training adds lines while a thread beside it brings them to the disk."""
+
+
+class RunFolder:
+    """The files of one training run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.starts = path / "starts.jsonl"
+        self.metrics = path / "metrics.jsonl"
+        self.bad_images = path / "bad-images.tsv"
+        self.results = path / "results.json"
+        self.model = path / "model.safetensors"
+        self.encoder = path / "encoder.safetensors"
+        self.profile = path / "profile.json"
+        self.trace = path / "trace.json.gz"
+        self.lock = path / ".lock"
+        self._unwritten = b""
+
+    def written(self) -> list[Path]:
+        """The files of training that are there; none where the folder is no run's."""
+        if not any(file.exists() for file in (self.starts, self.metrics)) and not checkpoint.checkpoints(self.path):
+            return []
+        named = (self.config, self.starts, self.metrics, self.bad_images, self.results, self.model, self.encoder,
+                 self.profile, self.trace)  # fmt: skip
+        return [*filter(Path.exists, named), *checkpoint.checkpoints(self.path).values()]
+
+    def last_step(self) -> int:
+        """The last step in ``metrics.jsonl``, 0 where there is none."""
+        return max((values["step"] for _, values in self._lines()), default=0)
+
+    def trained_steps(self) -> int | None:
+        """The step of the weights in ``model.safetensors``, None where they do not say it."""
+        try:
+            with safe_open(self.model, "np") as file:
+                step = json.loads((file.metadata() or {}).get("stec", "{}"))["step"]
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError):
+            return None
+        return step if isinstance(step, int) else None
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """Add a line; where the disk refuses, it waits for the next one or for ``flush_metrics``."""
+        with contextlib.suppress(OSError):
+            self._write_metrics(json.dumps(values).encode() + b"\n")
+
+    def flush_metrics(self) -> None:
+        """Bring all lines to the disk; from any thread. Raises UserError where it refuses."""
+        try:
+            self._write_metrics()
+            if self.metrics.exists():
+                with self.metrics.open("rb") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise unwritable(self.metrics, error) from error
+
+    def _write_metrics(self, line: bytes = b"") -> None:
+        with WRITING_METRICS:
+            self._unwritten += line
+            if not self._unwritten:
+                return
+            with self.metrics.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    written = file.write(self._unwritten)
+                    if written < len(self._unwritten):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(before)  # no half lines
+                    raise
+            self._unwritten = b""
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run computes again, and whatever is no line of metrics."""
+        if self.metrics.exists():
+            write_text(self.metrics, "".join(line + "\n" for line, values in self._lines() if values["step"] <= step))
+
+    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The lines of ``metrics.jsonl`` that are whole, each with its values."""
+        if not self.metrics.exists():
+            return
+        for line in self.metrics.read_text(errors="replace").splitlines():
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                yield line, values
+
+    def add_start(self, values: Mapping[str, Any]) -> None:
+        """Add a line to what is known of the run's starts."""
+        before = self.starts.read_text(errors="replace") if self.starts.exists() else ""
+        write_text(self.starts, before + json.dumps(values) + "\n")
+
+
+class Opened(NamedTuple):
+    """A run folder that is this process's to write to."""
+
+    folder: RunFolder
+    resumed: dict[str, Any] | None
+    """The checkpoint to go on from, if any."""
+    notes: list[str]
+    """What the user should know of how it came to that."""
+
+
+def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Opened:
+    """Find or make the folder, lock it until this process ends, and find where to go on.
+
+    Raises UserError where another process has the folder, it holds a run that ``config`` does not ask to resume or
+    that belongs to another configuration, all its checkpoints are damaged, it holds results that no checkpoint reaches
+    up to, or it cannot be written. What was in it is then untouched.
+    """
+    try:
+        path = config.results_path or _default_path(config)
+        path.mkdir(parents=True, exist_ok=True)
+        folder = RunFolder(path)
+        held = lock(
+            folder.lock,
+            lambda holder: (
+                f"The run in {path} is being trained by {holder}; wait for it or stop it, or name another folder by "
+                f"--results_path."
+            ),
+        )
+        if config.resume == "no" and (folder.config.exists() or folder.model.exists() or folder.written()):
+            raise UserError(
+                f"{path} already holds a run; go on with it by --resume auto, or name another folder by --results_path."
+            )
+        resumed, damaged = checkpoint.load_newest(path)
+        _check_results(folder, resumed)
+        changes = _changes(config, environment, resumed, path) if resumed is not None else []
+
+        # From here on the folder is this run's.
+        notes = []
+        if held is None:
+            notes.append(f"The file system of {path} has no locks; see to it that no other run writes there.")
+        else:
+            sign(held)
+        remove_leftovers(path)
+        for file, what in damaged.items():
+            aside = file.replace(file.with_name(f"{file.name}.damaged"))
+            notes.append(f"{file.name} is damaged ({what}); it is now {aside.name}, and the one before it is taken.")
+        notes += [f"Changed, as --allow_changes 1 allows: {change}." for change in changes]
+        step = resumed["step"] if resumed is not None else 0
+        if resumed is None and folder.last_step():
+            notes.append(
+                f"{path} holds metrics up to step {folder.last_step()}, but no checkpoint; training starts from the "
+                f"beginning."
+            )
+        folder.forget_metrics_after(step)
+        # The permission is for this start alone.
+        write_json(folder.config, {**config.to_json(), "allow_changes": 0})
+        folder.add_start({"after_step": step, **environment, "notes": notes})
+    except OSError as error:
+        raise UserError(
+            f"The run folder {config.results_path or DEFAULT_PARENT} cannot be written ({error.strerror}); "
+            f"name another one by --results_path."
+        ) from error
+    return Opened(folder, resumed, notes)
+
+
+def _default_path(config: TrainConfig) -> Path:
+    """The newest numbered folder of the data set to resume, else the next free one, which is made."""
+    numbers = (path.name.removeprefix(f"{config.dataset}-") for path in DEFAULT_PARENT.glob(f"{config.dataset}-*"))
+    newest = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    if config.resume == "auto" and newest:
+        return DEFAULT_PARENT / f"{config.dataset}-{newest:03d}"
+    DEFAULT_PARENT.mkdir(exist_ok=True)
+    while True:
+        newest += 1
+        path = DEFAULT_PARENT / f"{config.dataset}-{newest:03d}"
+        try:
+            path.mkdir()
+        except FileExistsError:  # another run was faster
+            continue
+        return path
+
+
+def _check_results(folder: RunFolder, resumed: Mapping[str, Any] | None) -> None:
+    """Raise UserError where going on would train again what the folder's results are of, and replace them."""
+    results = [file for file in (folder.model, folder.encoder, folder.results) if file.exists()]
+    if not results:
+        return
+    names = ", ".join(file.name for file in results)
+    remedy = f"bring its checkpoint back, move {names} elsewhere, or name another folder by --results_path."
+    if resumed is None:
+        raise UserError(f"{folder.path} holds {names} of a finished run, but no checkpoint to go on from; {remedy}")
+    trained = folder.trained_steps()
+    if trained is not None and trained > resumed["step"]:
+        raise UserError(
+            f"{folder.path} holds {names} of step {trained}, but its newest undamaged checkpoint is of step "
+            f"{resumed['step']}; {remedy}"
+        )
+
+
+def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> list[str]:
+    """What is different from when the checkpoint was written: settings, and what ``auto`` and the data came out as.
+
+    Raises UserError where that is not allowed, or cannot be.
+    """
+    # Batch size per process and number of processes may change, as long as their product does not.
+    processes = environment["processes"]
+    global_batch_size = config.accumulate * config.batch_size * processes
+    if state["global_batch_size"] != global_batch_size:
+        raise UserError(
+            f"The run in {path} has a global batch of {state['global_batch_size']}, but --batch_size "
+            f"{config.batch_size} on {processes} process(es) makes {global_batch_size}; "
+            f"choose the two so that their product stays the same."
+        )
+    # A setting that is newer than the checkpoint had the effect of its default.
+    ours, saved = config.identity(), {**TrainConfig().identity(), **state["identity"]}
+    differing = [k for k in sorted(ours.keys() | saved.keys()) if k != "batch_size" and ours.get(k) != saved.get(k)]
+    changes = [f"--{k} was {saved.get(k)} and is now {ours.get(k)}" for k in differing]
+    for flag, name in (("mixed_precision", "precision"), ("backend", "backend")):
+        before, now = state["environment"].get(name), environment[name]
+        if before != now and flag not in differing:
+            changes.append(f"--{flag} came out as {before} and now comes out as {now}")
+    images_before, images_now = state["environment"].get("training_images"), environment["training_images"]
+    if images_before != images_now and "limit_train" not in differing:
+        changes.append(f"--data_dir held {images_before} training images and now holds {images_now}")
+    fixed = [f"--{k}" for k in differing if k in FIXED]
+    if fixed and config.allow_changes:
+        raise UserError(
+            f"The run in {path} was started differently: {', '.join(changes)}; not even --allow_changes 1 allows that "
+            f"of {', '.join(fixed)}, so name another folder by --results_path."
+        )
+    if changes and not config.allow_changes:
+        raise UserError(
+            f"The run in {path} was started differently: {', '.join(changes)}; go on with its own settings by "
+            f"--config {path / 'config.json'}, accept the changes by --allow_changes 1, or name another folder by "
+            f"--results_path."
+        )
+    return changes

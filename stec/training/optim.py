@@ -1,0 +1,125 @@
+"""LARS, the parameter groups it works on, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+OptimizerName = Literal["lars", "sgd", "adam"]
+MOMENTUM = 0.9
+
+
+class Lars(torch.optim.Optimizer):
+    """LARS (You et al. 2017, "Large Batch Training of Convolutional Networks") as lightning-bolts 0.5 computes it.
+
+    In groups with ``adapt`` the gradient, weight decay included, is scaled by
+    ``trust |w| / (|g| + weight_decay |w| + eps)``; where either norm is 0, or without weight decay, the plain gradient
+    is taken, as there. Other groups get SGD with momentum. Runs on multi-tensor operations: a few launches per group
+    and no host synchronisation.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        momentum: float = MOMENTUM,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        trust_coefficient: float = 0.001,
+        eps: float = 1e-8,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None, "closures are not supported"
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        decay = group["weight_decay"]
+        grads = [p.grad for p in params if p.grad is not None]
+        updates = torch._foreach_add(grads, params, alpha=decay)
+        if group["adapt"] and decay:
+            weight_norm = torch.stack(torch._foreach_norm(params))
+            grad_norm = torch.stack(torch._foreach_norm(grads))
+            scale = group["trust_coefficient"] * weight_norm / (grad_norm + decay * weight_norm + group["eps"])
+            # A zero gradient stays zero (no decay alone); a zero weight takes the plain gradient.
+            scale = torch.where(weight_norm > 0, scale, 1.0) * (grad_norm > 0)
+            torch._foreach_mul_(updates, list(scale.unbind()))
+
+        buffers = []
+        for p in params:
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffers.append(state["momentum_buffer"])
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, updates)
+        if group["nesterov"]:
+            torch._foreach_add_(updates, buffers, alpha=group["momentum"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+        else:
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def make_optimizer(
+    model: nn.Module, name: OptimizerName, *, learning_rate: float, weight_decay: float, nesterov: bool
+) -> torch.optim.Optimizer:
+    """The optimiser over the trainable parameters of a ``stec.models.model.Model``.
+
+    LARS has the official groups: names that contain ``bias`` or ``bn`` get SGD without decay, the probe's weight SGD
+    with decay, everything else LARS. (A shortcut's batch-norm scale is called ``downsample.1.weight``, so it is under
+    LARS, as in the official code.) SGD and Adam treat all parameters alike, as the official code does.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if name == "sgd":
+        return torch.optim.SGD(
+            [p for _, p in named],
+            lr=learning_rate,
+            momentum=MOMENTUM,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            foreach=True,
+        )
+    if name == "adam":
+        return torch.optim.Adam([p for _, p in named], lr=learning_rate, weight_decay=weight_decay, foreach=True)
+    plain = [p for name, p in named if "bias" in name or "bn" in name]
+    probe = [p for name, p in named if name == "probe.weight"]
+    taken = {id(p) for p in plain + probe}
+    adapted = [p for _, p in named if id(p) not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": adapted},
+        {"params": plain, "adapt": False, "weight_decay": 0.0},
+        {"params": probe, "adapt": False},
+    ]
+    return Lars(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+    )
+
+
+def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> float:
+    """Factor of the peak learning rate at ``step``: linear from 0 over the warm-up, then half a cosine to 0."""
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,0 +1,1 @@
+"""Trained weights: reading, writing, and the formats of other libraries."""

@@ -1,0 +1,211 @@
+"""Weights in and out: safetensors files, our checkpoints, and the official implementation's checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from pipelines.errors import UserError
+from pipelines.files import write_whole
+from stec.runs import checkpoint
+from stec.runs.checkpoint import FORMAT_VERSION
+from stec.weights.inert_pickle import read_torch_file
+
+PARTS = ("encoder", "projection", "inverse_model", "probe")
+
+LASTING = ("stec", "torch", "python", "training_images", "data_fingerprint")
+"""Of the environment of a run, what its weights tell."""
+OBJECTS = ("config", "environment", "encoder", "results")
+"""Of a file's metadata, what is a JSON object where it is there."""
+
+OFFICIAL_PREFIXES = {
+    "encoder.": "encoder.",
+    "projection.model.": "projection.",
+    "binned_prediction_model.model.linear_0.": "inverse_model.hidden.",
+    "binned_prediction_model.model.bn_0.": "inverse_model.bn_hidden.",
+    "binned_prediction_model.model.linear_final.": "inverse_model.output.",
+    "supervised_head.linear_layer.": "probe.",
+}
+"""How names in an official state dict begin, and how ours do."""
+
+
+def from_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An official state dict under our names, without the encoder's unused ``fc``.
+
+    Raises ValueError for a name that no official model has.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith("encoder.fc."):
+            continue
+        prefix = next((official for official in OFFICIAL_PREFIXES if name.startswith(official)), None)
+        if prefix is None:
+            raise ValueError(f"{name} is no name of the official model; expected one of {list(OFFICIAL_PREFIXES)}.")
+        renamed[OFFICIAL_PREFIXES[prefix] + name[len(prefix) :]] = tensor
+    return renamed
+
+
+def to_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of ``from_official_names``."""
+    return {
+        official + name[len(ours) :]: tensor
+        for name, tensor in state.items()
+        for official, ours in OFFICIAL_PREFIXES.items()
+        if name.startswith(ours)
+    }
+
+
+def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, object]) -> None:
+    """Write ``state`` to ``path``, whole or not at all. Raises UserError where the disk refuses.
+
+    The metadata is one JSON text under the key ``stec``: safetensors stores several keys in random order, and equal
+    runs must give equal files.
+    """
+    write_whole(path, save(portable(state), {"stec": json.dumps(metadata, sort_keys=True)}))
+
+
+def portable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU, laid out as anyone expects it."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights under our names from a safetensors file of ours, a checkpoint of ours, or an official ``.ckpt``.
+
+    A file of the encoder alone gives the encoder alone. Nothing in the file is executed. Raises UserError where it is
+    missing, damaged or none of these.
+    """
+    return read_weights_and_metadata(path)[0]
+
+
+def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As ``read_weights``, and what a file of ours says of how it came about (empty for other files)."""
+    if path.suffix == ".safetensors":
+        state, metadata = _read_safetensors(path)
+    else:
+        content = read_torch_file(path)
+        found = content.get("state_dict", content.get("model", content))
+        if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise UserError(f"{path} holds no weights under state_dict or model; give a checkpoint of a trained model.")
+        state, metadata = dict(found), _checkpoint_metadata(content, path)
+    metadata = {name: value for name, value in metadata.items() if name not in OBJECTS or isinstance(value, dict)}
+    return _finite(_our_names(state, path), path), metadata
+
+
+def _finite(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same. Raises UserError where a value is NaN or infinite."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{path} holds NaN or infinite values ({name} is the first tensor with some), so its features would be "
+                f"useless; take an earlier checkpoint, or other weights."
+            )
+    return state
+
+
+def _our_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights under our names. Raises UserError where they are no model's of ours."""
+    if any(name.startswith(("supervised_head.", "projection.model.")) for name in state):
+        try:
+            return from_official_names(state)
+        except ValueError as error:
+            raise UserError(f"{path} is no checkpoint of the official S-TEC model: {error}") from error
+    if "conv1.weight" in state:
+        return {f"encoder.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    if "encoder.conv1.weight" in state:
+        return state
+    prefixes = _prefixes(state)
+    if prefixes:
+        raise UserError(
+            f"{path} holds an encoder whose names begin with {' or '.join(prefixes)}, as other trainers write them; "
+            f"save it without that in a file of its own: torch.save({{name.removeprefix('{prefixes[0]}'): tensor for "
+            f"name, tensor in state.items() if name.startswith('{prefixes[0]}')}}, 'encoder.pth')."
+        )
+    raise UserError(f"{path} holds no encoder (no encoder.conv1.weight); give a checkpoint of a trained model.")
+
+
+def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
+    """What stands before the names of a ResNet, or of a model of ours, in a foreign state dict."""
+    stems = (name.removesuffix("conv1.weight") for name in state if name.endswith("conv1.weight"))
+    # A residual block has a conv1, too, but no layer1.
+    networks = (stem for stem in stems if any(name.startswith(f"{stem}layer1.") for name in state))
+    return [stem.removesuffix("encoder.") for stem in networks]
+
+
+def _checkpoint_metadata(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a checkpoint of ours says. Raises UserError where a later version wrote it, or its checksum does not fit."""
+    version = content.get("format_version", 0)
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(f"{path} is a checkpoint of format {version}, but this version knows {FORMAT_VERSION}; update.")
+    if version == FORMAT_VERSION:
+        try:
+            checkpoint.load(path)
+        except checkpoint.DamagedCheckpoint as damage:
+            raise UserError(f"{path} is damaged ({damage}); take another checkpoint.") from damage
+    environment = content.get("environment")
+    said = {
+        "config": content.get("identity"),
+        "step": content.get("step"),
+        "environment": lasting(environment) if isinstance(environment, dict) else None,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def lasting(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What weights say of the environment that they were trained in: no machine, no path; equal runs say the same."""
+    return {name: environment[name] for name in LASTING if name in environment}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("stec", "{}"))
+        return load_file(path), metadata if isinstance(metadata, dict) else {}
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}; give the path of a checkpoint.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
+
+
+def load_weights(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    path: Path,
+    *,
+    required: tuple[str, ...],
+    remedy: str = "check --arch, --width, --dataset (for stem and classes) and the sizes of the heads",
+) -> list[str]:
+    """Load weights into a ``Model``, part by part; returns the names of the parts that were in ``state``.
+
+    Raises UserError with the differences and the ``remedy`` where a part does not fit, or one of ``required`` is
+    absent.
+    """
+    wanted = model.state_dict()
+    loaded, differences = [], []
+    for part in PARTS:
+        ours = {name for name in wanted if name.startswith(part + ".")}
+        theirs = {name for name in state if name.startswith(part + ".")}
+        if not ours or not theirs:
+            if part in required:
+                differences.append(f"it has no {part}")
+            continue
+        loaded.append(part)
+        differences += [f"{name} is missing" for name in sorted(ours - theirs)]
+        differences += [f"{name} is unknown here" for name in sorted(theirs - ours)]
+        differences += [
+            f"{name} is {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+            for name in sorted(ours & theirs)
+            if state[name].shape != wanted[name].shape
+        ]
+    if differences:
+        shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
+        raise UserError(f"{path} does not fit the model ({shown}); {remedy}.")
+    model.load_state_dict({name: state[name] for name in wanted if name.split(".")[0] in loaded}, strict=False)
+    return loaded

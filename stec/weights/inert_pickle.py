@@ -1,0 +1,123 @@
+"""Reading foreign PyTorch files without executing anything that is in them.
+
+A pickle names classes and functions and asks for them to be called. Here only tensors, numbers, strings and containers
+come to life. Any other class becomes an inert placeholder that takes what it is given and does nothing, so files that
+carry PyTorch Lightning's classes are read without Lightning; a file that asks for any other call is refused.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from pipelines.errors import UserError
+
+
+class ForeignCall(pickle.UnpicklingError):
+    """The pickle asks for something to be called that is not on the list."""
+
+
+class _PlaceholderType(type):
+    """Makes placeholders that a pickle may create, but not call: pickles create objects without calling their class."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise ForeignCall(f"{cls.__module__}.{cls.__qualname__}")
+
+
+class _Placeholder(metaclass=_PlaceholderType):
+    """An object of an unknown class: swallows its state and its items."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Placeholder:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+
+def _reconstruct(cls: type, base: type, state: Any) -> Any:
+    """What ``copyreg._reconstructor`` does for old-style pickles, for placeholders alone."""
+    if isinstance(cls, _PlaceholderType):
+        return object.__new__(cls)  # type: ignore[arg-type]
+    raise ForeignCall("copyreg._reconstructor")
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("copyreg", "_reconstructor"): _reconstruct,
+    ("copy_reg", "_reconstructor"): _reconstruct,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "complex"): complex,
+    ("builtins", "bytearray"): bytearray,
+    ("builtins", "object"): object,
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): torch.device,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return _PlaceholderType(name.rpartition(".")[2], (_Placeholder,), {"__module__": module, "__qualname__": name})
+
+
+def _load(*args: Any, **kwargs: Any) -> Any:
+    return _Unpickler(*args, **kwargs).load()
+
+
+_PICKLE_MODULE: Any = SimpleNamespace(
+    Unpickler=_Unpickler, load=_load, UnpicklingError=pickle.UnpicklingError, __name__="stec.weights.inert_pickle"
+)
+
+
+def read_torch_file(path: Path) -> dict[str, Any]:
+    """The dictionary in a file written by ``torch.save``, tensors on the CPU.
+
+    Raises UserError where the file is missing, truncated, no such file, or asks for a call.
+    """
+    try:
+        if not path.exists():
+            raise UserError(f"There is no file {path}; give the path of a checkpoint.")
+        # torch.load would run a TorchScript archive's own code; it knows one by this record.
+        if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+            raise UserError(
+                f"{path} is a TorchScript archive, which holds code; it is refused. Use a checkpoint of weights."
+            )
+        content = torch.load(path, map_location="cpu", pickle_module=_PICKLE_MODULE, weights_only=False)
+    except UserError:
+        raise
+    except ForeignCall as error:
+        raise UserError(
+            f"{path} asks for {error} to be called when it is read, which no checkpoint of weights needs, so it is "
+            f"refused. Use a file from a source you trust, holding tensors, numbers, strings and containers."
+        ) from error
+    except (Exception, MemoryError) as error:  # a damaged file can fail in any way
+        raise UserError(
+            f"{path} is damaged or no PyTorch checkpoint ({_first_line(error)}); fetch it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} instead of a dictionary; it is no checkpoint.")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

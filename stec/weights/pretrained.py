@@ -1,0 +1,189 @@
+"""A trained model from a run's folder or a file, its encoder from the Hugging Face Hub, too."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pipelines.errors import UserError
+from pipelines.files import read_object
+from stec.config import DATA_SETS
+from stec.models.encoder import STEMS, Encoder, Stem
+from stec.models.heads import COMMAND_SHAPE, InverseModel, make_probe
+from stec.models.model import Model
+from stec.objectives.geometry import Convention
+from stec.runs import checkpoint
+from stec.runs.run_folder import RunFolder
+from stec.weights.export import load_weights, read_weights_and_metadata
+
+WEIGHTS = "model.safetensors"
+"""In a run's folder as in one on the Hub."""
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+"""Of files of weights: no such name is looked up on the Hub."""
+OTHER_VERSION = "use the version that wrote it."
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Weights, and what is known of the encoder that they are of and of how it came about."""
+
+    path: Path
+    """The file that they were read from."""
+    arch: str
+    stem: Stem
+    width: int
+    state: dict[str, Tensor]
+    """Encoder and heads under our names, as far as the source holds them."""
+    metadata: dict[str, Any]
+    """JSON values: ``config``, ``step``, ``environment`` and ``results``, each where the source tells it."""
+    stem_set_by: str
+    """What the caller can change the stem by, for errors."""
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """In evaluation mode, on the CPU."""
+        return self.model().encoder
+
+    def model(self, *heads: Literal["probe", "inverse_model"]) -> Model:
+        """The encoder and those of ``heads`` that there are weights of, in evaluation mode, on the CPU.
+
+        Raises UserError where the weights are of no model of ours.
+        """
+        probe, output = (self.state.get(name) for name in ("probe.weight", "inverse_model.output.weight"))
+        required = ["encoder"]
+        # On no device: neither time nor random numbers go into weights that are replaced at once.
+        with torch.device("meta"):
+            model = Model(arch=self.arch, stem=self.stem, classes=0, width=self.width, stop_gradient=2)
+            feature_dim = model.encoder.feature_dim
+            if "probe" in heads and probe is not None:
+                model.probe = make_probe(feature_dim, len(probe))
+                required.append("probe")
+            if "inverse_model" in heads and output is not None:
+                n_bins = len(output) // (COMMAND_SHAPE[0] * COMMAND_SHAPE[1])
+                model.inverse_model = InverseModel(feature_dim, output.shape[-1], n_bins)
+                required.append("inverse_model")
+        model.to_empty(device="cpu")
+        remedy = (
+            f"it was taken for a {self.arch} of width {self.width} with the {self.stem} stem, which {self.stem_set_by} "
+            f"can change"
+        )
+        load_weights(model, self.state, self.path, required=tuple(required), remedy=remedy)
+        return model.eval()
+
+    @property
+    def trained_on(self) -> str | None:
+        """The data set, where the source tells it."""
+        return self.metadata.get("config", {}).get("dataset")
+
+    @property
+    def convention(self) -> Convention | None:
+        """That of the commands, where the source tells it. Raises UserError where this version does not know it."""
+        said = self.metadata.get("config", {}).get("affine")
+        if said is not None and said not in get_args(Convention):
+            raise UserError(f"{self.path} has the convention {said}, which this version does not know; {OTHER_VERSION}")
+        known: Convention | None = said
+        return known
+
+
+def load_encoder(path_or_hub_id: str | Path, *, stem: Stem | None = None) -> Encoder:
+    """A trained encoder in evaluation mode, on the CPU: images [N, 3, H, W] in [0, 1] to features [N, D].
+
+    ``path_or_hub_id``: a run's or an exported folder, a safetensors file or checkpoint of ours, an official ``.ckpt``,
+    or ``owner/name`` on the Hugging Face Hub, which needs the extra ``export``. ``stem`` is needed for official
+    checkpoints with a 7x7 convolution, which do not say whether a max-pool follows. Nothing in a file is executed.
+    Raises UserError where there is no encoder to be had.
+    """
+    source = Path(path_or_hub_id)
+    if HUB_ID.fullmatch(str(path_or_hub_id)) and source.suffix not in SUFFIXES and not source.exists():
+        from stec.weights.hub import download
+
+        source = download(str(path_or_hub_id), WEIGHTS)
+    return read_trained(source, stem=stem, stem_set_by="stem").encoder
+
+
+def read_trained(
+    source: Path, *, stem: Stem | None = None, otherwise: Stem | None = None, stem_set_by: str = "--dataset"
+) -> Trained:
+    """The weights in a folder or file as for ``load_encoder``, heads included, and what is known of them.
+
+    ``otherwise`` is the stem where neither the source nor its weights tell it. Raises UserError where there are none,
+    which says that ``stem_set_by`` can change the stem.
+    """
+    if not os.path.exists(source):  # noqa: PTH110 - which does not raise where a name is too long
+        raise UserError(f"There is no file or folder {source}; give a run's folder, or a file of trained weights.")
+    path, state, metadata = _read_folder(source) if source.is_dir() else (source, *read_weights_and_metadata(source))
+    first = state["encoder.conv1.weight"]
+    if first.ndim != 4:
+        raise UserError(f"{path} holds no encoder of ours: its conv1.weight has {first.ndim} dimensions instead of 4.")
+    return Trained(
+        path=path,
+        arch="resnet50" if "encoder.layer1.0.conv3.weight" in state else "resnet18",
+        stem=stem or _stem_of(first, metadata, path, otherwise, stem_set_by),
+        width=len(first),
+        state=state,
+        metadata=metadata,
+        stem_set_by=stem_set_by,
+    )
+
+
+def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The file of weights in a folder, the weights, and what it and the run's results say.
+
+    Raises UserError where there is none, or training is to change it yet.
+    """
+    run, checkpoints = RunFolder(folder), list(checkpoint.checkpoints(folder).values())
+    trained_here = run.starts.exists() or bool(checkpoints)
+    missing = [file for file in (run.model, run.results) if not file.exists()]
+    remedy = "let training go on to its end" + (
+        f", or take its newest checkpoint, {checkpoints[-1]}" if checkpoints else ""
+    )
+    if trained_here and missing:
+        raise UserError(f"The run in {folder} is not finished: it has no {missing[0].name} yet; {remedy}.")
+    if run.model in missing:
+        raise UserError(f"{folder} is no run's folder and holds no {WEIGHTS}; name one that training wrote.")
+    state, metadata = read_weights_and_metadata(run.model)
+    restore = "bring it back from a copy, or delete it"
+    now = read_object(run.config, restore) if trained_here and run.config.exists() else {}
+    for name, value in metadata.get("config", {}).items():
+        if name in now and now[name] != value:
+            raise UserError(
+                f"The run in {folder} is being trained on with another {name}, so its {WEIGHTS} is not the last "
+                f"word; {remedy}."
+            )
+    return run.model, state, metadata if missing else {**metadata, "results": read_object(run.results, restore)}
+
+
+def _stem_of(conv1: Tensor, metadata: Mapping[str, Any], path: Path, otherwise: Stem | None, stem_set_by: str) -> Stem:
+    """What the metadata says, or else the first convolution's size, or else ``otherwise``.
+
+    Raises UserError where nothing tells.
+    """
+    said = metadata.get("encoder", {}).get("stem")
+    data_set = metadata.get("config", {}).get("dataset")
+    if said is None and data_set is not None:
+        if data_set not in DATA_SETS:
+            raise UserError(
+                f"{path} was trained on {data_set}, a data set that this version does not know; {OTHER_VERSION}"
+            )
+        said = DATA_SETS[data_set].stem
+    if said is None and conv1.shape[-1] == 3:
+        return "cifar"
+    said = said or otherwise
+    if said is None:
+        raise UserError(
+            f"{path} does not say whether a max-pool follows its first convolution; add {stem_set_by} imagenet (it "
+            f"does) or {stem_set_by} stl10 (it does not)."
+        )
+    if said not in STEMS:
+        raise UserError(f"{path} has the stem {said}, which this version does not know; {OTHER_VERSION}")
+    known: Stem = said
+    return known
