@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import tempfile
@@ -26,6 +27,9 @@ os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
     str(Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"),
 )
+
+# PyTorch's compiler loads it, which fails where Python's own distutils were loaded before.
+importlib.import_module("setuptools")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

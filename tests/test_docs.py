@@ -338,7 +338,7 @@ def test_a_command_can_be_added(changed: Path) -> None:
 def test_the_places_to_change_exist() -> None:
     """Each file and each name that the page on commands speaks of."""
     source = "".join(
-        path.read_text() for folder in ("stec", "pipelines", "tests") for path in (ROOT / folder).glob("*.py")
+        path.read_text() for folder in ("stec", "pipelines", "tests") for path in (ROOT / folder).rglob("*.py")
     )
     for span in inline(PAGES["docs/add-a-command.md"]):
         if re.fullmatch(r"[\w/]+\.py", span):

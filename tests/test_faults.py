@@ -552,15 +552,6 @@ def test_results_are_not_trained_again_without_checkpoints(
     assert files_in(folder) == before
 
 
-def test_results_are_not_trained_again_from_an_old_checkpoint(whole: Path, tmp_path: Path) -> None:
-    folder = cut(whole, tmp_path / "run", 8)
-    shutil.copy(whole / "model.safetensors", folder)
-    before = files_in(folder)
-    said = resume(folder, code=2)
-    assert f"of step {TOTAL_STEPS}" in said and "of step 8" in said
-    assert files_in(folder) == before
-
-
 def test_a_run_without_checkpoint_starts_again_and_says_so(whole: Path, tmp_path: Path) -> None:
     folder = cut(whole, tmp_path / "run")
     said = resume(folder)

@@ -24,7 +24,7 @@ class _Stream(io.TextIOWrapper):
 def make_robust() -> None:
     """Replace the process's own standard output and error; streams that were put in their place are left alone.
 
-    Characters that the terminal's encoding does not have become question marks.
+    Characters that the terminal's encoding does not have, and bytes of names that are no text, become escapes.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -36,7 +36,7 @@ def make_robust() -> None:
         replacement = _Stream(
             buffer,
             encoding=stream.encoding,
-            errors="replace" if stream.errors == "strict" else stream.errors,
+            errors="backslashreplace",
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )

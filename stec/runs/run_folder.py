@@ -11,12 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
-from stec.runs import checkpoint
-from stec.config import FIXED, TrainConfig
 from pipelines.errors import UserError
 from pipelines.files import lock, remove_leftovers, sign, unwritable, write_json, write_text
+from stec.config import FIXED, TrainConfig
+from stec.runs import checkpoint
 
 DEFAULT_PARENT = Path("runs")
 RESULTS = {
@@ -57,15 +55,6 @@ class RunFolder:
     def last_step(self) -> int:
         """The last step in ``metrics.jsonl``, 0 where there is none."""
         return max((values["step"] for _, values in self._lines()), default=0)
-
-    def trained_steps(self) -> int | None:
-        """The step of the weights in ``model.safetensors``, None where they do not say it."""
-        try:
-            with safe_open(self.model, "np") as file:
-                step = json.loads((file.metadata() or {}).get("stec", "{}"))["step"]
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError):
-            return None
-        return step if isinstance(step, int) else None
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Add a line; where the disk refuses, it waits for the next one or for ``flush_metrics``."""
@@ -135,8 +124,8 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
     """Find or make the folder, lock it until this process ends, and find where to go on.
 
     Raises UserError where another process has the folder, it holds a run that ``config`` does not ask to resume or
-    that belongs to another configuration, all its checkpoints are damaged, it holds results that no checkpoint reaches
-    up to, or it cannot be written. What was in it is then untouched.
+    that belongs to another configuration, all its checkpoints are damaged, it holds results but no checkpoint, or it
+    cannot be written. What was in it is then untouched.
     """
     try:
         path = config.results_path or _default_path(config)
@@ -154,7 +143,8 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
                 f"{path} already holds a run; go on with it by --resume auto, or name another folder by --results_path."
             )
         resumed, damaged = checkpoint.load_newest(path)
-        _check_results(folder, resumed)
+        if resumed is None:
+            _check_results(folder)
         changes = _changes(config, environment, resumed, path) if resumed is not None else []
 
         # From here on the folder is this run's.
@@ -203,20 +193,14 @@ def _default_path(config: TrainConfig) -> Path:
         return path
 
 
-def _check_results(folder: RunFolder, resumed: Mapping[str, Any] | None) -> None:
-    """Raise UserError where going on would train again what the folder's results are of, and replace them."""
-    results = [file for file in (folder.model, folder.encoder, folder.results) if file.exists()]
-    if not results:
-        return
-    names = ", ".join(file.name for file in results)
-    remedy = f"bring its checkpoint back, move {names} elsewhere, or name another folder by --results_path."
-    if resumed is None:
-        raise UserError(f"{folder.path} holds {names} of a finished run, but no checkpoint to go on from; {remedy}")
-    trained = folder.trained_steps()
-    if trained is not None and trained > resumed["step"]:
+def _check_results(folder: RunFolder) -> None:
+    """Raise UserError where training from the beginning would replace the results of a finished run."""
+    results = [file.name for file in (folder.model, folder.encoder, folder.results) if file.exists()]
+    if results:
+        names = ", ".join(results)
         raise UserError(
-            f"{folder.path} holds {names} of step {trained}, but its newest undamaged checkpoint is of step "
-            f"{resumed['step']}; {remedy}"
+            f"{folder.path} holds {names} of a finished run, but no checkpoint to go on from; bring its checkpoint "
+            f"back, move {names} elsewhere, or name another folder by --results_path."
         )
 
 

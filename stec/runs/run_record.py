@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stec.runs import checkpoint
-from stec.config import TrainConfig, with_settings
 from pipelines.errors import UserError
 from pipelines.files import read_object
+from stec.config import TrainConfig, with_settings
+from stec.runs import checkpoint
 from stec.runs.run_folder import RunFolder
 
 
