@@ -32,7 +32,7 @@ def demo() -> TrainConfig:
         learning_rate=3e-3,
         batch_size=32,
         warmup_epochs=1,
-        max_epochs=10,
+        max_epochs=9,
     )
 
 
