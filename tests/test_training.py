@@ -236,8 +236,9 @@ def test_own_images_need_no_labels_and_a_bad_one_stops_nothing(own_images: Path,
     assert results.keys() == {"inverse_model_accuracy", "images_per_second", "wait_share"}
     assert not any(name.startswith("probe") for name in load_file(run_folder / "model.safetensors"))
 
-    (run_folder / "checkpoint-00000005.pt").unlink()
     before = (run_folder / "model.safetensors").read_bytes()
+    for left in ("checkpoint-00000005.pt", "model.safetensors", "encoder.safetensors", "results.json"):
+        (run_folder / left).unlink()
     out, err = run(*arguments, "--resume", "auto")
     assert "40 training images (1 of them bad)" in out and "7.jpg" not in err
     assert (run_folder / "model.safetensors").read_bytes() == before
