@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.batch import Batch, PlainBatch
-from pipelines.commands import Commands
+from pipelines.commands import PACKED_COLUMNS, Commands
 from pipelines.datasets.bad_list import remember
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.errors import BadImage, UserError
@@ -186,11 +186,14 @@ class _Source(ABC):
 
     def __init__(self, images: Images, first_step: int) -> None:
         self.images, self.next_step = images, first_step
-        self.outdated = False
-        """Set when images must enter by another form than the pipeline was defined for."""
         self._in_flight: deque[tuple[int, NDArray[np.int64]]] = deque()
         self._again: deque[int] = deque()
         self._feeds: deque[Sequence[Any]] = deque(maxlen=4 * PREFETCH_DEPTH)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether images must enter by another form by now than the pipeline was defined for."""
+        return isinstance(self.images, ImageFiles) and self.form != _file_form(self.images)
 
     @abstractmethod
     def covers(self, step: int) -> bool:
@@ -223,8 +226,9 @@ class _Source(ABC):
             try:
                 feed = self.make_feed(step)
                 break
-            except BadImage:
-                self.exclude(self._bad_among(image_ids))
+            except BadImage as bad:
+                # By now it may be readable again.
+                self.exclude(self._bad_among(image_ids) or [bad])
         self._in_flight.append((step, image_ids))
         self._feeds.append(feed)
         return feed
@@ -239,9 +243,7 @@ class _Source(ABC):
         found = []
         for image_id in replaced.tolist():
             try:
-                if self.images.update(image_id):
-                    self.outdated = self.outdated or self.form != _file_form(self.images)
-                else:
+                if not self.images.update(image_id):
                     # The file is the same: DALI reads another size from its header than Pillow does.
                     failure = DaliFailure(f"it takes {self.images.name(image_id)} for an image of another size")
                     self._leave_to_pillow(np.array([image_id]), failure)
@@ -283,7 +285,6 @@ class _Source(ABC):
         if self.images.needs_pillow[image_ids].all():
             raise failure.for_user()
         self.images.needs_pillow[image_ids] = True
-        self.outdated = self.outdated or self.form != _file_form(self.images)
 
 
 def _why_bad(images: ImageFiles, image_id: int) -> BadImage | None:
@@ -363,9 +364,9 @@ class _TrainingSource(_Source):
         _, packed, _, *stored_shape = outputs
         if not stored_shape:
             return image_ids[:0]
-        commands, stored = Commands.unpack(packed.as_array()), stored_shape[0].as_array()
-        drawn_for = np.stack([commands.source_height[:, 0], commands.source_width[:, 0]], axis=-1)
-        replaced = (stored[:, :2] != drawn_for).any(axis=1)
+        # Not the sizes that the images have by now: commands in flight were drawn for those before.
+        drawn_for = packed.as_array()[:, 0, [PACKED_COLUMNS["source_height"], PACKED_COLUMNS["source_width"]]]
+        replaced = (stored_shape[0].as_array()[:, :2] != drawn_for).any(axis=1)
         if replaced.any():
             self.share.cache_clear()
         return image_ids[replaced]
