@@ -33,7 +33,7 @@ from pipelines.datasets.index import open_data_set
 from pipelines.decoder_messages import decoder_messages_dropped
 from pipelines.errors import UserError
 from pipelines.loader import Loader
-from pipelines.order import Order
+from pipelines.sampler import Sampler
 from stec.console import Console
 
 HEIGHT, WIDTH, KINDS = 375, 500, 20
@@ -101,22 +101,22 @@ def measure(options: Options, encoded: list[bytes], percent: float, cut_off: str
         figures = {"indexing": time.perf_counter() - started}
         if cut_off == "after":
             damage()
-        order = Order(
+        sampler = Sampler(
             images,
             Policy(size=options.view_size, jitter_strength=1.0),
             seed=0,
             batch_size=options.batch_size,
-            bad=BadImages(images, max_share=1.0),
+            bad=BadImages(images, max_fraction=1.0),
         )
-        order.bad.list_in(Path(folder) / "bad-images.tsv", say=lambda _: None)
-        loader = Loader(order, backend="dali", device=torch.device("cpu"), workers=report.cores())
+        sampler.bad.list_in(Path(folder) / "bad-images.tsv", say=lambda _: None)
+        loader = Loader(sampler, backend="dali", device=torch.device("cpu"), workers=report.cores())
         batches = loader.batches(0)
         for epoch in EPOCHS:
             started = time.perf_counter()
-            for _ in itertools.islice(batches, order.steps_per_epoch):
+            for _ in itertools.islice(batches, sampler.steps_per_epoch):
                 pass
             seconds = time.perf_counter() - started
-            figures[epoch] = order.steps_per_epoch * options.batch_size / seconds
+            figures[epoch] = sampler.steps_per_epoch * options.batch_size / seconds
     return figures
 
 

@@ -11,7 +11,7 @@ from nvidia.dali import fn, pipeline_def, types
 from pipelines.commands import PACKED_COLUMNS
 from pipelines.executors import graphs
 from pipelines.loader import PREFETCH_DEPTH, _TrainingSource
-from pipelines.order import Order
+from pipelines.sampler import Sampler
 
 Part = Literal["the whole image", "the union of both windows", "each window"]
 
@@ -38,19 +38,19 @@ def decoded(inputs: list[Any], packed: Any, form: graphs.Form, part: Part, views
     return [(graphs.open_image([*given, *window], form, "cpu")[0], window[0]) for window in windows]
 
 
-def batches(order: Order, part: Part, *, threads: int, execute: bool) -> Iterator[Any]:
-    """Endless outputs of a pipeline that decodes the images of ``order`` and, with ``execute``, makes their views.
+def batches(sampler: Sampler, part: Part, *, threads: int, execute: bool) -> Iterator[Any]:
+    """Endless outputs of a pipeline that decodes the images of ``sampler`` and, with ``execute``, makes their views.
 
     First the views [N, V, size, size, 3] float32 or the parts that are decoded, then what the pipeline was fed.
     """
-    source = _TrainingSource(order, 0, "compiled", torch.device("cpu"))
+    source = _TrainingSource(sampler, 0, "compiled", torch.device("cpu"))
     opening = {"path": 3, "bytes": 3, "either": 5}[source.form]
-    views, size = order.views, order.policy.size
+    views, size = sampler.views, sampler.policy.size
 
     @pipeline_def(  # type: ignore[untyped-decorator]
         enable_conditionals=True,
         exec_dynamic=True,
-        batch_size=order.batch_size,
+        batch_size=sampler.batch_size,
         num_threads=threads,
         device_id=None,
         prefetch_queue_depth=PREFETCH_DEPTH,

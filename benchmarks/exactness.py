@@ -27,9 +27,9 @@ from pipelines.commands import VIEWS, Policy
 from pipelines.datasets.images import Images
 from pipelines.datasets.index import open_data_set
 from pipelines.executors import reference
-from pipelines.files import write_json, write_whole
+from pipelines.files import atomic_write, write_json
 from pipelines.loader import Loader
-from pipelines.order import Order, Share
+from pipelines.sampler import BatchPlan, Sampler
 from stec.augmentation import policy_of
 from stec.config import DataSetName, TrainConfig
 from stec.console import Console
@@ -81,19 +81,19 @@ class Comparison:
     """What no difference may exceed."""
 
 
-class WithoutHue(Order):
+class WithoutHue(Sampler):
     """Commands that leave the hue as it is."""
 
-    def share(self, step: int) -> Share:
-        share = super().share(step)
-        still = np.zeros_like(share.commands.hue_turns)
-        return replace(share, commands=replace(share.commands, hue_turns=still))
+    def plan(self, step: int) -> BatchPlan:
+        plan = super().plan(step)
+        still = np.zeros_like(plan.commands.hue_turns)
+        return replace(plan, commands=replace(plan.commands, hue_turns=still))
 
 
 def comparisons(full: Policy) -> dict[str, Comparison]:
     """By name: one part at a time on every view, then everything that the data set's recipe does.
 
-    Grey and solarization "alone" are compared on our own cropped views, the others from the source image on.
+    Gray and solarization "alone" are compared on our own cropped views, the others from the source image on.
     """
     plain = replace(full, p_color_jitter=0.0, p_grayscale=0.0, p_blur=0.0, p_solarize=0.0)
     jitter = replace(plain, p_color_jitter=1.0)
@@ -103,7 +103,7 @@ def comparisons(full: Policy) -> dict[str, Comparison]:
         "jitter 1": Comparison(policy=replace(jitter, jitter_strength=1.0), limit=4.5),
         f"jitter {full.jitter_strength:g}, hue off": Comparison(policy=jitter, limit=2.5, hue=False),
         # Pillow rounds to 8 bits, and its weights to 16.
-        "grey alone": Comparison(policy=replace(plain, p_grayscale=1.0), given_input=_grey, limit=0.5, largest=0.51),
+        "gray alone": Comparison(policy=replace(plain, p_grayscale=1.0), given_input=_gray, limit=0.5, largest=0.51),
         "blur": Comparison(policy=replace(plain, p_blur=1.0), limit=0.5),
         "solarize alone": Comparison(
             policy=replace(plain, p_solarize=1.0), given_input=reference.solarize, limit=0.0, largest=0.0
@@ -112,18 +112,18 @@ def comparisons(full: Policy) -> dict[str, Comparison]:
     }
 
 
-def _grey(views: Tensor) -> Tensor:
-    """Pillow's grey of views [..., 3, H, W] that hold 8-bit values."""
+def _gray(views: Tensor) -> Tensor:
+    """Pillow's gray of views [..., 3, H, W] that hold 8-bit values."""
     pixels = views.mul(255).round().byte().movedim(-3, -1).numpy()
-    grey = [np.asarray(F.rgb_to_grayscale(Image.fromarray(view), num_output_channels=3)) for view in pixels]
-    return torch.from_numpy(np.stack(grey)).movedim(-1, -3) / 255
+    gray = [np.asarray(F.rgb_to_grayscale(Image.fromarray(view), num_output_channels=3)) for view in pixels]
+    return torch.from_numpy(np.stack(gray)).movedim(-1, -3) / 255
 
 
 def make_views(images: Images, policy: Policy, options: Options, *, hue: bool = True, **loader: Any) -> Tensor:
     """[views, 3, H, W] on the CPU, of the same commands whatever ``loader`` says."""
     batch_size = min(BATCH_SIZE, len(images))
-    order = (Order if hue else WithoutHue)(images, policy, seed=1, batch_size=batch_size)
-    batches = Loader(order, **{"device": CPU, "workers": options.workers, **loader}).batches(0)
+    sampler = (Sampler if hue else WithoutHue)(images, policy, seed=1, batch_size=batch_size)
+    batches = Loader(sampler, **{"device": CPU, "workers": options.workers, **loader}).batches(0)
     steps = -(-options.views // (batch_size * VIEWS))
     made = [batch.views.flatten(0, 1).cpu().clone() for batch in itertools.islice(batches, steps)]
     return torch.cat(made)[: options.views]
@@ -223,7 +223,7 @@ def save_picture(pairs: Sequence[Pair], path: Path, cell: int = 160, text: int =
         for k, view in enumerate((theirs, ours, ((theirs - ours).abs() * AMPLIFIED).clamp(max=1))):
             pixels = Image.fromarray((view * 255).round().byte().permute(1, 2, 0).numpy())
             canvas.paste(pixels.resize((cell, cell), Image.Resampling.NEAREST), (k * cell, top + text))
-    write_whole(path, lambda file: canvas.save(file, format="PNG"))
+    atomic_write(path, lambda file: canvas.save(file, format="PNG"))
 
 
 def measure(options: Options, console: Console) -> None:

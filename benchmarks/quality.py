@@ -33,8 +33,8 @@ Objective = Literal["stec", "simclr"]
 NAMES: dict[Objective, str] = {"stec": "S-TEC", "simclr": "SimCLR"}
 PATHS = ("fp32", "fast")
 METRICS = {
-    "linear_fit_after": "probe, fitted afresh",
-    "probe_after": "probe, online",
+    "linear_probing_after": "linear probing",
+    "online_classifier_after": "online linear classifier, online",
     "knn20_after": "kNN (k = 20)",
     "inverse_model_accuracy": "inverse model",
 }
@@ -44,7 +44,7 @@ FIXED = "--dataset cifar10 --temperature 0.5 --feat_dim 64"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train by the fast path and in fp32, and compare what was learnt."""
+    """Train by the fast path and in fp32, and compare what was learned."""
 
     data_dir: Path
     """Folder that holds CIFAR-10."""

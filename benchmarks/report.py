@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.files import write_json, write_whole
+from pipelines.files import atomic_write, write_json
 from stec.console import Console
 
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "Pillow", "accelerate")
@@ -255,7 +255,7 @@ def draw_chart(figures: Sequence[Figures], about: Mapping[str, str], path: Path)
         axis.spines[["top", "right"]].set_visible(False)
     caption = "\n".join(f"{name}: {value}" for name, value in about.items())
     picture.supxlabel(caption, x=0.01, ha="left", fontsize="xx-small", wrap=True)
-    write_whole(path, lambda file: picture.savefig(file, format="png", dpi=150))
+    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=150))
 
 
 def run(benchmark: Callable[[], None]) -> int:

@@ -155,7 +155,7 @@ def encoder_parts(layers: Mapping[str, Layer], images: int) -> dict[str, list[Pa
 
 
 def other_parts(name: str, batch_size: int) -> dict[str, list[Part]]:
-    """Heads, NT-Xent of one process and the optimiser."""
+    """Heads, NT-Xent of one process and the optimizer."""
     config = recipe(name)
     with torch.device("meta"):
         model = initial_model(config, CLASSES)

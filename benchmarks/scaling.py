@@ -175,11 +175,11 @@ def gather_turn(place: Place, views: int, options: Options) -> float:
     """Milliseconds of NT-Xent's two gathers."""
     device = join(place, options.mixed_precision).device
     projections = features(views // place.processes, options, device).unflatten(0, (-1, VIEWS))
-    normalisers = torch.rand(len(projections), VIEWS, 2, device=device)
+    normalizers = torch.rand(len(projections), VIEWS, 2, device=device)
     settled()
     started = time.perf_counter()
     gather(projections)
-    gather(normalisers)
+    gather(normalizers)
     settled()
     return 1000 * (time.perf_counter() - started)
 

@@ -30,7 +30,7 @@ from pipelines.datasets.images import ImageArray, ImageFiles
 from pipelines.executors import kernels
 from pipelines.executors.graphs import Operators
 from pipelines.loader import Loader, _addresses
-from pipelines.order import Order, Share
+from pipelines.sampler import BatchPlan, Sampler
 from stec.console import Console
 
 WARM_UP_BATCHES = 4
@@ -49,15 +49,15 @@ class Options(PipelineOptions):
     """What executes the commands."""
 
 
-class OneStepFourTimes(Order):
+class OneStepFourTimes(Sampler):
     """Commands whose jitter is one of its steps, four times over."""
 
     jitter_step = 0
 
-    def share(self, step: int) -> Share:
-        share = super().share(step)
-        jitter_order = np.full_like(share.commands.order, self.jitter_step)
-        return replace(share, commands=replace(share.commands, order=jitter_order))
+    def plan(self, step: int) -> BatchPlan:
+        plan = super().plan(step)
+        jitter_order = np.full_like(plan.commands.order, self.jitter_step)
+        return replace(plan, commands=replace(plan.commands, order=jitter_order))
 
 
 def cpu_us_per_view(
@@ -76,48 +76,48 @@ def cpu_us_per_view(
     return 1e6 * spent / count
 
 
-def pipeline_turn(order: Order, options: Options, clock: Callable[[], float] = time.process_time) -> float:
+def pipeline_turn(sampler: Sampler, options: Options, clock: Callable[[], float] = time.process_time) -> float:
     loader = Loader(
-        order, backend="dali", device=torch.device("cpu"), workers=options.workers, operators=options.operators
+        sampler, backend="dali", device=torch.device("cpu"), workers=options.workers, operators=options.operators
     )
-    return cpu_us_per_view(loader.batches(0), order.batch_size * order.views, options.seconds, clock)
+    return cpu_us_per_view(loader.batches(0), sampler.batch_size * sampler.views, options.seconds, clock)
 
 
-def decoding_turn(order: Order, options: Options) -> float:
-    batches = decoding.batches(order, "the union of both windows", threads=options.workers, execute=False)
-    return cpu_us_per_view(batches, order.batch_size * order.views, options.seconds)
+def decoding_turn(sampler: Sampler, options: Options) -> float:
+    batches = decoding.batches(sampler, "the union of both windows", threads=options.workers, execute=False)
+    return cpu_us_per_view(batches, sampler.batch_size * sampler.views, options.seconds)
 
 
-def through_the_pipeline(order: Order, options: Options, console: Console) -> tuple[report.Figures, str]:
+def through_the_pipeline(sampler: Sampler, options: Options, console: Console) -> tuple[report.Figures, str]:
     """Time per view of each stage where it happens, and how their sum compares with the time of the whole policy."""
-    full = order.policy
+    full = sampler.policy
     plain = replace(full, p_color_jitter=0.0, p_grayscale=0.0, p_blur=0.0, p_solarize=0.0)
-    settings: dict[str, Any] = {"seed": 0, "batch_size": order.batch_size}
+    settings: dict[str, Any] = {"seed": 0, "batch_size": sampler.batch_size}
 
-    def with_policy(kind: type[Order] = Order, **changes: Any) -> Order:
-        return kind(order.images, replace(plain, **changes), **settings)
+    def with_policy(kind: type[Sampler] = Sampler, **changes: Any) -> Sampler:
+        return kind(sampler.images, replace(plain, **changes), **settings)
 
     # Orders, and how often their stage comes about in the whole policy.
-    stages: dict[str, tuple[Order, float]] = {}
+    stages: dict[str, tuple[Sampler, float]] = {}
     if options.operators == "compiled":
         for number, name in enumerate(JITTER):
             one_step = with_policy(OneStepFourTimes, p_color_jitter=1.0)
             assert isinstance(one_step, OneStepFourTimes)
             one_step.jitter_step = number
             stages[name] = one_step, full.p_color_jitter
-        stages["grey"] = with_policy(p_grayscale=1.0), full.p_grayscale
+        stages["gray"] = with_policy(p_grayscale=1.0), full.p_grayscale
     else:
-        # DALI's operators execute the same maps whether a view is jittered, grey or neither.
-        stages["jitter and grey"] = with_policy(p_color_jitter=1.0), float(full.p_color_jitter > 0)
+        # DALI's operators execute the same maps whether a view is jittered, gray or neither.
+        stages["jitter and gray"] = with_policy(p_color_jitter=1.0), float(full.p_color_jitter > 0)
     stages["blur"] = with_policy(p_blur=1.0), full.p_blur
     stages["solarize"] = with_policy(p_solarize=1.0), full.p_solarize
     stages = {name: (stage, probability) for name, (stage, probability) in stages.items() if probability > 0}
 
-    turns: dict[str, Callable[[], float]] = {"whole policy": partial(pipeline_turn, order, options)}
-    if isinstance(order.images, ImageFiles):
-        turns["reading and decoding"] = partial(decoding_turn, order, options)
+    turns: dict[str, Callable[[], float]] = {"whole policy": partial(pipeline_turn, sampler, options)}
+    if isinstance(sampler.images, ImageFiles):
+        turns["reading and decoding"] = partial(decoding_turn, sampler, options)
     else:
-        turns["main thread"] = partial(pipeline_turn, order, options, time.thread_time)
+        turns["main thread"] = partial(pipeline_turn, sampler, options, time.thread_time)
     turns["window and output"] = partial(pipeline_turn, with_policy(), options)
     turns |= {name: partial(pipeline_turn, stage, options) for name, (stage, _) in stages.items()}
     taken = {
@@ -152,15 +152,15 @@ def in_a_loop(function: Any) -> Any:
     return loop
 
 
-def calls_by_stage(order: Order) -> dict[str, tuple[Any, list[tuple[Any, ...]]]]:
+def calls_by_stage(sampler: Sampler) -> dict[str, tuple[Any, list[tuple[Any, ...]]]]:
     """A compiled function and the arguments of its calls, one a view, for each stage."""
-    full, images = order.policy, order.images
+    full, images = sampler.policy, sampler.images
     policy = replace(full, p_color_jitter=1.0, p_grayscale=1.0, p_blur=1.0, p_solarize=1.0)
-    share = Order(images, policy, seed=0, batch_size=VIEWS_ALONE).share(0)
-    c, size, ids = share.commands, full.size, share.image_ids
+    plan = Sampler(images, policy, seed=0, batch_size=VIEWS_ALONE).plan(0)
+    c, size, ids = plan.commands, full.size, plan.image_ids
     plain = Policy(size=size, p_color_jitter=0.0, p_grayscale=0.0)
     loader = Loader(
-        Order(images, plain, seed=0, batch_size=VIEWS_ALONE), backend="dali", device=torch.device("cpu"), workers=1
+        Sampler(images, plain, seed=0, batch_size=VIEWS_ALONE), backend="dali", device=torch.device("cpu"), workers=1
     )
     views = np.ascontiguousarray(next(loader.batches(0)).views[:, 0].movedim(1, -1).numpy())
     planes = np.ascontiguousarray(np.rint(views * 255).astype(np.uint8).transpose(0, 3, 1, 2)).reshape(len(ids), 3, -1)
@@ -182,7 +182,7 @@ def calls_by_stage(order: Order) -> dict[str, tuple[Any, list[tuple[Any, ...]]]]
     functions = (kernels._brightness, kernels._contrast, kernels._saturation, kernels._hue)
     for name, function, factor in zip(JITTER, functions, factors, strict=True):
         stages[name] = function, [(planes[n].copy(), factor[n, 0]) for n in every]
-    stages["grey"] = kernels._grey, [(planes[n].copy(),) for n in every]
+    stages["gray"] = kernels._gray, [(planes[n].copy(),) for n in every]
     if full.p_blur > 0:
         blurs = [(planes[n].copy(), float(c.sigma_px[n, 0]), full.blur_window_px, views[n].copy()) for n in every]
         stages["blur to output"] = kernels._blurred, blurs
@@ -204,14 +204,14 @@ def alone_turn(loop: Any, calls: Sequence[tuple[Any, ...]], seconds: float) -> f
     return 1e6 * (time.thread_time() - cpu) / count
 
 
-def alone(order: Order, options: Options, console: Console) -> report.Figures:
+def alone(sampler: Sampler, options: Options, console: Console) -> report.Figures:
     """Time of each compiled function, in a thread of its own."""
     turns = {
         name: partial(alone_turn, in_a_loop(function), calls, options.seconds / 4)
-        for name, (function, calls) in calls_by_stage(order).items()
+        for name, (function, calls) in calls_by_stage(sampler).items()
     }
     return report.Figures(
-        title=f"{options.dataset}, {order.policy.size} px, compiled functions alone",
+        title=f"{options.dataset}, {sampler.policy.size} px, compiled functions alone",
         unit="CPU us per view that has the stage",
         turns=report.take_turns(turns, repeats=options.repeats, console=console),
     )
@@ -219,11 +219,11 @@ def alone(order: Order, options: Options, console: Console) -> report.Figures:
 
 def measure(options: Options, console: Console) -> None:
     options.check()
-    order = options.order()
-    through, remark = through_the_pipeline(order, options, console)
+    sampler = options.sampler()
+    through, remark = through_the_pipeline(sampler, options, console)
     figures = [through]
     if options.operators == "compiled":
-        figures.append(alone(order, options, console))
+        figures.append(alone(sampler, options, console))
     report.publish(figures, options, console, [remark])
 
 

@@ -1,11 +1,11 @@
-"""Images per second of training, what a step's time goes into, and what the optimiser costs.
+"""Images per second of training, what a step's time goes into, and what the optimizer costs.
 
     python -m benchmarks.step --dataset cifar10 --data_dir DATA --width 16 --baseline
 
 Contenders take turns in processes of their own: the training loop as ``launch.py`` runs it, on real images and on views
 that are there already; the bare forward and backward passes of encoder and heads, with the same casts; and, with
 ``--baseline``, a plain loop as the official code has it: single precision, contiguous, views made by torchvision's
-transforms on Pillow images in a DataLoader, the whole similarity matrix, three optimisers, and every value that is
+transforms on Pillow images in a DataLoader, the whole similarity matrix, three optimizers, and every value that is
 logged fetched at once.
 """
 
@@ -37,7 +37,7 @@ from benchmarks.throughput import RandomViews
 from pipelines.batch import Batch
 from pipelines.datasets.index import DataSet, open_data_set
 from pipelines.loader import Loader
-from pipelines.order import Order
+from pipelines.sampler import Sampler
 from stec.augmentation import policy_of
 from stec.cli.common import start
 from stec.config import TrainConfig
@@ -62,7 +62,7 @@ TRUST = 0.001
 WORKERS_MIB = [0.0]
 """The most that this process's workers had."""
 CLASSES = 10
-"""Of the probe, where it makes no difference."""
+"""Of the online linear classifier, where it makes no difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +140,10 @@ def training_turn(contender: Contender, options: Options, profile: int = 0) -> d
     config = options.config(profile=profile)
     accelerator, _, precision = start(options.mixed_precision)
     data_set = data_set_of(options.dataset, options.data_dir)
-    # The probe of a data set whose training images have no labels would need images of its own.
-    classes = len(data_set.classes) if data_set.labelled is data_set.train else 0
+    # The online linear classifier of a data set whose training images have no labels would need images of its own.
+    classes = len(data_set.classes) if data_set.labeled is data_set.train else 0
     loader = Loader(
-        Order(data_set.train, policy_of(config), seed=0, batch_size=options.batch_size),
+        Sampler(data_set.train, policy_of(config), seed=0, batch_size=options.batch_size),
         backend="auto",
         device=accelerator.device,
         workers=options.workers,
@@ -157,7 +157,7 @@ def training_turn(contender: Contender, options: Options, profile: int = 0) -> d
             config,
             engine.Data(
                 training=Some(loader, steps, repeated=contender == "synthetic"),
-                labelled=None,
+                labeled=None,
                 test=None,
                 classes=classes,
             ),
@@ -229,16 +229,16 @@ class OfficialLars(torch.optim.Optimizer):
 
 
 def plain_optimizers(model: Model, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """One for the weights, one for biases and batch norms, one for the probe."""
-    assert model.probe is not None
-    probe = list(model.probe.parameters())
-    others = [(name, p) for name, p in model.named_parameters() if "probe" not in name and p.requires_grad]
+    """One for the weights, one for biases and batch norms, one for the online linear classifier."""
+    assert model.classifier is not None
+    classifier = list(model.classifier.parameters())
+    others = [(name, p) for name, p in model.named_parameters() if "online_classifier" not in name and p.requires_grad]
     small = [p for name, p in others if "bias" in name or "bn" in name]
     weights = [p for name, p in others if not ("bias" in name or "bn" in name)]
     return [
         OfficialLars(weights, config.learning_rate, config.weight_decay),
         torch.optim.SGD(small, config.learning_rate, MOMENTUM, foreach=False),
-        torch.optim.SGD(probe, config.learning_rate, MOMENTUM, foreach=False),
+        torch.optim.SGD(classifier, config.learning_rate, MOMENTUM, foreach=False),
     ]
 
 
@@ -272,8 +272,8 @@ def baseline_turn(options: Options) -> float:
         contrast, accuracy, contrast_accuracy, entropy = plain_nt_xent(z_i, z_j, config.temperature)
         inverse, inverse_accuracy = inverse_loss(outputs.command_logits, command, valid)
         logits, targets = outputs.class_logits.flatten(0, 1), labels.repeat_interleave(2)
-        probe = F.cross_entropy(logits, targets)
-        loss = config.discrimination_lambda * contrast + config.manip_lambda * inverse + probe
+        classifier = F.cross_entropy(logits, targets)
+        loss = config.discrimination_lambda * contrast + config.manip_lambda * inverse + classifier
         rate = config.learning_rate * learning_rate_factor(next(steps), warmup_steps=0, total_steps=10**6)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate
@@ -289,8 +289,8 @@ def baseline_turn(options: Options) -> float:
             "entropy": entropy,
             "inverse": inverse,
             "inverse accuracy": inverse_accuracy,
-            "probe": probe,
-            "probe accuracy": (logits.argmax(1) == targets).float().mean(),
+            "online_classifier": classifier,
+            "online linear classifier accuracy": (logits.argmax(1) == targets).float().mean(),
         }
         logged.update({name: value.item() for name, value in values.items()})
 
@@ -317,7 +317,7 @@ def workers_mib() -> float:
 
 
 def optimizer_turn(kind: Literal["sgd", "lars"], options: Options) -> float:
-    """Milliseconds of an optimiser's step on the parameters of ResNet-50 and its heads; the median of some."""
+    """Milliseconds of an optimizer's step on the parameters of ResNet-50 and its heads; the median of some."""
     config = replace(options.config(), arch="resnet50", width=64)
     model = engine.initial_model(config, CLASSES).to(DEVICE)
     optimizer = make_optimizer(model, kind, learning_rate=0.1, weight_decay=1e-4, nesterov=False)
@@ -378,7 +378,7 @@ def measure(options: Options, console: Console) -> None:
                 "LARS": partial(call, optimizer_turn, "lars", options),
             }
             taken = report.take_turns(optimizers, repeats=options.repeats, console=console)
-            figures.append(Figures(title="Optimiser's step, ResNet-50 and heads", unit="ms", turns=taken))
+            figures.append(Figures(title="Optimizer's step, ResNet-50 and heads", unit="ms", turns=taken))
     report.publish(figures, options, console)
 
 

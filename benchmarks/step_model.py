@@ -1,4 +1,4 @@
-"""What a training step's collectives cost on many GPUs: bytes counted, milliseconds modelled. Nothing is measured here.
+"""What a training step's collectives cost on many GPUs: bytes counted, milliseconds modeled. Nothing is measured here.
 
     python -m benchmarks.step_model --compute_ms 69
 
@@ -28,7 +28,7 @@ LAST_BUCKET = 25e6
 BACKWARD_SHARE = 2 / 3
 """Of a step's arithmetic, beside which gradients are exchanged."""
 CLASSES = 1000
-"""Of the probe, whose gradients are few of all."""
+"""Of the online linear classifier, whose gradients are few of all."""
 SIMILARITY_PASSES = 25
 """How often NT-Xent reads or writes each entry of its stretch of the similarity matrix, forwards and backwards."""
 
@@ -126,7 +126,7 @@ def step_ms(options: Options, sizes: Sizes, batch_size: int, gpus: int) -> dict[
 
 
 def gathered_bytes(sizes: Sizes, batch_size: int) -> int:
-    """What a GPU adds to NT-Xent's gathers: its features, and the normalisers of its rows."""
+    """What a GPU adds to NT-Xent's gathers: its features, and the normalizers of its rows."""
     return FLOAT * 2 * batch_size * (sizes.feat_dim + 2)
 
 
@@ -135,7 +135,7 @@ def model(options: Options) -> None:
     sizes = sizes_of(options)
     batch_size = options.batch_size or recipe(options.recipe).batch_size
     console = Console(enabled=True)
-    console.say(f"{options.recipe}, {batch_size} images per GPU; modelled, with the rates given:")
+    console.say(f"{options.recipe}, {batch_size} images per GPU; modeled, with the rates given:")
     console.facts(
         "",
         [

@@ -34,7 +34,7 @@ from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.datasets.index import open_data_set
 from pipelines.errors import UserError
 from pipelines.loader import Loader, resolve_backend
-from pipelines.order import Order
+from pipelines.sampler import Sampler
 from stec.augmentation import policy_of
 from stec.config import DATA_SETS, DataSetName, TrainConfig
 from stec.console import Console
@@ -73,7 +73,7 @@ class PipelineOptions(report.Output):
         report.check_positive(self, "batch_size", "workers", "repeats", "seconds")
         report.check(self)
 
-    def order(self, batch_size: int | None = None) -> Order:
+    def sampler(self, batch_size: int | None = None) -> Sampler:
         """The data set's images with the policy of its recipe."""
         config = TrainConfig(dataset=self.dataset)
         # Of the recipes, those with jitter 1 on real images blur and solarize, too.
@@ -81,7 +81,7 @@ class PipelineOptions(report.Output):
             config = replace(config, use_gaussian_blur=1, use_solarization=1)
         policy = policy_of(config)
         default = 64 if policy.size == 224 else 256
-        return Order(
+        return Sampler(
             open_data_set(self.dataset, self.data_dir).train,
             policy,
             seed=0,
@@ -149,18 +149,18 @@ def _open_tensor(images: Images, n: int) -> Tensor:
 
 
 @cache
-def order_of(options: Options, batch_size: int | None = None) -> Order:
-    return options.order(batch_size)
+def sampler_of(options: Options, batch_size: int | None = None) -> Sampler:
+    return options.sampler(batch_size)
 
 
 def views_of(contender: Contender, options: Options) -> Iterator[Sequence[Tensor]]:
     """Endless batches of views, [N, V, 3, H, W] or V times [N, 3, H, W], float32 on the device."""
-    order, device = order_of(options), torch.device(options.device)
+    sampler, device = sampler_of(options), torch.device(options.device)
     if contender in ("official", "v2"):
-        images = order.images
+        images = sampler.images
         batches: Any = DataLoader(
-            RandomViews(images, order.policy, contender),
-            batch_size=order.batch_size,
+            RandomViews(images, sampler.policy, contender),
+            batch_size=sampler.batch_size,
             sampler=RandomSampler(range(len(images)), replacement=True, num_samples=sys.maxsize),
             num_workers=options.workers,
             pin_memory=device.type == "cuda",
@@ -170,7 +170,7 @@ def views_of(contender: Contender, options: Options) -> Iterator[Sequence[Tensor
         # Compiled operators leave the GPU to others.
         on = device if contender == "dali" else torch.device("cpu")
         operators: Any = None if contender == "torchvision" else contender
-        ours = Loader(order, backend=backend, device=on, workers=options.workers, operators=operators)
+        ours = Loader(sampler, backend=backend, device=on, workers=options.workers, operators=operators)
         batches = ([batch.views] for batch in ours.batches(0))
     return ([views.to(device, non_blocking=True) for views in batch] for batch in batches)
 
@@ -201,12 +201,12 @@ def views_turn(contender: Contender, options: Options) -> float:
 def dali_decoding_turn(part: Any, options: Options) -> float:
     from benchmarks import decoding
 
-    order, threads = order_of(options), options.workers
-    return images_per_second(partial(decoding.batches, order, part, threads=threads, execute=False), options)
+    sampler, threads = sampler_of(options), options.workers
+    return images_per_second(partial(decoding.batches, sampler, part, threads=threads, execute=False), options)
 
 
 def pillow_decoding_turn(options: Options) -> float:
-    images = order_of(options).images
+    images = sampler_of(options).images
     count, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < options.seconds or count == 0:
         images.open(count % len(images))
@@ -216,7 +216,7 @@ def pillow_decoding_turn(options: Options) -> float:
 
 def main_thread_ms(options: Options) -> dict[str, float]:
     """CPU time that the thread that trains spends on its batches, in ms per 1,024 images: medians of some steps."""
-    order = order_of(options, min(MAIN_THREAD_IMAGES, len(order_of(options).images)))
+    sampler = sampler_of(options, min(MAIN_THREAD_IMAGES, len(sampler_of(options).images)))
     operators: Any = "dali" if options.device == "cuda" else "compiled"
     spent: dict[str, list[float]] = {name: [] for name in ("source", "run", "step")}
 
@@ -241,13 +241,13 @@ def main_thread_ms(options: Options) -> dict[str, float]:
     untimed_run, timed_feed = loader._run, timed("source", loader._TrainingSource.__call__)
     with patch.object(loader, "_run", timed_run), patch.object(loader._TrainingSource, "__call__", feed):
         ours = Loader(
-            order, backend="dali", device=torch.device(options.device), workers=options.workers, operators=operators
+            sampler, backend="dali", device=torch.device(options.device), workers=options.workers, operators=operators
         )
         step = timed("step", partial(next, ours.batches(0)))
         started = time.perf_counter()
         while len(spent["step"]) < WARM_UP_STEPS + 3 or time.perf_counter() - started < options.seconds:
             step()
-    per_1024 = 1000 * MAIN_THREAD_IMAGES / order.batch_size
+    per_1024 = 1000 * MAIN_THREAD_IMAGES / sampler.batch_size
     source_ms, run_ms, step_ms = (per_1024 * float(np.median(values[WARM_UP_STEPS:])) for values in spent.values())
     return {
         "sum": step_ms,
@@ -259,8 +259,8 @@ def main_thread_ms(options: Options) -> dict[str, float]:
 
 def measure(options: Options, console: Console) -> None:
     options.check()
-    order = options.order()
-    in_files = isinstance(order.images, ImageFiles)
+    sampler = options.sampler()
+    in_files = isinstance(sampler.images, ImageFiles)
     with report.processes_apart() as start:
         turns: dict[str, Callable[[], float]] = {}
 
@@ -277,7 +277,7 @@ def measure(options: Options, console: Console) -> None:
                 add(decoding[1], dali_decoding_turn, "the whole image")
                 add(decoding[2], dali_decoding_turn, "the union of both windows")
         taken = report.take_turns(turns, repeats=options.repeats, console=console)
-        title = f"{options.dataset}, {order.policy.size} px, batch {order.batch_size}, {options.workers} worker(s)"
+        title = f"{options.dataset}, {sampler.policy.size} px, batch {sampler.batch_size}, {options.workers} worker(s)"
         figures = [
             report.Figures(
                 title=f"{title}, two views each on {options.device}",

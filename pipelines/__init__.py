@@ -18,7 +18,7 @@ _MODULES = {
     "ImageArray": "pipelines.datasets.images",
     "ImageFiles": "pipelines.datasets.images",
     "Loader": "pipelines.loader",
-    "Order": "pipelines.order",
+    "Order": "pipelines.sampler",
     "Policy": "pipelines.commands",
     "UserError": "pipelines.errors",
     "draw": "pipelines.commands",
@@ -37,6 +37,6 @@ if TYPE_CHECKING:
     from pipelines.errors import UserError as UserError
     from pipelines.loader import EvaluationLoader as EvaluationLoader
     from pipelines.loader import Loader as Loader
-    from pipelines.order import Order as Order
+    from pipelines.sampler import Sampler as Sampler
 else:
     __getattr__, __dir__ = lazily(__name__, _MODULES)

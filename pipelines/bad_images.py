@@ -25,17 +25,17 @@ class BadImages:
     A replacement is a pure function of (seed, epoch, position) and of which images are bad, a fact of the files. So it
     is the same on any number of processes and after a resume, no matter which process met what first.
 
-    ``max_share``: more bad images than this share of all raise UserError.
+    ``max_fraction``: more bad images than this share of all raise UserError.
     """
 
-    def __init__(self, images: Images, *, max_share: float = 0.01) -> None:
-        self.images, self.max_share = images, max_share
+    def __init__(self, images: Images, *, max_fraction: float = 0.01) -> None:
+        self.images, self.max_fraction = images, max_fraction
         self._list: BadList | None = None
         self._say: Callable[[str], None] = print
         self._counted, self._sums_up = 0, True
         self._is_bad = np.zeros(len(images), bool)
         self._is_bad[list(images.faults) if isinstance(images, ImageFiles) else []] = True
-        self._check_share()
+        self._check_fraction()
         self._counted = self.count
 
     def list_in(self, file: Path, say: Callable[[str], None], *, main: bool = True) -> None:
@@ -58,7 +58,7 @@ class BadImages:
         """Take those images out of use that the list in ``file`` names; nothing is written there."""
         if isinstance(self.images, ImageFiles):
             self._is_bad[list(BadList(file).faults(self.images))] = True
-            self._check_share()
+            self._check_fraction()
 
     def add(self, found: Sequence[BadImage]) -> None:
         """Take images out of use. Raises UserError where that makes too many."""
@@ -67,7 +67,7 @@ class BadImages:
             self._report(bad)
         for bad in found:
             self.exclude(bad.image_id)
-        self._check_share()
+        self._check_fraction()
 
     def exclude(self, image_id: int) -> None:
         """Take an image out of use, and nothing else."""
@@ -128,12 +128,12 @@ class BadImages:
         except OSError as error:
             raise UserError(f"{self._list.file} cannot be written ({error.strerror}); check the disk.") from error
 
-    def _check_share(self) -> None:
+    def _check_fraction(self) -> None:
         count = self.count
-        if count > self.max_share * len(self.images):
+        if count > self.max_fraction * len(self.images):
             where = f", listed in {self._list.file}" if self._list is not None else ""
             raise UserError(
-                f"{count} of {len(self.images)} training images are bad{where}, more than --max_bad_share "
-                f"{self.max_share}; fix the data set (launch.py index DATA --verify full lists them) or allow more.",
+                f"{count} of {len(self.images)} training images are bad{where}, more than --max_bad_fraction "
+                f"{self.max_fraction}; fix the data set (launch.py index DATA --verify full lists them) or allow more.",
                 local=True,
             )

@@ -26,14 +26,15 @@ class Batch:
     commands: Commands
     """The very commands that were executed to make the views; NumPy, on the host."""
     labels: Tensor
-    """[N] int64 on the loader's device: of ``probe_views`` where there are any, else of the images."""
+    """[N] int64 on the loader's device: of ``labeled_views`` where there are any, else of the images."""
     epoch: int
     positions: NDArray[np.int64]
     """[N]: the images' positions in the epoch."""
     image_ids: NDArray[np.int64]
     """[N]: the images' numbers in the data set."""
-    probe_views: Tensor | None = None
-    """[N, 1, 3, H, W], like ``views``: labelled images for the probe, where the images themselves have no labels."""
+    labeled_views: Tensor | None = None
+    """[N, 1, 3, H, W], like ``views``: labeled images for the online classifier, where the images themselves have no
+    labels."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,24 +12,22 @@ from numpy.typing import NDArray
 
 from pipelines.commands import Commands
 
-GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])
+GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in luma (ITU-R BT.601), as Pillow and torchvision use them."""
 
 
-def colour_maps(
-    commands: Commands, part: Literal["before", "after"]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What jitter and grey do before or after the turn of the hue, per view: ``rgb -> A @ rgb + q . mean``.
+def color_maps(commands: Commands, part: Literal["before", "after"]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What jitter and gray do before or after the turn of the hue, per view: ``rgb -> A @ rgb + q . mean``.
 
-    Returns A [N, V, 3, 3] and q [N, V, 3], both float32, where ``mean`` is the mean colour of the view that the map is
+    Returns A [N, V, 3, 3] and q [N, V, 3], both float32, where ``mean`` is the mean color of the view that the map is
     given, and the same sum is added to each channel.
 
     Brightness b, contrast c and saturation s act as ``b I``, ``c x + (1-c) w . mean`` and ``s I + (1-s) 1 w^T`` with
-    the grey weights w. All three keep grey colours grey, and a saturation keeps a colour's grey, so they commute:
+    the gray weights w. All three keep gray colors gray, and a saturation keeps a color's gray, so they commute:
     ``A = b c (s I + (1-s) 1 w^T)`` and ``q = (1-c) b w``. What this leaves out is torchvision's rounding and clamping
-    between the steps. Grey, ``1 w^T``, comes after everything.
+    between the steps. Gray, ``1 w^T``, comes after everything.
     """
-    w = GREY_WEIGHTS
+    w = GRAY_WEIGHTS
     step = np.argsort(commands.order, axis=-1)
     hue_at = step[..., 3]
 
@@ -40,5 +38,5 @@ def colour_maps(
     b, c, s = factor(commands.brightness, 0), factor(commands.contrast, 1), factor(commands.saturation, 2)
     linear = (b * c)[..., None] * (s[..., None] * np.eye(3) + ((1 - s) * w)[..., None, :])
     if part == "after":
-        linear = np.where(commands.grey[..., None, None], (w @ linear)[..., None, :], linear)
+        linear = np.where(commands.gray[..., None, None], (w @ linear)[..., None, :], linear)
     return linear.astype(np.float32), ((1 - c) * b * w).astype(np.float32)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 VIEWS = 2
 TRIES = 10
-"""How often torchvision's RandomResizedCrop tries before it falls back to the centre."""
+"""How often torchvision's RandomResizedCrop tries before it falls back to the center."""
 
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int32)
 """[24, 4]: every order of brightness (0), contrast (1), saturation (2) and hue (3)."""
@@ -36,12 +36,13 @@ _AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION,
     26,
     27,
 )
-_ORDER, _GREY, _BLUR, _SIGMA, _SOLARIZE = 28, 29, 30, 31, 32
+_ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE = 28, 29, 30, 31, 32
 UNIFORMS_PER_VIEW = 36
 _COUNTERS_PER_VIEW = UNIFORMS_PER_VIEW // 4
 
-COMMAND_STREAM, ORDER_STREAM, PROBE_STREAM, REPLACEMENT_STREAM = 1, 2, 3, 4
-"""Streams of the generator: the commands, the order of the images, the commands of images for the probe alone, and the
+COMMAND_STREAM, IMAGE_STREAM, LABELED_STREAM, REPLACEMENT_STREAM = 1, 2, 3, 4
+"""Streams of the generator: the commands, the order of the images, the commands of images for the online classifier
+alone, and the
 images that stand in for bad ones."""
 
 
@@ -101,7 +102,7 @@ class Commands:
     flip: NDArray[np.bool_]
     """Whether the resized window is mirrored left to right."""
     jitter: NDArray[np.bool_]
-    """Whether the colours are jittered."""
+    """Whether the colors are jittered."""
     brightness: NDArray[np.float32]
     """Factor >= 0."""
     contrast: NDArray[np.float32]
@@ -112,8 +113,8 @@ class Commands:
     """Rotation of the hue in turns, -0.5 to 0.5."""
     order: NDArray[np.int32]
     """[N, V, 4]: the order of brightness (0), contrast (1), saturation (2) and hue (3)."""
-    grey: NDArray[np.bool_]
-    """Whether the view is made grey."""
+    gray: NDArray[np.bool_]
+    """Whether the view is made gray."""
     blur: NDArray[np.bool_]
     """Whether the view is blurred."""
     sigma_px: NDArray[np.float32]
@@ -237,7 +238,7 @@ def commands_from_uniforms(policy: Policy, uniforms: NDArray[np.float64], image_
         saturation=where(jitter, between(_SATURATION, *factor_range), 1),
         hue_turns=where(jitter, between(_HUE, *hue_range), 0),
         order=JITTER_ORDERS[(uniforms[..., _ORDER] * len(JITTER_ORDERS)).astype(np.int64)],
-        grey=happens(_GREY, policy.p_grayscale),
+        gray=happens(_GRAY, policy.p_grayscale),
         blur=blur,
         sigma_px=where(blur, between(_SIGMA, *policy.sigma_px), 0),
         solarize=happens(_SOLARIZE, policy.p_solarize),

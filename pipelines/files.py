@@ -16,7 +16,7 @@ from typing import IO, Any
 from pipelines.errors import UserError
 
 
-def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+def atomic_write(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
     """Write ``content``, or have it write to a file, under a temporary name beside ``path``, flush, then rename.
 
     A crash or a power cut at any moment leaves the old file or the new one. Raises UserError where the disk refuses;
@@ -40,16 +40,16 @@ def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> N
 
 
 def write_text(path: Path, text: str) -> None:
-    """``write_whole`` of text."""
-    write_whole(path, text.encode())
+    """``atomic_write`` of text."""
+    atomic_write(path, text.encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """``write_whole`` of JSON that people read, too."""
+    """``atomic_write`` of JSON that people read, too."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_folder_whole(path: Path, fill: Callable[[Path], object]) -> None:
+def atomic_write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     """Have ``fill`` write files to a folder of a temporary name beside ``path``, flush them, then rename it.
 
     Whatever happens meanwhile, ``path`` is not there or whole. Raises UserError where the disk refuses.
@@ -118,7 +118,7 @@ def unwritable(path: Path, error: OSError) -> UserError:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Drop what ``write_whole`` left behind where it was killed. Nothing else may be writing to the folder."""
+    """Drop what ``atomic_write`` left behind where it was killed. Nothing else may be writing to the folder."""
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink(missing_ok=True)
 

@@ -23,7 +23,7 @@ from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.errors import BadImage, UserError
 from pipelines.executors.dali_failure import DaliFailure
 from pipelines.executors.reference import reference_evaluation, reference_steps
-from pipelines.order import Order, Share
+from pipelines.sampler import BatchPlan, Sampler
 
 if TYPE_CHECKING:
     from pipelines.executors.graphs import FileForm, Form, Operators
@@ -59,39 +59,41 @@ def to_unit_range(pixels: Tensor, device: torch.device) -> Tensor:
 
 
 class Loader:
-    """Training batches: what ``order`` says, executed by one of the two backends.
+    """Training batches: what ``sampler`` says, executed by one of the two backends.
 
-    ``workers`` are DALI's threads or torchvision's worker processes. ``probe_order`` gives each batch labelled images
-    of its own for the probe, where the images of ``order`` have no labels. ``half``: views in float16, on a GPU.
+    ``workers`` are DALI's threads or torchvision's worker processes. ``labeled_sampler`` gives each batch labeled
+    images
+    of its own for the online classifier, where the images of ``sampler`` have no labels. ``half``: views in float16,
+    on a GPU.
     ``operators`` are DALI's on a GPU and compiled on a CPU, unless said otherwise.
 
-    An image that turns out to be bad goes to ``order.bad``, and the step that met it is made again without it. A DALI
+    An image that turns out to be bad goes to ``sampler.bad``, and the step that met it is made again without it. A DALI
     pipeline makes views of one size; where that changes, another one goes on at the step where the last one ended.
     """
 
     def __init__(
         self,
-        order: Order,
+        sampler: Sampler,
         *,
         backend: Backend,
         device: torch.device,
         workers: int,
-        probe_order: Order | None = None,
+        labeled_sampler: Sampler | None = None,
         half: bool = False,
         operators: Operators | None = None,
     ) -> None:
-        self.order, self.device, self.workers, self.half = order, device, workers, half
+        self.sampler, self.device, self.workers, self.half = sampler, device, workers, half
         self.backend = resolve_backend(backend)
         self.operators: Operators = operators or ("dali" if device.type == "cuda" else "compiled")
-        self.probe_loader = (
-            Loader(probe_order, backend=backend, device=device, workers=workers, half=half, operators=operators)
-            if probe_order is not None
+        self.labeled_loader = (
+            Loader(labeled_sampler, backend=backend, device=device, workers=workers, half=half, operators=operators)
+            if labeled_sampler is not None
             else None
         )
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.order.steps_per_epoch
+        return self.sampler.steps_per_epoch
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Endless batches from global step ``first_step`` on, across epochs.
@@ -100,47 +102,47 @@ class Loader:
         """
         batches = self._dali_batches if self.backend == "dali" else self._torchvision_batches
         own = self._epoch_by_epoch(batches(first_step))
-        if self.probe_loader is None:
+        if self.labeled_loader is None:
             yield from own
         else:
-            for batch, probe in zip(own, self.probe_loader.batches(first_step)):
-                yield replace(batch, probe_views=probe.views, labels=probe.labels)
+            for batch, classifier in zip(own, self.labeled_loader.batches(first_step)):
+                yield replace(batch, labeled_views=classifier.views, labels=classifier.labels)
 
     def _epoch_by_epoch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         epoch = None
         for batch in batches:
             if epoch is not None and batch.epoch != epoch:
-                self.order.bad.end_epoch(epoch)
+                self.sampler.bad.end_epoch(epoch)
             epoch = batch.epoch
             yield batch
 
     def _torchvision_batches(self, first_step: int) -> Iterator[Batch]:
         dtype = torch.float16 if self.half else torch.float32
-        for views, labels, share, found in reference_steps(self.order, first_step, self.workers):
+        for views, labels, plan, found in reference_steps(self.sampler, first_step, self.workers):
             if found:
-                assert isinstance(self.order.images, ImageFiles)
-                remember(self.order.images, found)
-                self.order.bad.add(found)
+                assert isinstance(self.sampler.images, ImageFiles)
+                remember(self.sampler.images, found)
+                self.sampler.bad.add(found)
             yield Batch(
                 views=torch.from_numpy(views).to(self.device, non_blocking=True).to(dtype).movedim(-1, -3),
-                commands=share.commands,
+                commands=plan.commands,
                 labels=torch.from_numpy(labels).to(self.device, non_blocking=True),
-                epoch=share.epoch,
-                positions=share.positions,
-                image_ids=share.image_ids,
+                epoch=plan.epoch,
+                positions=plan.positions,
+                image_ids=plan.image_ids,
             )
 
     def _dali_batches(self, first_step: int) -> Iterator[Batch]:
         from pipelines.executors.graphs import training_pipeline
 
-        images, step = self.order.images, first_step
+        images, step = self.sampler.images, first_step
         while True:
-            source = _TrainingSource(self.order, step, self.operators, self.device)
+            source = _TrainingSource(self.sampler, step, self.operators, self.device)
             pipeline = training_pipeline(
                 source,
                 source.policy,
                 form=source.form,
-                views=self.order.views,
+                views=self.sampler.views,
                 operators=self.operators,
                 pixels_on_device=source.pixels_on_device if source.device_pixels is not None else None,
                 half=self.half,
@@ -148,11 +150,11 @@ class Loader:
                 if isinstance(images, ImageFiles)
                 else None,
                 exif_orientation=isinstance(images, ImageFiles) and images.exif_orientation,
-                **_pipeline_options(self.order.batch_size, self.workers, self.device),
+                **_pipeline_options(self.sampler.batch_size, self.workers, self.device),
             )
             for views, packed, record, *_ in _run(pipeline, source, self.device):
                 rows: NDArray[np.int64] = np.array(record.as_array())
-                assert rows[0, 1] == self.order.first_position(step), "DALI has lost or swapped a step"
+                assert rows[0, 1] == self.sampler.first_position(step), "DALI has lost or swapped a step"
                 yield Batch(
                     views=torch.from_dlpack(views.as_tensor()).movedim(-1, -3),
                     commands=Commands.unpack(packed.as_array()),
@@ -326,15 +328,15 @@ def _run(pipeline: Any, source: _Source, device: torch.device) -> Iterator[tuple
 class _TrainingSource(_Source):
     """Feeds ``training_pipeline`` with the steps from ``first_step`` on whose views have the same size."""
 
-    def __init__(self, order: Order, first_step: int, operators: Operators, device: torch.device) -> None:
-        super().__init__(order.images, first_step)
-        self.order, self.operators = order, operators
-        self.policy = order.policy_of(first_step)
-        self.share: Any = lru_cache(maxsize=4)(order.share)
+    def __init__(self, sampler: Sampler, first_step: int, operators: Operators, device: torch.device) -> None:
+        super().__init__(sampler.images, first_step)
+        self.sampler, self.operators = sampler, operators
+        self.policy = sampler.policy_of(first_step)
+        self.plan: Any = lru_cache(maxsize=4)(sampler.plan)
         self.device_pixels: Tensor | None = None
         self.pixel_step = first_step
         self._asked_for: set[int] = set()
-        images = order.images
+        images = sampler.images
         if isinstance(images, ImageFiles):
             self.form = _file_form(images)
         elif operators == "compiled":
@@ -346,19 +348,19 @@ class _TrainingSource(_Source):
                 self.device_pixels = _on_device(images, device)
 
     def covers(self, step: int) -> bool:
-        return self.order.policy_of(step) == self.policy
+        return self.sampler.policy_of(step) == self.policy
 
     def image_ids(self, step: int) -> NDArray[np.int64]:
-        image_ids: NDArray[np.int64] = self.share(self._covered(step)).image_ids
+        image_ids: NDArray[np.int64] = self.plan(self._covered(step)).image_ids
         return image_ids
 
     def make_feed(self, step: int) -> Sequence[Any]:
-        share = self.share(self._covered(step))
-        return [*self._opening_and_arguments(share, step), share.commands.pack(), _record(share, self.images)]
+        plan = self.plan(self._covered(step))
+        return [*self._opening_and_arguments(plan, step), plan.commands.pack(), _record(plan, self.images)]
 
     def exclude(self, found: Sequence[BadImage]) -> None:
-        self.order.bad.add(found)
-        self.share.cache_clear()
+        self.sampler.bad.add(found)
+        self.plan.cache_clear()
 
     def replaced_files(self, image_ids: NDArray[np.int64], outputs: Sequence[Any]) -> NDArray[np.int64]:
         _, packed, _, *stored_shape = outputs
@@ -368,13 +370,13 @@ class _TrainingSource(_Source):
         drawn_for = packed.as_array()[:, 0, [PACKED_COLUMNS["source_height"], PACKED_COLUMNS["source_width"]]]
         replaced = (stored_shape[0].as_array()[:, :2] != drawn_for).any(axis=1)
         if replaced.any():
-            self.share.cache_clear()
+            self.plan.cache_clear()
         return image_ids[replaced]
 
     def pixels_on_device(self) -> Tensor:
         """The pixels of a step, from the GPU's copy of the data set."""
         assert self.device_pixels is not None
-        image_ids = torch.from_numpy(self.share(self._covered(self.pixel_step)).image_ids)
+        image_ids = torch.from_numpy(self.plan(self._covered(self.pixel_step)).image_ids)
         self.pixel_step += 1
         return self.device_pixels[image_ids.to(self.device_pixels.device, non_blocking=True)]
 
@@ -384,10 +386,10 @@ class _TrainingSource(_Source):
             step -= 1
         return step
 
-    def _opening_and_arguments(self, share: Share, step: int) -> list[Any]:
+    def _opening_and_arguments(self, plan: BatchPlan, step: int) -> list[Any]:
         from pipelines.executors.graphs import argument_names, needed_part, view_arguments
 
-        images, policy, image_ids = self.images, self.policy, share.image_ids
+        images, policy, image_ids = self.images, self.policy, plan.image_ids
         origin = None
         if isinstance(images, ImageArray):
             if self.form == "memory":
@@ -396,20 +398,20 @@ class _TrainingSource(_Source):
         else:
             if images.in_shards:
                 self._ask_for_shards(images, step)
-            origin, extent = needed_part(share.commands)
+            origin, extent = needed_part(plan.commands)
             opening = [*_contents(images, image_ids, self.form), origin, extent]
         if self.operators == "compiled":
             assert origin is not None
             window = np.full(len(origin), policy.blur_window_px)
             return [*opening, np.stack([origin[:, 0], origin[:, 1], window], axis=-1, dtype=np.int64)]
-        by_name = view_arguments(share.commands, policy, origin)
-        arguments = (by_name[name][:, v] for v in range(self.order.views) for name in argument_names(policy))
+        by_name = view_arguments(plan.commands, policy, origin)
+        arguments = (by_name[name][:, v] for v in range(self.sampler.views) for name in argument_names(policy))
         return [*opening, *(np.ascontiguousarray(argument) for argument in arguments)]
 
     def _ask_for_shards(self, images: ImageFiles, step: int) -> None:
         """Have shards read as a whole before their images are needed: long reads, which network storage likes."""
         ahead = range(step, step + SHARDS_AHEAD) if not self._asked_for else [step + SHARDS_AHEAD - 1]
-        soon = {int(shard) for step in ahead for shard in self.order.shards_of(step)}
+        soon = {int(shard) for step in ahead for shard in self.sampler.shards_of(step)}
         for shard in soon - self._asked_for:
             images.read_ahead(shard)
         self._asked_for = soon | self._asked_for if len(self._asked_for) < 4 * len(soon) else soon
@@ -458,14 +460,14 @@ def _as_ppm(images: ImageFiles, image_id: int) -> NDArray[np.uint8]:
     return np.frombuffer(b"P6 %d %d 255\n" % image.size + image.tobytes(), np.uint8)
 
 
-def _record(share: Share, images: Images) -> NDArray[np.int64]:
+def _record(plan: BatchPlan, images: Images) -> NDArray[np.int64]:
     """[N, 4] int64: epoch, position, image id, label."""
-    epoch = np.full_like(share.positions, share.epoch)
-    return np.stack([epoch, share.positions, share.image_ids, images.labels[share.image_ids]], axis=-1)
+    epoch = np.full_like(plan.positions, plan.epoch)
+    return np.stack([epoch, plan.positions, plan.image_ids, images.labels[plan.image_ids]], axis=-1)
 
 
 class EvaluationLoader:
-    """Images as the official code evaluates them: plain pixels, or the shorter side resized and the centre cut out.
+    """Images as the official code evaluates them: plain pixels, or the shorter side resized and the center cut out.
 
     ``resize_px`` is the shorter side to resize to, None for images that are used as they are. A bad image raises
     UserError: an accuracy is over all images or it is none.
@@ -544,7 +546,7 @@ class _EvaluationSource(_Source):
 
     def make_feed(self, step: int) -> Sequence[Any]:
         image_ids = self.image_ids(step)
-        resized_hw, corner = centre_of_resized(self.files.image_hw(image_ids), self.resize_px, self.size)
+        resized_hw, corner = center_of_resized(self.files.image_hw(image_ids), self.resize_px, self.size)
         return [*_contents(self.files, image_ids, self.form), resized_hw.astype(np.float32), corner]
 
     def exclude(self, found: Sequence[BadImage]) -> None:
@@ -555,7 +557,7 @@ class _EvaluationSource(_Source):
         return image_ids[(stored[:, :2] != self.files.image_hw(image_ids)).any(axis=1)]
 
 
-def centre_of_resized(
+def center_of_resized(
     image_hw: NDArray[np.int64], resize_px: int, size: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Sizes [N, 2] after torchvision's ``Resize(resize_px)``, and corners [N, 2] of its ``CenterCrop(size)``."""

@@ -21,7 +21,7 @@ from pipelines.datasets.bad_list import BadList
 from pipelines.datasets.cache import Partial, Split, cache_file, read_cache, write_cache
 from pipelines.datasets.folders import Listing, Stamp, counted, list_class_folders, list_loose_images, read_files, stamp
 from pipelines.datasets.headers import Found
-from pipelines.datasets.images import UNLABELLED, ImageFiles
+from pipelines.datasets.images import UNLABELED, ImageFiles
 from pipelines.datasets.shards import list_shards, read_shard
 from pipelines.errors import BadImage, UserError
 from pipelines.worker_process import begin_work
@@ -145,10 +145,10 @@ def _assembled(root: Path, listing: Listing, chunks: Sequence[Found]) -> Split:
     if listing.layout == "shards":
         labels = np.ascontiguousarray(rows["label"])
         file_of = np.repeat(np.arange(len(chunks), dtype=np.int32), lengths)
-        classes = tuple(str(k) for k in range(int(labels.max(initial=UNLABELLED)) + 1))
+        classes = tuple(str(k) for k in range(int(labels.max(initial=UNLABELED)) + 1))
         if classes:
             for end, found in zip(ends, chunks):
-                if found.remark and len(found.rows) and found.rows["label"][-1] == UNLABELLED:
+                if found.remark and len(found.rows) and found.rows["label"][-1] == UNLABELED:
                     faults.setdefault(int(end) - 1, "its shard was cut off before its label")
     else:
         labels, classes = listing.labels, listing.classes

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.errors import UserError
+from stec.compatibility import RENAMED_SETTINGS, with_current_names
 
 Switch = Literal[0, 1]
 
@@ -42,7 +43,7 @@ RUN_LOCAL = frozenset(
         "on_save_error",
         "stop_exit_code",
         "process_timeout_s",
-        "max_bad_share",
+        "max_bad_fraction",
     }
 )
 """Settings that may differ between a run and its continuation: they do not change the weights."""
@@ -76,7 +77,7 @@ class DataSetTraits:
     stem: Literal["cifar", "stl10", "imagenet"]
     jitter_strength: float
     resize_px: int | None = None
-    """For evaluation, the shorter side is resized to this and the centre cut out; None: images are used as they are."""
+    """For evaluation, the shorter side is resized to this and the center cut out; None: images are used as they are."""
 
     def at(self, view_size_px: int | None) -> DataSetTraits:
         """The same for views of another size (None: of this one); evaluation resizes to the same part of it."""
@@ -112,7 +113,7 @@ class TrainConfig:
     """Use only the first so many training images (ImageNet: evenly spread over the classes)."""
     shuffle_window: int = 16
     """For images in tar shards: so many shards are shuffled together, so that reads are long; 0 shuffles all images."""
-    max_bad_share: float = 0.01
+    max_bad_fraction: float = 0.01
     """A run stops when more than this share of the training images cannot be used; others stand in for fewer."""
     exif_orientation: Switch = 0
     """1: turn image files upright as EXIF says (a camera's photographs); 0: use them as stored, as ImageFolder does."""
@@ -127,9 +128,9 @@ class TrainConfig:
     resolution_schedule: str | None = None
     """FIRST:LAST in px, say 160:224: views begin small and grow over the epochs to their full size, which is LAST."""
     p_color_jitter: float = 0.8
-    """Probability of colour jitter; 0 or less is never."""
+    """Probability of color jitter; 0 or less is never."""
     p_grayscale: float = 0.2
-    """Probability of grey; 0 or less is never."""
+    """Probability of gray; 0 or less is never."""
     use_gaussian_blur: Switch = 0
     """1: blur half of the views."""
     use_solarization: Switch = 0
@@ -154,7 +155,7 @@ class TrainConfig:
     ckpt_path: Path | None = None
     """Start from these weights: a checkpoint or safetensors file of ours, or an official .ckpt."""
     reinitialize_supervised_head: Switch = 0
-    """1: with --ckpt_path, start the probe afresh."""
+    """1: with --ckpt_path, start the online linear classifier afresh."""
 
     # Objective
     temperature: float = 0.1
@@ -164,13 +165,14 @@ class TrainConfig:
     manip_lambda: float = 0.0
     """Weight of the inverse model's loss; 0 is SimCLR."""
     supervised_lambda: float = 1.0
-    """Weight of the probe's loss."""
+    """Weight of the online linear classifier's loss."""
     stop_gradient: Literal[0, 1, 2] = 1
-    """1: the probe's gradient stops at the features; 2: only the probe is trained; 0: it trains the encoder, too."""
+    """1: the online classifier's gradient stops at the features; 2: only the online classifier is trained; 0: it
+    trains the encoder, too."""
 
-    # Optimisation
+    # Optimization
     optimizer: Literal["lars", "sgd", "adam"] = "lars"
-    """Optimiser."""
+    """Optimizer."""
     learning_rate: float = 1e-3
     """Peak learning rate, for the batch size as it is (no scaling rule is applied)."""
     weight_decay: float = 1e-6
@@ -255,8 +257,8 @@ class TrainConfig:
         for name in ("p_color_jitter", "p_grayscale"):
             if not getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name)} is no probability; give 1 or less.")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"--max_bad_share {self.max_bad_share} is no share; give a number from 0 to 1.")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"--max_bad_fraction {self.max_bad_fraction} is no share; give a number from 0 to 1.")
         if not self.temperature > 0:
             raise UserError(f"--temperature {self.temperature} makes no sense; give a number above 0.")
         if self.hidden_mlp < 1 and self.hidden_mlp != -1:
@@ -358,7 +360,7 @@ def with_settings(base: TrainConfig, settings: Mapping[str, Any], source: str) -
     """
     types_by_name = typing.get_type_hints(TrainConfig)
     values = {}
-    for name, value in settings.items():
+    for name, value in with_current_names(settings, RENAMED_SETTINGS).items():
         if name not in types_by_name:
             near = difflib.get_close_matches(name, types_by_name, n=1)
             hint = f"did you mean {near[0]}?" if near else "see launch.py --help for the known ones."

@@ -26,7 +26,7 @@ class Console:
 
     def __init__(self, *, enabled: bool) -> None:
         self._rich = RichConsole(quiet=not enabled, highlight=False)
-        # In a terminal that is really one: colours may be forced upon a log file (FORCE_COLOR), and a notebook gives
+        # In a terminal that is really one: colors may be forced upon a log file (FORCE_COLOR), and a notebook gives
         # its commands a terminal that shows each refresh of a display as a line of its own.
         self._on_terminal = (
             self._rich.is_interactive and self._rich.file.isatty() and "JPY_PARENT_PID" not in os.environ
@@ -135,17 +135,18 @@ class Console:
     def report(self, values: Mapping[str, float], *, epochs: int, eta_seconds: float, end_of_epoch: bool) -> None:
         """Show a step's metrics: always on the live display, as a line of its own at the end of an epoch."""
         learning = [f"loss {values['loss']:.3f}"]
-        # A loss of exactly 0 is one that is not trained: SimCLR has no inverse model, a linear fit only the probe, and
+        # A loss of exactly 0 is one that is not trained: SimCLR has no inverse model, a linear probing only the
+        # online classifier, and
         # images without labels have none.
         if values["discrimination"]:
             learning.append(f"contrast {values['discrimination']:.3f}")
         if values["manipulation"]:
             learning.append(f"inverse {values['manipulation']:.3f} ({values['manipulation_accuracy']:.2f})")
         if values["supervised"]:
-            learning.append(f"probe {values['supervised_accuracy']:.2f}")
+            learning.append(f"online linear classifier {values['supervised_accuracy']:.2f}")
         learning.append(f"lr {values['learning_rate']:.3g}")
         left = timedelta(seconds=round(min(eta_seconds, 1e9)))
-        pace = [f"left {left}", f"{values['images_per_second']:.0f} images/s", f"wait {values['wait_share']:.0%}"]
+        pace = [f"left {left}", f"{values['images_per_second']:.0f} images/s", f"wait {values['wait_fraction']:.0%}"]
         epoch = f"epoch {int(values['epoch']) + 1}/{epochs}"
         if self._progress is not None:
             self._progress.below = ["  ".join(pace), "  ".join(learning)]

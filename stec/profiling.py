@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pipelines.files import write_whole
+from pipelines.files import atomic_write
 
 PARTS = (
     "wait for data",
@@ -23,9 +23,9 @@ PARTS = (
     "heads",
     "NT-Xent",
     "inverse loss",
-    "probe loss",
+    "classifier loss",
     "backward",
-    "optimiser",
+    "optimizer",
     "logging",
     "agreeing on stops",
     "saving",
@@ -83,10 +83,10 @@ class StepProfile:
                 shutil.copyfileobj(source, target)
 
         try:
-            write_whole(trace, compress)
+            atomic_write(trace, compress)
         finally:
             plain.unlink(missing_ok=True)
-        write_whole(summary, (json.dumps(self.milliseconds()) + "\n").encode())
+        atomic_write(summary, (json.dumps(self.milliseconds()) + "\n").encode())
 
     def milliseconds(self) -> dict[str, float]:
         """Of a step: each part as the thread that trains sees it, the processes' exchange within them, and all."""

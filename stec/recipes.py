@@ -53,7 +53,7 @@ def cifar(dataset: Literal["cifar10", "cifar100"], arch: Arch) -> TrainConfig:
 
 
 def stl10(arch: Arch) -> TrainConfig:
-    """Pre-training on STL-10's unlabelled images, for two processes.
+    """Pre-training on STL-10's unlabeled images, for two processes.
 
     accelerate launch --num_processes 2 launch.py --recipe stl10-resnet18 --data_dir DATA
     """
@@ -70,10 +70,10 @@ def stl10(arch: Arch) -> TrainConfig:
     )
 
 
-def stl10_linear_fit(arch: Arch) -> TrainConfig:
+def stl10_linear_probing(arch: Arch) -> TrainConfig:
     """The linear classifier on top of a pre-trained STL-10 encoder.
 
-    accelerate launch launch.py --recipe stl10-resnet18-linear-fit --data_dir DATA --ckpt_path RUN/model.safetensors
+    accelerate launch launch.py --recipe stl10-resnet18-linear-probing --data_dir DATA --ckpt_path RUN/model.safetensors
     """
     return TrainConfig(
         dataset="stl10",
@@ -117,8 +117,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "cifar100-resnet50": partial(cifar, "cifar100", "resnet50"),
     "stl10-resnet18": partial(stl10, "resnet18"),
     "stl10-resnet50": partial(stl10, "resnet50"),
-    "stl10-resnet18-linear-fit": partial(stl10_linear_fit, "resnet18"),
-    "stl10-resnet50-linear-fit": partial(stl10_linear_fit, "resnet50"),
+    "stl10-resnet18-linear-probing": partial(stl10_linear_probing, "resnet18"),
+    "stl10-resnet50-linear-probing": partial(stl10_linear_probing, "resnet50"),
     "imagenet-resnet50": imagenet_resnet50,
 }
 

@@ -76,12 +76,12 @@ def smooth_image(height: int, width: int, seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageFiles:
-    """64 JPEG files of many sizes, every fifth of them grey."""
+    """64 JPEG files of many sizes, every fifth of them gray."""
     root = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
     sizes = rng.integers(60, 240, (64, 2))
     for n, (height, width) in enumerate(sizes):
-        # Colours as muted as those of photographs are.
+        # Colors as muted as those of photographs are.
         muted = 128 + 0.4 * (smooth_image(height, width, n) - 128.0) + rng.normal(0, 4, (height, width, 3))
         image = Image.fromarray(muted.astype(np.uint8))
         (image.convert("L") if n % 5 == 0 else image).save(root / f"{n}.jpg", quality=92)

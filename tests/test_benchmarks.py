@@ -19,6 +19,7 @@ import torchvision
 from PIL import Image
 
 from benchmarks import (
+    ablations,
     exactness,
     nt_xent,
     quality,
@@ -29,7 +30,6 @@ from benchmarks import (
     step,
     step_model,
     throughput,
-    tries,
 )
 from pipelines.datasets.images import ImageFiles
 from pipelines.executors import reference
@@ -90,17 +90,17 @@ def test_the_baselines_draw_from_our_policy(cifar10: list[str], kind: Any) -> No
     """Views of the right kind, and as different from the source as those of our own commands."""
     options = throughput.Options(dataset="cifar10", data_dir=Path(cifar10[-1]), batch_size=50, workers=1)
     torch.manual_seed(0)
-    baseline = throughput.RandomViews(options.order().images, options.order().policy, kind)
+    baseline = throughput.RandomViews(options.sampler().images, options.sampler().policy, kind)
     theirs = torch.stack([view for n in range(100) for view in baseline[n]])
     ours = exactness.make_views(
-        options.order().images,
-        options.order().policy,
+        options.sampler().images,
+        options.sampler().policy,
         exactness.Options(views=200, workers=1),
         backend="dali",
     )
     assert theirs.shape == ours.shape and theirs.dtype == torch.float32
     assert float(theirs.min()) >= 0 and float(theirs.max()) <= 1
-    # Contrast within views, colourfulness, and, for the size of the windows, how much neighbours differ.
+    # Contrast within views, colorfulness, and, for the size of the windows, how much neighbors differ.
     for measure in (
         lambda x: x.std(dim=(1, 2, 3)).mean(),
         lambda x: x.std(dim=1).mean(),
@@ -116,7 +116,7 @@ def test_stages_of_arrays(cifar10: list[str], tmp_path: Path, operators: str) ->
     assert through["whole policy"][0] > 0 and "blur" not in through, "CIFAR-10's policy does not blur"
     assert bool(alone) == (operators == "compiled")
     for turns in alone:
-        assert {"window", "brightness", "hue", "grey", "output"} <= set(turns)
+        assert {"window", "brightness", "hue", "gray", "output"} <= set(turns)
         assert all(0 < values[0] < 1000 for values in turns.values())
 
 
@@ -126,10 +126,10 @@ def test_stages_of_files(photographs: ImageFiles, tmp_path: Path) -> None:
     assert through["reading and decoding"][0] > 0 and {"blur", "solarize"} <= set(through)
 
 
-def test_tries(cifar10: list[str], photographs: ImageFiles, tmp_path: Path) -> None:
-    of_arrays = figures(run(tries.main, [*cifar10, *BRIEF], tmp_path))
+def test_ablations(cifar10: list[str], photographs: ImageFiles, tmp_path: Path) -> None:
+    of_arrays = figures(run(ablations.main, [*cifar10, *BRIEF], tmp_path))
     flags = ["--dataset", "folder", "--data_dir", str(photographs.root), *BRIEF]
-    of_files = figures(run(tries.main, flags, tmp_path))
+    of_files = figures(run(ablations.main, flags, tmp_path))
     assert "gathered into a batch" in of_arrays[-1] and "each window" in of_files[-1]
 
 
@@ -153,13 +153,13 @@ def test_the_step_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_alternatives_make_the_same_views(cifar10: list[str], photographs: ImageFiles) -> None:
     """What is compared does the same work."""
-    arrays = throughput.PipelineOptions(dataset="cifar10", data_dir=Path(cifar10[-1]), batch_size=20).order()
-    files = throughput.PipelineOptions(dataset="folder", data_dir=photographs.root, batch_size=8).order()
-    assert torch.equal(next(tries.by_gathering(arrays, 1)).movedim(-1, -3), next(tries.by_loader(arrays, 1)))
+    arrays = throughput.PipelineOptions(dataset="cifar10", data_dir=Path(cifar10[-1]), batch_size=20).sampler()
+    files = throughput.PipelineOptions(dataset="folder", data_dir=photographs.root, batch_size=8).sampler()
+    assert torch.equal(next(ablations.by_gathering(arrays, 1)).movedim(-1, -3), next(ablations.by_loader(arrays, 1)))
     for part in ("the whole image", "the union of both windows", "each window"):
-        views = next(tries.by_decoding(files, part, 1)).movedim(-1, -3)
+        views = next(ablations.by_decoding(files, part, 1)).movedim(-1, -3)
         # At the borders of a part, chroma may be interpolated from within it alone.
-        assert (views - next(tries.by_loader(files, 1))).abs().mean() * 255 < 0.1
+        assert (views - next(ablations.by_loader(files, 1))).abs().mean() * 255 < 0.1
 
 
 def test_exactness(cifar10: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,13 +210,13 @@ def test_contenders_take_turns_after_a_warm_up() -> None:
 WRONG = {
     "no data folder": (throughput.main, ["--dataset", "cifar10"], "needs --data_dir"),
     "no batch": (throughput.main, ["--batch_size", "0"], "--batch_size 0 must be more than 0"),
-    "no time": (tries.main, ["--seconds", "0"], "--seconds 0.0 must be more than 0"),
+    "no time": (ablations.main, ["--seconds", "0"], "--seconds 0.0 must be more than 0"),
     "no turns": (stages.main, ["--repeats", "0"], "--repeats 0 must be more than 0"),
     "no views": (exactness.main, ["--views", "0"], "--views 0 must be more than 0"),
     "no GPUs": (step_model.main, ["--compute_ms", "69", "--gpus", "0", "1"], "--gpus 0 1 must be more than 0"),
     "no arithmetic": (step_model.main, ["--compute_ms", "0"], "--compute_ms 0.0 must be more than 0"),
     "a node of no GPUs": (step_model.main, ["--compute_ms", "69", "--gpus_per_node", "0"], "--gpus_per_node 0 must be"),
-    "nothing trained": (roofline.main, ["--recipes", "stl10-resnet18-linear-fit"], "does not train its encoder"),
+    "nothing trained": (roofline.main, ["--recipes", "stl10-resnet18-linear-probing"], "does not train its encoder"),
     "no turns of NT-Xent": (nt_xent.main, ["--repeats", "0"], "--repeats 0 must be more than 0"),
     "no features": (nt_xent.main, ["--feat_dim", "0"], "--feat_dim 0 must be more than 0"),
     "an odd number of views": (nt_xent.main, ["--views", "4", "5"], "--views 4 5 must be even"),
@@ -313,7 +313,7 @@ def test_the_step_on_images_without_labels(tmp_path: Path) -> None:
     write_stl10(tmp_path)
     small = "--width 4 --batch_size 2 --steps 1 --repeats 1 --workers 1 --no_optimizers".split()
     speeds, _, parts = figures(run(step.main, ["--dataset", "stl10", "--data_dir", str(tmp_path), *small], tmp_path))
-    assert speeds[step.NAMES["real"]][0] > 0 and parts["probe loss"] == [0] and parts["NT-Xent"][0] > 0
+    assert speeds[step.NAMES["real"]][0] > 0 and parts["classifier loss"] == [0] and parts["NT-Xent"][0] > 0
 
 
 def test_the_plain_lars_is_ours() -> None:
@@ -389,7 +389,7 @@ def test_quality(cifar10: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_agreement_is_judged_by_the_deviation() -> None:
-    near = quality.Comparison.of("S-TEC", "probe", [0.50, 0.52, 0.54], [0.51, 0.53, 0.55])
-    far = quality.Comparison.of("S-TEC", "probe", [0.50, 0.51, 0.52], [0.60, 0.61, 0.62])
+    near = quality.Comparison.of("S-TEC", "online_classifier", [0.50, 0.52, 0.54], [0.51, 0.53, 0.55])
+    far = quality.Comparison.of("S-TEC", "online_classifier", [0.50, 0.51, 0.52], [0.60, 0.61, 0.62])
     assert near.agrees and not far.agrees and near.deviation == pytest.approx(0.02)
-    assert quality.Comparison.of("S-TEC", "probe", [0.5], [0.5]).agrees is None
+    assert quality.Comparison.of("S-TEC", "online_classifier", [0.5], [0.5]).agrees is None

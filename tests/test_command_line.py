@@ -192,7 +192,7 @@ def test_evaluation_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert "--batch_size 0 is too small" in capsys.readouterr().err
     assert launch.main([*EVAL, str(tmp_path / "absent.ckpt"), "--json", str(tmp_path)]) == 2
     assert "name a file in an existing folder" in capsys.readouterr().err
-    assert launch.main(["--recipe", "stl10-resnet18-linear-fit", "--gpus", "1"]) == 2
+    assert launch.main(["--recipe", "stl10-resnet18-linear-probing", "--gpus", "1"]) == 2
     assert "name its weights by --ckpt_path" in capsys.readouterr().err
 
 
@@ -518,7 +518,7 @@ def ascii_only() -> None:
 def test_a_run_is_saved_whatever_its_output_takes(prepare: Prepare, tmp_path: Path) -> None:
     folder = tmp_path / "läuft"
     Run(*SMALL, "--results_path", folder, prepare=prepare).end()
-    assert "probe_after" in json.loads((folder / "results.json").read_text())
+    assert "online_classifier_after" in json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

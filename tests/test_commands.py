@@ -90,7 +90,7 @@ def test_probabilities_and_ranges() -> None:
     """Frequencies within five standard deviations of the policy's, values in SimCLR's ranges and not bunched."""
     policy = Policy(jitter_strength=1.0, p_blur=0.5, p_solarize=0.2)
     c = draw_many(policy)
-    expected = {"flip": 0.5, "jitter": 0.8, "grey": 0.2, "blur": 0.5, "solarize": 0.2}
+    expected = {"flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": 0.5, "solarize": 0.2}
     for name, p in expected.items():
         values = getattr(c, name)
         assert values.mean() == pytest.approx(p, abs=5 * np.sqrt(p * (1 - p) / values.size)), name
@@ -108,7 +108,7 @@ def test_probabilities_and_ranges() -> None:
 def test_switched_off_parts_are_neutral() -> None:
     c = draw_many(Policy(p_color_jitter=-1, p_grayscale=-1))
     for values, neutral in [
-        (c.jitter, 0), (c.brightness, 1), (c.contrast, 1), (c.saturation, 1), (c.hue_turns, 0), (c.grey, 0),
+        (c.jitter, 0), (c.brightness, 1), (c.contrast, 1), (c.saturation, 1), (c.hue_turns, 0), (c.gray, 0),
         (c.blur, 0), (c.sigma_px, 0), (c.solarize, 0),
     ]:  # fmt: skip
         assert (values == neutral).all()

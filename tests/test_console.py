@@ -31,7 +31,7 @@ PARTS = [
     "loss 14.077",
     "contrast 4.959",
     "inverse 1.849 (0.17)",
-    "probe 0.05",
+    "online linear classifier 0.05",
     "lr 0.00263",
     "8176 images/s",
     "wait 2%",
@@ -47,7 +47,7 @@ with console.counting() as show:
 console.facts("S-TEC", [("data", "demo: 128 training images"), ("files", "/a/folder/of/mine")])
 values = dict(
     loss=14.077, discrimination=4.959, manipulation=1.849, manipulation_accuracy=0.17, supervised=1,
-    supervised_accuracy=0.05, learning_rate=0.00263, images_per_second=8176, wait_share=0.02,
+    supervised_accuracy=0.05, learning_rate=0.00263, images_per_second=8176, wait_fraction=0.02,
 )
 with console.training(first_step=0, total_steps=30):
     for step in range(1, 31):
@@ -56,7 +56,7 @@ with console.training(first_step=0, total_steps=30):
         time.sleep(0.02)
 with console.waiting("evaluating"):
     time.sleep(0.15)
-console.table("Results", ["", "before training", "after training"], [["probe top-1, fitted afresh", "10.0%", "20.0%"]])
+console.table("Results", ["", "before training", "after training"], [["linear probing top-1", "10.0%", "20.0%"]])
 console.next_steps("What to do next", [("evaluate it", {WORDS!r})])
 """
 
@@ -156,7 +156,7 @@ def test_twenty_columns_hold_the_display() -> None:
 
 @pytest.mark.parametrize("forced", [{}, {"FORCE_COLOR": "1"}])
 def test_a_log_file_has_plain_lines(forced: dict[str, str], tmp_path: Path) -> None:
-    """However narrow the terminal is that the command was given in; forced colours are colours only."""
+    """However narrow the terminal is that the command was given in; forced colors are colors only."""
     with (tmp_path / "log").open("wb") as log:
         environment = {**outside_of_notebooks(), "TERM": "xterm-256color", "COLUMNS": "30", **forced}
         subprocess.run([sys.executable, "-c", SESSION], cwd=ROOT, env=environment, stdout=log, check=True)
@@ -181,13 +181,13 @@ def test_a_dumb_terminal_has_plain_lines_that_fit() -> None:
     assert command_in(text.splitlines()) == WORDS
 
 
-def test_no_color_is_no_colour() -> None:
+def test_no_color_is_no_color() -> None:
     said = []
     for environment in ({}, {"NO_COLOR": "1"}):
         with terminal(80, "-c", SESSION, **environment) as end:
             said.append(b"".join(read(end)).decode())
-    coloured, plain = (re.findall(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7])[;m]", text) for text in said)
-    assert coloured and not plain
+    colored, plain = (re.findall(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7])[;m]", text) for text in said)
+    assert colored and not plain
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
@@ -236,7 +236,7 @@ def test_notebooks_have_a_line_for_an_epoch(tmp_path: Path) -> None:
             assert reply["content"]["status"] == "ok"
             text = "".join(outputs).replace("\r\n", "\n")
             assert_whole(re.sub(r"\x1b\[[0-9;]*m", "", text))
-            assert not re.search(r"\x1b\[[0-9;?]*[A-LN-Za-ln-z]|\r", text), "only colours"
+            assert not re.search(r"\x1b\[[0-9;?]*[A-LN-Za-ln-z]|\r", text), "only colors"
             assert len(text.splitlines()) < 40
     finally:
         client.stop_channels()
@@ -310,7 +310,7 @@ def test_the_next_steps_are_commands_that_work(tmp_path: Path) -> None:
         again.end()
         if name == "eval":
             results = json.loads((folder / "results.json").read_text())
-            assert again.out.splitlines()[-1] == f"accuracy {results['probe_after']:.4f}"
+            assert again.out.splitlines()[-1] == f"accuracy {results['online_classifier_after']:.4f}"
     settings = json.loads((folder / "config.json").read_text())
     simclr = tmp_path / "a run-simclr"
     assert json.loads((simclr / "config.json").read_text()) == {

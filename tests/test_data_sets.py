@@ -95,7 +95,7 @@ def test_both_cifar_layouts_are_read_like_torchvision_reads_them(
     write_python(tmp_path, batches, torchvisions, labels_key, monkeypatch)
     for data_dir in (tmp_path / "binary", tmp_path):
         data_set = open_data_set(name, data_dir)
-        assert len(data_set.classes) == classes and data_set.labelled is data_set.train
+        assert len(data_set.classes) == classes and data_set.labeled is data_set.train
         for split, train in ((data_set.train, True), (data_set.test, False)):
             theirs = torchvisions(str(tmp_path), train=train)
             np.testing.assert_array_equal(split.pixels, theirs.data)
@@ -146,7 +146,7 @@ def test_limit_train_keeps_the_first_images(tmp_path: Path) -> None:
     write_cifar10_binary(tmp_path, random_batches(CIFAR10_FILES, 10))
     whole, limited = open_data_set("cifar10", tmp_path), open_data_set("cifar10", tmp_path, limit_train=30)
     np.testing.assert_array_equal(limited.train.pixels, whole.train.pixels[:30])
-    assert limited.labelled is limited.train and len(limited.test) == len(whole.test)
+    assert limited.labeled is limited.train and len(limited.test) == len(whole.test)
     with pytest.raises(UserError, match="more than the 100 training images"):
         open_data_set("cifar10", tmp_path, limit_train=101)
 
@@ -168,7 +168,7 @@ def test_stl10_is_read_like_torchvision_reads_it(tmp_path: Path, monkeypatch: py
     write_stl10(tmp_path)
     monkeypatch.setattr(STL10, "_check_integrity", lambda self: True)
     data_set = open_data_set("stl10", tmp_path)
-    for split, name in ((data_set.train, "unlabeled"), (data_set.labelled, "train"), (data_set.test, "test")):
+    for split, name in ((data_set.train, "unlabeled"), (data_set.labeled, "train"), (data_set.test, "test")):
         theirs = STL10(str(tmp_path), split=name)
         assert isinstance(split, ImageArray)
         np.testing.assert_array_equal(split.upright(slice(None)), theirs.data.transpose(0, 2, 3, 1))
@@ -313,8 +313,8 @@ def test_the_demo_set_is_fixed_balanced_and_split() -> None:
     assert len(np.unique(everything, axis=0)) == len(everything), "no image occurs twice"
 
 
-def test_the_demo_set_cannot_be_solved_by_colour() -> None:
-    """A classifier by mean colour and contrast, the nearest class mean, does hardly better than chance."""
+def test_the_demo_set_cannot_be_solved_by_color() -> None:
+    """A classifier by mean color and contrast, the nearest class mean, does hardly better than chance."""
     (train, train_labels), (test, test_labels) = demo.render(split="train"), demo.render(split="test")
 
     def features(images: np.ndarray) -> np.ndarray:

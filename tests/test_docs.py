@@ -280,7 +280,7 @@ def test_measuring(tmp_path: Path) -> None:
 UPSIDE_DOWN = """
 from dataclasses import replace
 import numpy as np, torch
-from pipelines import ImageArray, Loader, Order
+from pipelines import ImageArray, Loader, Sampler
 from pipelines.executors import kernels, reference
 from stec.augmentation import policy_of
 from stec.config import TrainConfig
@@ -291,21 +291,21 @@ config, _ = parse_train("--p_upside_down 0.5 --p_color_jitter 0 --p_grayscale 0 
 assert policy_of(config).p_upside_down == 0.5 and TrainConfig().p_upside_down == 0
 pixels = np.random.default_rng(0).integers(0, 256, (8, 40, 50, 3), np.uint8)
 images = ImageArray(pixels=pixels, labels=np.full(8, -1))
-order = Order(images, policy_of(config), seed=1, batch_size=8)
-share = order.share(0)
-commands, turned = share.commands, share.commands.upside_down
+sampler = Sampler(images, policy_of(config), seed=1, batch_size=8)
+plan = sampler.plan(0)
+commands, turned = plan.commands, plan.commands.upside_down
 assert 0.2 < turned.mean() < 0.8
 theta = window_matrices(commands)
 assert ((theta[..., 1, 1] < 0) == turned).all() and ((theta[..., 0, 0] < 0) == commands.flip).all()
-loader = Loader(order, backend="dali", device=torch.device("cpu"), workers=1, operators="dali")
+loader = Loader(sampler, backend="dali", device=torch.device("cpu"), workers=1, operators="dali")
 batch = next(loader.batches(0))
 upright = replace(commands, upside_down=turned & False)
 compiled = np.empty((2, 32, 32, 3), np.float32)
 strides, hw = np.array([150, 3, 1]), (40, 50)
-for n, image_id in enumerate(share.image_ids.tolist()):
+for n, image_id in enumerate(plan.image_ids.tolist()):
     kernels._make_views(pixels[image_id].reshape(-1), strides, hw, (0, 0), commands.pack()[n], 3, compiled)
     for v in (0, 1):
-        made, plain = (reference.execute(images.open(image_id), c, share.policy, n, v) for c in (commands, upright))
+        made, plain = (reference.execute(images.open(image_id), c, plan.policy, n, v) for c in (commands, upright))
         assert torch.equal(made, plain.flip(1) if turned[n, v] else plain)
         assert np.array_equal(compiled[v], made.permute(1, 2, 0))
         assert (batch.views[n, v] - made).abs().mean() * 255 < 1

@@ -106,7 +106,7 @@ def test_features_of_files_are_those_of_a_plain_torchvision_loop(class_folders: 
     expected = torchvision_features(model, [image for image, _ in folder], stem="imagenet").numpy()
 
     out = tmp_path / "out.safetensors"
-    arguments = f"embed {out} --dataset imagenet --data_dir {class_folders} --split labelled --view_size 32".split()
+    arguments = f"embed {out} --dataset imagenet --data_dir {class_folders} --split labeled --view_size 32".split()
     arguments += f"--ckpt_path {tmp_path / 'wide.safetensors'} --batch_size 5 --num_workers 0".split()
     assert launch.main([*arguments, "--backend", "torchvision"]) == 0
     made = load_file(out)

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 import launch
 from pipelines.batch import PlainBatch
 from pipelines.datasets import demo
-from stec.evaluation.evaluate import Features, class_balanced, evaluate, knn_votes, linear_fit_logits, score
+from stec.evaluation.evaluate import Features, class_balanced, evaluate, knn_votes, linear_probing_logits, score
 from stec.models.encoder import Encoder
 from stec.models.model import Model
 from stec.weights.export import to_official_names
@@ -35,28 +35,28 @@ CPU = torch.device("cpu")
 def clusters() -> tuple[Features, Features]:
     """300 and 200 features of 12 numbers in 7 overlapping classes."""
     rng = np.random.default_rng(0)
-    centres = rng.normal(0, 1, (7, 12))
+    centers = rng.normal(0, 1, (7, 12))
     made = []
     for count in (300, 200):
         labels = rng.integers(0, 7, count)
-        values = (centres[labels] + rng.normal(0, 1.5, (count, 12))) * rng.uniform(0.5, 3, 12) + 5
+        values = (centers[labels] + rng.normal(0, 1.5, (count, 12))) * rng.uniform(0.5, 3, 12) + 5
         made.append(Features(features=torch.from_numpy(values).float(), labels=torch.from_numpy(labels)))
     return made[0], made[1]
 
 
-def test_the_linear_fit_is_scikit_learns_logistic_regression(clusters: tuple[Features, Features]) -> None:
+def test_the_linear_probing_is_scikit_learns_logistic_regression(clusters: tuple[Features, Features]) -> None:
     """Whose penalty is that of a sum over the images, not of a mean."""
     bank, queries = clusters
     scaler = StandardScaler().fit(bank.features.numpy())
     theirs = LogisticRegression(C=1 / (2e-4 * len(bank.labels)), max_iter=5000, tol=1e-8)
     theirs.fit(scaler.transform(bank.features.numpy()), bank.labels.numpy())
     expected = theirs.predict_proba(scaler.transform(queries.features.numpy()))
-    ours = linear_fit_logits(bank, queries, 7, CPU).softmax(1).numpy()
+    ours = linear_probing_logits(bank, queries, 7, CPU).softmax(1).numpy()
     np.testing.assert_allclose(ours, expected, atol=5e-3)
     assert 0.4 < (ours.argmax(1) == queries.labels.numpy()).mean() < 0.9
 
 
-def test_neighbours_are_scikit_learns(clusters: tuple[Features, Features]) -> None:
+def test_neighbors_are_scikit_learns(clusters: tuple[Features, Features]) -> None:
     bank, queries = clusters
     theirs = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     theirs.fit(bank.features.double().numpy(), bank.labels.numpy())
@@ -119,20 +119,29 @@ class Counting:
 
 
 def test_each_image_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all measures together; where there are many labelled images, only those that some measure needs."""
+    """For all measures together; where there are many labeled images, only those that some measure needs."""
     encoder, accelerator = Encoder("resnet18", "cifar", 4), Accelerator(cpu=True)
     for limit in (1000, 50):
         monkeypatch.setattr("stec.evaluation.evaluate.FIT_LIMIT", limit)
-        labelled, test = Counting(200), Counting(40)
-        arguments: dict[str, Any] = {"labelled": labelled, "test": test, "classes": 4, "accelerator": accelerator}
+        labeled, test = Counting(200), Counting(40)
+        arguments: dict[str, Any] = {"labeled": labeled, "test": test, "classes": 4, "accelerator": accelerator}
         scores = evaluate(
-            encoder, torch.nn.Linear(32, 4), measures=("probe", "linear_fit", "fractions", "knn"), **arguments
+            encoder,
+            torch.nn.Linear(32, 4),
+            measures=("online_classifier", "linear_probing", "low_shot", "knn"),
+            **arguments,
         )
-        assert list(scores) == ["probe", "linear_fit", "linear_fit_10_percent", "linear_fit_1_percent", "knn20"]
+        assert list(scores) == [
+            "online_classifier",
+            "linear_probing",
+            "linear_probing_10_percent",
+            "linear_probing_1_percent",
+            "knn20",
+        ]
         assert [of.fitted_to for of in scores.values()] == [None, min(limit, 200), 20, 4, min(limit, 200)]
-        assert (test.asked == 1).all() and labelled.asked.max() == 1
-        assert labelled.asked.sum() == (
-            200 if limit == 1000 else len({*range(0, 200, 4), *class_balanced(labelled.labels, 0.1, 0)})
+        assert (test.asked == 1).all() and labeled.asked.max() == 1
+        assert labeled.asked.sum() == (
+            200 if limit == 1000 else len({*range(0, 200, 4), *class_balanced(labeled.labels, 0.1, 0)})
         )
         alone = evaluate(encoder, None, measures=("knn",), **arguments)
         assert alone["knn20"] == scores["knn20"]
@@ -140,31 +149,31 @@ def test_each_image_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_each_score_is_of_the_measure_that_it_is_called_by() -> None:
     encoder, accelerator = Encoder("resnet18", "cifar", 4).eval(), Accelerator(cpu=True)
-    labelled, test = Counting(200), Counting(40)
+    labeled, test = Counting(200), Counting(40)
     scores = evaluate(
         encoder,
         None,
-        labelled=labelled,
+        labeled=labeled,
         test=test,
         classes=4,
-        measures=("linear_fit", "knn"),
+        measures=("linear_probing", "knn"),
         accelerator=accelerator,
     )
     with torch.no_grad():
         bank, queries = (
             Features(features=encoder(images.images), labels=torch.from_numpy(images.labels))
-            for images in (labelled, test)
+            for images in (labeled, test)
         )
     expected = {
-        "linear_fit": score(linear_fit_logits(bank, queries, 4, CPU), queries.labels),
+        "linear_probing": score(linear_probing_logits(bank, queries, 4, CPU), queries.labels),
         "knn20": score(knn_votes(bank, queries, 4, CPU), queries.labels),
     }
     assert {name: of.class_accuracies for name, of in scores.items()} == {
         name: of.class_accuracies for name, of in expected.items()
     }
-    assert expected["knn20"].class_accuracies != expected["linear_fit"].class_accuracies
+    assert expected["knn20"].class_accuracies != expected["linear_probing"].class_accuracies
     assert scores["knn20"].loss is None, "votes are no probabilities"
-    assert scores["linear_fit"].loss == pytest.approx(expected["linear_fit"].loss, rel=1e-3)
+    assert scores["linear_probing"].loss == pytest.approx(expected["linear_probing"].loss, rel=1e-3)
 
 
 # --- The command ---
@@ -189,29 +198,46 @@ def test_all_measures_on_one_process_and_on_two(tmp_path: Path, capsys: pytest.C
     for process in processes:
         process.end()
     one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
-    assert list(one["measures"]) == ["probe", "linear_fit", "linear_fit_10_percent", "linear_fit_1_percent", "knn20"]
+    assert list(one["measures"]) == [
+        "online_classifier",
+        "linear_probing",
+        "linear_probing_10_percent",
+        "linear_probing_1_percent",
+        "knn20",
+    ]
     for name, expected in one["measures"].items():
         found = two["measures"][name]
         assert found["accuracy"] == expected["accuracy"] and found["class_accuracies"] == expected["class_accuracies"]
-    probe = one["measures"]["probe"]
-    assert said.splitlines()[-1] == f"accuracy {probe['accuracy']:.4f}" == f"accuracy {one['accuracy']:.4f}"
-    assert list(probe["class_accuracies"]) == list(demo.CLASSES)
-    for shown in ("linear fit", "fit to 10 %", "kNN, k 20", "hourglass", f"{one['measures']['knn20']['accuracy']:.1%}"):
+    classifier = one["measures"]["online_classifier"]
+    assert said.splitlines()[-1] == f"accuracy {classifier['accuracy']:.4f}" == f"accuracy {one['accuracy']:.4f}"
+    assert list(classifier["class_accuracies"]) == list(demo.CLASSES)
+    for shown in (
+        "linear probing",
+        "fit to 10 %",
+        "kNN, k 20",
+        "hourglass",
+        f"{one['measures']['knn20']['accuracy']:.1%}",
+    ):
         assert shown in said
 
 
 def test_an_encoder_is_evaluated_on_another_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With its own first layers and without its probe, whose classes, though as many, are others."""
+    """With its own first layers and without its online linear classifier, whose classes, though as many, are others."""
     weights = tmp_path / "weights.safetensors"
     write_weights(weights, stem="stl10", trained_on="stl10", width=4)
     assert launch.main([*EVAL, str(weights), "--json", str(tmp_path / "out.json")]) == 0
     said = capsys.readouterr().out
-    assert "Not measured: probe." in said and "was trained on stl10" in said
+    assert "Not measured: online linear classifier." in said and "was trained on stl10" in said
     measured = json.loads((tmp_path / "out.json").read_text())
-    assert list(measured["measures"]) == ["linear_fit", "linear_fit_10_percent", "linear_fit_1_percent", "knn20"]
+    assert list(measured["measures"]) == [
+        "linear_probing",
+        "linear_probing_10_percent",
+        "linear_probing_1_percent",
+        "knn20",
+    ]
     assert measured["trained_on"] == "stl10" and "accuracy" not in measured
-    assert launch.main([*EVAL, str(weights), "--measures", "probe", "knn"]) == 2
-    assert "probe cannot be measured: The probe of" in capsys.readouterr().err
+    assert launch.main([*EVAL, str(weights), "--measures", "online_classifier", "knn"]) == 2
+    assert "online linear classifier cannot be measured: The online linear classifier of" in capsys.readouterr().err
     assert launch.main([*EVAL, str(weights), "--trained_on", "demo"]) == 2
     assert "encoder.conv1.weight is (4, 3, 7, 7) instead of (4, 3, 3, 3)" in capsys.readouterr().err
 
@@ -224,8 +250,8 @@ def test_a_runs_folder_and_an_official_checkpoint_need_no_flags(
     folder.mkdir()
     (folder / "starts.jsonl").write_text("{}\n")
     write_weights(folder / "model.safetensors", stem="cifar", trained_on="demo", width=4)
-    probe = ["--measures", "probe"]
-    assert launch.main([*EVAL, str(folder), *probe]) == 2
+    classifier = ["--measures", "online_classifier"]
+    assert launch.main([*EVAL, str(folder), *classifier]) == 2
     assert "is not finished: it has no results.json yet" in capsys.readouterr().err
     (folder / "results.json").write_text("{}")
     model = Model(arch="resnet50", stem="cifar", classes=10, width=8, hidden_mlp=4, feat_dim=4)
@@ -234,9 +260,9 @@ def test_a_runs_folder_and_an_official_checkpoint_need_no_flags(
         (folder, ["--arch", "resnet18"], ["--width", "5"], "--width 5 asks for: it is a resnet18 of width 4"),
         (official, [], ["--arch", "resnet18"], "--arch resnet18 asks for: it is a resnet50 of width 8"),
     ):
-        assert launch.main([*EVAL, str(path), *probe, *flags]) == 0
+        assert launch.main([*EVAL, str(path), *classifier, *flags]) == 0
         assert capsys.readouterr().out.splitlines()[-1].startswith("accuracy ")
-        assert launch.main([*EVAL, str(path), *probe, *wrong]) == 2
+        assert launch.main([*EVAL, str(path), *classifier, *wrong]) == 2
         assert truth in capsys.readouterr().err
 
 
@@ -269,4 +295,4 @@ def test_the_probe_needs_the_test_images_alone(
     (tmp_path / "data" / "train" / "another").mkdir(parents=True)
     Image.fromarray(smooth_image(50, 60, seed=1)).save(tmp_path / "data" / "train" / "another" / "1.png")
     assert launch.main(arguments) == 2
-    assert "have other classes than the labelled ones" in capsys.readouterr().err
+    assert "have other classes than the labeled ones" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def upright(images: list[Image.Image], size: int) -> Tensor:
 
 @cache
 def generated() -> Tensor:
-    """Smooth colours with grain, as photographs have."""
+    """Smooth colors with grain, as photographs have."""
     grain = np.random.default_rng(0).normal(0, 8, (3, 64, 64, 3))
     pixels = [np.clip(smooth_image(64, 64, n) + grain[n], 0, 255).astype(np.uint8) for n in range(3)]
     return upright([Image.fromarray(image) for image in pixels], 64)
@@ -198,8 +198,8 @@ def test_a_run_as_a_folder_for_the_hub(finished: Path, tmp_path: Path, capsys: p
     assert {"self-supervised-learning", "resnet"} <= set(card.data.tags)
     assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {
         "kNN (k = 20) top-1": results["knn20_after"],
-        "probe top-1, fitted afresh": results["linear_fit_after"],
-        "probe top-1, trained online": results["probe_after"],
+        "linear probing top-1": results["linear_probing_after"],
+        "online linear classifier top-1": results["online_classifier_after"],
     }
     start = json.loads((finished / "starts.jsonl").read_text())
     for known in ("--dataset demo", "--limit_train 32", "by S-TEC", start["data_fingerprint"], start["torch"]):
@@ -222,7 +222,7 @@ def test_the_whole_model_as_a_file(finished: Path, tmp_path: Path) -> None:
     assert export(finished, tmp_path / "full.safetensors", "full") == 0
     model = load_file(tmp_path / "full.safetensors")
     trained = load_file(finished / "model.safetensors")
-    assert {name.partition(".")[0] for name in model} == {"encoder", "projection", "inverse_model", "probe"}
+    assert {name.partition(".")[0] for name in model} == {"encoder", "projection", "inverse_model", "online_classifier"}
     assert model.keys() == trained.keys() and all(torch.equal(model[name], trained[name]) for name in model)
     with safe_open(tmp_path / "full.safetensors", "pt") as file:
         assert json.loads(file.metadata()["stec"])["results"]["knn20_after"] >= 0
@@ -327,9 +327,9 @@ def test_what_cannot_be_exported(
     assert sorted(unfinished.rglob("*")) == before
 
 
-def test_no_licence(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_license(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(finished, tmp_path / "x", "huggingface", "--license", "All mine") == 2
-    assert "--license All mine is no licence's short name" in capsys.readouterr().err
+    assert "--license All mine is no license's short name" in capsys.readouterr().err
 
 
 def test_without_huggingface_hub(
@@ -399,9 +399,9 @@ def test_a_push_and_back(finished: Path, tmp_path: Path, hub_cache: Path, monkey
 
 
 def test_no_network(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        refused = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    with socket.socket() as classifier:
+        classifier.bind(("127.0.0.1", 0))
+        refused = f"http://127.0.0.1:{classifier.getsockname()[1]}"
     at(refused, monkeypatch)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its tries
     with pytest.raises(UserError, match=r"^There is no file or folder me/mine here, and the .* cannot be reached"):

@@ -32,7 +32,7 @@ from pipelines.errors import Interrupted, UserError
 from stec import console
 from stec.runs import checkpoint
 from stec.runs.run_folder import RunFolder
-from stec.training.stops import StopRequests, at_once
+from stec.training.stops import StopRequests, immediately
 from tests.runs import Prepare, Run, SignalAtStep, together
 
 TOTAL_STEPS = 24
@@ -86,7 +86,7 @@ TIMES = ("train_seconds", "wait_seconds", "environment")
 
 
 def assert_same_outcome(folder: Path, whole: Path) -> None:
-    """Weights, optimiser and random numbers to the bit, and the metrics; only times differ."""
+    """Weights, optimizer and random numbers to the bit, and the metrics; only times differ."""
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     ours, theirs = (checkpoint.load(checkpoint.checkpoint_path(run, TOTAL_STEPS)) for run in (folder, whole))
     assert _bits({k: v for k, v in ours.items() if k not in TIMES}) == _bits(
@@ -272,7 +272,7 @@ def test_at_once_a_second_signal_changes_nothing() -> None:
             cleaned_up.append(by)
 
     for number, code in ((signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)):
-        with pytest.raises(Interrupted) as raised, at_once(85):
+        with pytest.raises(Interrupted) as raised, immediately(85):
             stopped(number)
         assert raised.value.exit_code == code
     assert len(cleaned_up) == 3
@@ -284,7 +284,7 @@ def test_no_library_swallows_an_interruption() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
 
-    with pytest.raises(Interrupted), at_once(0):
+    with pytest.raises(Interrupted), immediately(0):
         library()
 
 
@@ -646,9 +646,9 @@ def test_clocks_that_jump_change_nothing(whole: Path, tmp_path: Path) -> None:
     assert_same_outcome(folder, whole)
     for line in metrics(folder):
         assert all(math.isfinite(value) for value in line.values())
-        assert line["images_per_second"] > 0 and 0 <= line["wait_share"] <= 1
+        assert line["images_per_second"] > 0 and 0 <= line["wait_fraction"] <= 1
     results = json.loads((folder / "results.json").read_text())
-    assert results["images_per_second"] > 0 and 0 <= results["wait_share"] <= 1
+    assert results["images_per_second"] > 0 and 0 <= results["wait_fraction"] <= 1
 
 
 # --- Settings ---

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from pipelines.color import GREY_WEIGHTS, colour_maps
+from pipelines.color import GRAY_WEIGHTS, color_maps
 from pipelines.commands import Commands, Policy, draw
 from pipelines.executors import reference
 from stec.objectives.geometry import (
-    colour_matrices,
-    relative_colours,
+    color_matrices,
+    relative_colors,
     relative_factors,
     relative_windows,
     window_matrices,
@@ -74,9 +74,9 @@ def test_the_official_command_shares_the_linear_part_only() -> None:
     assert np.abs(official[..., 2] - exact[..., 2]).max() > 0.1
 
 
-def slow_colours(rgb: np.ndarray, commands: Commands, n: int, v: int, kinds: list[int]) -> np.ndarray:
+def slow_colors(rgb: np.ndarray, commands: Commands, n: int, v: int, kinds: list[int]) -> np.ndarray:
     """Those of the four steps that are named, executed one by one on pixels [P, 3], without clamping."""
-    w = GREY_WEIGHTS
+    w = GRAY_WEIGHTS
     for step in kinds:
         if step == 0:
             rgb = rgb * commands.brightness[n, v]
@@ -87,7 +87,7 @@ def slow_colours(rgb: np.ndarray, commands: Commands, n: int, v: int, kinds: lis
             s = commands.saturation[n, v]
             rgb = s * rgb + (1 - s) * (rgb @ w)[:, None]
         else:
-            # Rodrigues' formula about the unit grey axis.
+            # Rodrigues' formula about the unit gray axis.
             angle, axis = 2 * np.pi * commands.hue_turns[n, v], np.ones(3) / np.sqrt(3)
             rgb = (
                 rgb * np.cos(angle)
@@ -97,59 +97,59 @@ def slow_colours(rgb: np.ndarray, commands: Commands, n: int, v: int, kinds: lis
     return rgb
 
 
-def slow_grey(rgb: np.ndarray) -> np.ndarray:
-    return np.repeat((rgb @ GREY_WEIGHTS)[:, None], 3, axis=1)
+def slow_gray(rgb: np.ndarray) -> np.ndarray:
+    return np.repeat((rgb @ GRAY_WEIGHTS)[:, None], 3, axis=1)
 
 
 @pytest.mark.parametrize("part", ["before", "after"])
-def test_a_colour_map_is_the_product_of_its_steps(part: Literal["before", "after"]) -> None:
+def test_a_color_map_is_the_product_of_its_steps(part: Literal["before", "after"]) -> None:
     commands = some_commands(200, jitter_strength=1.0)
-    matrix, mean_weights = colour_maps(commands, part)
+    matrix, mean_weights = color_maps(commands, part)
     rgb = np.random.default_rng(0).random((50, 3))
     for n in range(len(commands)):
         for v in range(2):
             order = commands.order[n, v].tolist()
             hue_at = order.index(3)
             steps = order[:hue_at] if part == "before" else order[hue_at + 1 :]
-            expected = slow_colours(rgb, commands, n, v, steps)
-            if part == "after" and commands.grey[n, v]:
-                expected = slow_grey(expected)
+            expected = slow_colors(rgb, commands, n, v, steps)
+            if part == "after" and commands.gray[n, v]:
+                expected = slow_gray(expected)
             ours = rgb @ matrix[n, v].T + mean_weights[n, v] @ rgb.mean(0)
             np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def grey_on_average(mean: float) -> np.ndarray:
-    """[100, 3]: colours whose mean is grey, as ``colour_matrices`` takes it to be."""
+def gray_on_average(mean: float) -> np.ndarray:
+    """[100, 3]: colors whose mean is gray, as ``color_matrices`` takes it to be."""
     rgb = np.random.default_rng(0).uniform(-0.3, 0.3, (50, 3))
     return mean + np.concatenate([rgb, -rgb])
 
 
-def test_a_colour_matrix_is_the_product_of_all_steps() -> None:
+def test_a_color_matrix_is_the_product_of_all_steps() -> None:
     commands = some_commands(100, jitter_strength=1.0)
-    rgb = grey_on_average(0.4)
-    matrices = colour_matrices(commands, mean=0.4)
+    rgb = gray_on_average(0.4)
+    matrices = color_matrices(commands, mean=0.4)
     for n in range(len(commands)):
-        expected = slow_colours(rgb, commands, n, 0, commands.order[n, 0].tolist())
-        expected = slow_grey(expected) if commands.grey[n, 0] else expected
+        expected = slow_colors(rgb, commands, n, 0, commands.order[n, 0].tolist())
+        expected = slow_gray(expected) if commands.gray[n, 0] else expected
         np.testing.assert_allclose(rgb @ matrices[n, 0, :, :3].T + matrices[n, 0, :, 3], expected, atol=1e-5)
 
 
-def test_the_colour_change_turns_one_view_into_the_other() -> None:
+def test_the_color_change_turns_one_view_into_the_other() -> None:
     commands = some_commands(100, jitter_strength=0.8)
-    change, valid = relative_colours(commands, mean=0.5)
-    np.testing.assert_array_equal(valid, ~commands.grey.any(axis=1))
+    change, valid = relative_colors(commands, mean=0.5)
+    np.testing.assert_array_equal(valid, ~commands.gray.any(axis=1))
     assert 20 < valid.sum() < 100 and np.isnan(change[~valid]).all()
-    rgb = grey_on_average(0.5)
+    rgb = gray_on_average(0.5)
     for n in np.flatnonzero(valid):
-        one, two = (slow_colours(rgb, commands, n, v, commands.order[n, v].tolist()) for v in (0, 1))
+        one, two = (slow_colors(rgb, commands, n, v, commands.order[n, v].tolist()) for v in (0, 1))
         np.testing.assert_allclose(one @ change[n, :, :3].T + change[n, :, 3], two, atol=1e-3)
 
 
-def test_colours_there_and_back_are_the_same() -> None:
+def test_colors_there_and_back_are_the_same() -> None:
     commands = some_commands(200, jitter_strength=0.8)
     bottom = np.broadcast_to(np.array([[[0.0, 0, 0, 1]]]), (200, 1, 4))
-    there, valid = relative_colours(commands)
-    back, _ = relative_colours(commands, from_view=1, to_view=0)
+    there, valid = relative_colors(commands)
+    back, _ = relative_colors(commands, from_view=1, to_view=0)
     there, back = (np.concatenate([matrix.astype(np.float64), bottom], axis=1)[valid] for matrix in (there, back))
     np.testing.assert_allclose(back @ there, np.broadcast_to(np.eye(4), there.shape), atol=1e-3)
 

@@ -64,7 +64,7 @@ def commands_of_windows(golden: SimpleNamespace) -> Commands:
         saturation=one,
         hue_turns=zero,
         order=np.zeros((*shape, 4), np.int32),
-        grey=off,
+        gray=off,
         blur=off,
         sigma_px=zero,
         solarize=off,
@@ -185,9 +185,9 @@ def test_an_imported_checkpoint_gives_the_official_logits(tag: str, tmp_path: Pa
         name: tensor.float() for name, tensor in to_official_names(golden_weights(model, golden_seed())).items()
     }
     torch.save({"state_dict": official, "epoch": 999}, tmp_path / "official.ckpt")
-    load_weights(model, read_weights(tmp_path / "official.ckpt"), tmp_path, required=("encoder", "probe"))
+    load_weights(model, read_weights(tmp_path / "official.ckpt"), tmp_path, required=("encoder", "classifier"))
     with torch.no_grad():
-        logits = model.eval().probe(model.encoder(torch.from_numpy(golden.view_i)))
+        logits = model.eval().classifier(model.encoder(torch.from_numpy(golden.view_i)))
     np.testing.assert_allclose(
         logits, golden.eval_logits_view_i, rtol=0, atol=1e-4 * np.abs(golden.eval_logits_view_i).max()
     )
@@ -209,7 +209,7 @@ def test_whole_model(tag: str) -> None:
     model.eval()
     with torch.no_grad():
         features = model.encoder(views[:, 0])
-        logits = model.probe(features)
+        logits = model.classifier(features)
     np.testing.assert_allclose(features, golden.eval_features_view_i, rtol=1e-9)
     np.testing.assert_allclose(logits, golden.eval_logits_view_i, rtol=1e-9, atol=1e-9)
 
@@ -239,5 +239,5 @@ def test_whole_model(tag: str) -> None:
             assert parameters[name].norm().item() == pytest.approx(norm, rel=1e-6, abs=1e-7), name
     model.eval()
     with torch.no_grad():
-        logits = model.probe(model.encoder(views[:, 0]))
+        logits = model.classifier(model.encoder(views[:, 0]))
     np.testing.assert_allclose(logits, golden.eval_logits_view_i_after_3_steps, rtol=1e-5, atol=1e-6)

@@ -27,7 +27,7 @@ from pipelines import splits
 from pipelines.datasets.bad_list import BadList, remember
 from pipelines.datasets.cache import cache_file
 from pipelines.datasets.headers import MAX_PIXELS
-from pipelines.datasets.images import UNLABELLED, ImageFiles, Names
+from pipelines.datasets.images import UNLABELED, ImageFiles, Names
 from pipelines.datasets.index import check_labels, open_data_set, open_split
 from pipelines.datasets.shards import sample_key
 from pipelines.errors import BadImage, UserError
@@ -53,13 +53,13 @@ def picture(seed: int, height: int = 40, width: int = 56) -> Image.Image:
     return Image.fromarray(smooth_image(height, width, seed))
 
 
-def png(height: int, width: int, depth: int, colour_type: int, lines: bytes) -> bytes:
+def png(height: int, width: int, depth: int, color_type: int, lines: bytes) -> bytes:
     """A PNG file by hand, for what Pillow does not write."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
@@ -70,11 +70,11 @@ def formats() -> dict[str, bytes]:
     """The same picture in every format and variant that ImageFolder's extensions may hide."""
     rgb = picture(1)
     height, width = rgb.height, rgb.width
-    grey, palette, bilevel, cmyk = rgb.convert("L"), rgb.quantize(64), rgb.convert("1"), rgb.convert("CMYK")
-    rgba, grey_alpha = rgb.copy(), grey.copy()
-    for image in (rgba, grey_alpha):
+    gray, palette, bilevel, cmyk = rgb.convert("L"), rgb.quantize(64), rgb.convert("1"), rgb.convert("CMYK")
+    rgba, gray_alpha = rgb.copy(), gray.copy()
+    for image in (rgba, gray_alpha):
         image.putalpha(picture(2).convert("L"))
-    grey16 = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257 ^ 0x35)
+    gray16 = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257 ^ 0x35)
     rgb16 = (np.asarray(rgb).astype(">u2") * 257).astype(">u2")
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -82,39 +82,39 @@ def formats() -> dict[str, bytes]:
     marker = adobe.index(b"Adobe") - 4
     length = 2 + struct.unpack(">H", adobe[marker + 2 : marker + 4])[0]
     transform = adobe.index(b"Adobe") + 11
-    bmp16 = ((np.asarray(grey)[::-1] >> 3).astype("<u2") * 0x421).astype("<u2").tobytes()
-    nibbles = np.asarray(grey) >> 4
+    bmp16 = ((np.asarray(gray)[::-1] >> 3).astype("<u2") * 0x421).astype("<u2").tobytes()
+    nibbles = np.asarray(gray) >> 4
     nibbles = nibbles[:, ::2] << 4 | nibbles[:, 1::2]
     ppm_of_100 = (np.asarray(rgb).astype(int) * 100 // 255).astype(np.uint8).tobytes()
     return {
         "rgb.jpg": encode(rgb, quality=90),
-        "grey.jpg": encode(grey, quality=90),
+        "gray.jpg": encode(gray, quality=90),
         "444.jpg": encode(rgb, quality=90, subsampling=0),
         "422.jpg": encode(rgb, quality=90, subsampling=1),
         "progressive.jpg": encode(rgb, quality=90, progressive=True),
-        "grey progressive.jpg": encode(grey, quality=90, progressive=True),
+        "gray progressive.jpg": encode(gray, quality=90, progressive=True),
         "stored as rgb.jpg": encode(rgb, quality=90, keep_rgb=True),
         "turned.jpg": encode(rgb, quality=90, exif=turned),
-        "several.jpg": encode(rgb, "MPO", save_all=True, append_images=[grey.convert("RGB")]),
+        "several.jpg": encode(rgb, "MPO", save_all=True, append_images=[gray.convert("RGB")]),
         "cmyk.jpg": adobe,
         "ycck.jpg": adobe[:transform] + b"\x02" + adobe[transform + 1 :],
         "cmyk without marker.jpg": adobe[:marker] + adobe[marker + length :],
         "rgb.png": encode(rgb, "PNG"),
         "png.jpg": encode(rgb, "PNG"),
-        "grey.png": encode(grey, "PNG"),
+        "gray.png": encode(gray, "PNG"),
         "palette.png": encode(palette, "PNG"),
         "palette transparent.png": encode(palette, "PNG", transparency=3),
         "palette translucent.png": encode(palette, "PNG", transparency=bytes(range(64))),
         "rgb transparent.png": encode(rgb, "PNG", transparency=rgb.getpixel((3, 3))),
         "bilevel.png": encode(bilevel, "PNG"),
-        "grey 4 bits.png": png(height, width, 4, 0, b"".join(b"\0" + line.tobytes() for line in nibbles)),
-        "grey 16 bits.png": encode(grey16, "PNG"),
+        "gray 4 bits.png": png(height, width, 4, 0, b"".join(b"\0" + line.tobytes() for line in nibbles)),
+        "gray 16 bits.png": encode(gray16, "PNG"),
         "rgb 16 bits.png": png(height, width, 16, 2, b"".join(b"\0" + line.tobytes() for line in rgb16)),
         "rgba.png": encode(rgba, "PNG"),
-        "grey alpha.png": encode(grey_alpha, "PNG"),
+        "gray alpha.png": encode(gray_alpha, "PNG"),
         "turned.png": encode(rgb, "PNG", exif=turned),
         "rgb.bmp": encode(rgb, "BMP"),
-        "grey.bmp": encode(grey, "BMP"),
+        "gray.bmp": encode(gray, "BMP"),
         "rgba.bmp": encode(rgba, "BMP"),
         "16 bits.bmp": b"BM"
         + struct.pack("<IHHIIiiHHIIiiII", 54 + len(bmp16), 0, 0, 54, 40, width, height, 1, 16, 0, 0, 0, 0, 0, 0)
@@ -124,10 +124,10 @@ def formats() -> dict[str, bytes]:
         "alpha.webp": encode(rgba, "WEBP", quality=90),
         "rgb.tif": encode(rgb, "TIFF"),
         "turned.tif": encode(rgb, "TIFF", tiffinfo={0x0112: 6}),
-        "grey 16 bits.tiff": encode(grey16, "TIFF"),
+        "gray 16 bits.tiff": encode(gray16, "TIFF"),
         "bilevel.tif": encode(bilevel, "TIFF"),
         "rgb.ppm": encode(rgb, "PPM"),
-        "grey.pgm": encode(grey, "PPM"),
+        "gray.pgm": encode(gray, "PPM"),
         "maximum 100.ppm": b"P6 %d %d 100\n" % (width, height) + ppm_of_100,
         "gif.png": encode(rgb, "GIF"),
         "jpeg 2000.jpg": encode(rgb, "JPEG2000"),
@@ -156,7 +156,7 @@ def test_every_format_is_opened_like_torchvision_opens_it(every_format: Path) ->
         assert str(images.path(n)) == images.name(n) == os.fsdecode(images.path_bytes(np.array([n])).tobytes()) == path
         assert images.encoded(n).tobytes() == Path(path).read_bytes() and images.size_bytes[n] == len(images.encoded(n))
         assert tuple(images.sizes[n]) == (expected.height, expected.width), path
-        if "grey 16 bits" not in path:  # which torchvision clips at 255
+        if "gray 16 bits" not in path:  # which torchvision clips at 255
             np.testing.assert_array_equal(np.asarray(images.open(n)), np.asarray(expected), err_msg=path)
 
 
@@ -166,8 +166,8 @@ def test_what_is_left_to_dali_comes_out_as_from_pillow(every_format: Path) -> No
     images = read_split(every_format, "class folders").images
     ids = np.flatnonzero(~images.needs_pillow).tolist()
     left = {images.path(n).name for n in ids}
-    assert {"rgb.jpg", "grey.jpg", "progressive.jpg", "turned.jpg", "rgb.png", "palette.png", "rgba.png"} <= left
-    assert not {"grey 16 bits.png", "cmyk without marker.jpg", "maximum 100.ppm", "turned.tif", "gif.png"} & left
+    assert {"rgb.jpg", "gray.jpg", "progressive.jpg", "turned.jpg", "rgb.png", "palette.png", "rgba.png"} <= left
+    assert not {"gray 16 bits.png", "cmyk without marker.jpg", "maximum 100.ppm", "turned.tif", "gif.png"} & left
 
     @dali.pipeline_def(batch_size=len(ids), num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
     def pipeline() -> object:
@@ -241,7 +241,7 @@ def test_shards_make_an_imagenet(tmp_path: Path) -> None:
     write_shards(tmp_path / "train")
     write_shards(tmp_path / "val", shards=1)
     data_set = open_data_set("imagenet", tmp_path, limit_train=10)
-    assert data_set.labelled is data_set.train and data_set.classes == ("0", "1", "2", "3")
+    assert data_set.labeled is data_set.train and data_set.classes == ("0", "1", "2", "3")
     assert (len(data_set.train), len(data_set.test)) == (10, 5)
     images, classes = open_split("imagenet", tmp_path, "test")
     assert (len(images), len(classes)) == (5, 4)
@@ -257,8 +257,8 @@ def test_images_without_labels(tmp_path: Path, every_format: Path) -> None:
     (every_format / "on top.png").write_bytes(encode(picture(0), "PNG"))
     for root, count in ((every_format, len(formats()) + 1), (tmp_path / "shards", 15)):
         data_set = open_data_set("folder", root)
-        assert (len(data_set.train), data_set.labelled, data_set.test, data_set.classes) == (count, None, None, ())
-        assert (data_set.train.labels == UNLABELLED).all()
+        assert (len(data_set.train), data_set.labeled, data_set.test, data_set.classes) == (count, None, None, ())
+        assert (data_set.train.labels == UNLABELED).all()
         assert len(open_data_set("folder", root, limit_train=4).train) == 4
     with pytest.raises(UserError, match="--dataset folder has no test images"):
         open_split("folder", every_format, "test")

@@ -78,7 +78,7 @@ def test_the_trainer_needs_no_command_line() -> None:
 def test_pipelines_can_be_used_alone() -> None:
     """The example trains with them where there is no trainer."""
     program = "import runpy, sys; sys.modules['stec'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
-    example = ROOT / "examples" / "own_trainer.py"
+    example = ROOT / "examples" / "custom_trainer.py"
     done = subprocess.run(
         [sys.executable, "-c", program, example], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -21,7 +21,7 @@ import launch
 from pipelines.datasets import folders
 from pipelines.datasets.cache import Split
 from pipelines.datasets.headers import read_header, to_rgb
-from pipelines.datasets.images import UNLABELLED
+from pipelines.datasets.images import UNLABELED
 from pipelines.datasets.index import check_classes, open_data_set, splits_below
 from pipelines.datasets.remarks import LARGE_PIXELS, remarks
 from pipelines.errors import UserError
@@ -317,10 +317,10 @@ def test_labels_of_keys_that_occur_twice_are_not_guessed(tmp_path: Path) -> None
             archive.addfile(info, io.BytesIO(content))
     labels = read_split(shard.parent, "class folders").images.labels.tolist()
     assert labels == [int(sample.get("cls", b"-1")) for sample in webdatasets(shard) if "jpg" in sample]
-    assert labels == [0, 1, 2, UNLABELLED]
+    assert labels == [0, 1, 2, UNLABELED]
 
 
-def labelled_shard(root: Path, labels: list[int]) -> Path:
+def labeled_shard(root: Path, labels: list[int]) -> Path:
     members = {
         f"{n:03d}.{kind}": JPEG if kind == "jpg" else b"%d" % k for n, k in enumerate(labels) for kind in ("jpg", "cls")
     }
@@ -328,14 +328,14 @@ def labelled_shard(root: Path, labels: list[int]) -> Path:
 
 
 def test_labels_with_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = read_split(labelled_shard(tmp_path / "few", [0, 1, 4, 1]), "class folders")
+    few = read_split(labeled_shard(tmp_path / "few", [0, 1, 4, 1]), "class folders")
     check_classes(few)
     (remark,) = remarks(few)
     assert "2 of 5 classes" in remark and "0.tar: 002.jpg (4)" in remark
     # A part of a larger data set keeps its labels.
-    check_classes(read_split(labelled_shard(tmp_path / "part", [0, 99] * 60), "class folders"))
-    labelled_shard(tmp_path / "data" / "train", [0, 1, 999_999, 1])
-    labelled_shard(tmp_path / "data" / "val", [0, 1])
+    check_classes(read_split(labeled_shard(tmp_path / "part", [0, 99] * 60), "class folders"))
+    labeled_shard(tmp_path / "data" / "train", [0, 1, 999_999, 1])
+    labeled_shard(tmp_path / "data" / "val", [0, 1])
     for arguments in (
         ["index", str(tmp_path / "data")],
         ["--dataset", "imagenet", "--data_dir", str(tmp_path / "data")],
@@ -343,8 +343,8 @@ def test_labels_with_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert launch.main(arguments) == 2
         err = capsys.readouterr().err
         assert "0.tar: 002.jpg (999999)" in err and "999997 of the 1000000 classes" in err
-    labelled_shard(tmp_path / "other" / "train", [0, 1])
-    labelled_shard(tmp_path / "other" / "val", [0, 7])
+    labeled_shard(tmp_path / "other" / "train", [0, 1])
+    labeled_shard(tmp_path / "other" / "val", [0, 7])
     with pytest.raises(UserError, match=r"0\.tar: 001\.jpg \(7\)"):
         open_data_set("imagenet", tmp_path / "other")
 

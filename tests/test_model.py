@@ -72,7 +72,7 @@ def small_model(**settings: int) -> Model:
 def test_the_probe_does_not_influence_the_encoder() -> None:
     model = small_model()
     model(torch.rand(4, 2, 3, 32, 32)).class_logits.square().sum().backward()
-    assert model.probe.weight.grad is not None
+    assert model.classifier.weight.grad is not None
     assert all(parameter.grad is None for parameter in model.encoder.parameters())
 
 
@@ -92,16 +92,16 @@ def test_the_inverse_model_sees_i_then_j_and_trains_the_encoder() -> None:
 def test_what_the_probe_trains(stop_gradient: int) -> None:
     """With images of its own: the encoder too (0), itself alone (1), or there is nothing else to train (2)."""
     model = small_model(stop_gradient=stop_gradient)
-    views, probe_views = torch.rand(4, 2, 3, 32, 32), torch.rand(4, 1, 3, 32, 32)
-    outputs = model(probe_views) if stop_gradient == 2 else model(views, probe_views)
+    views, labeled_views = torch.rand(4, 2, 3, 32, 32), torch.rand(4, 1, 3, 32, 32)
+    outputs = model(labeled_views) if stop_gradient == 2 else model(views, labeled_views)
     assert outputs.class_logits.shape == (4, 1, 3)
     outputs.class_logits.square().sum().backward()
     reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
-    assert reached == ({"encoder", "probe"} if stop_gradient == 0 else {"probe"})
+    assert reached == ({"encoder", "online_classifier"} if stop_gradient == 0 else {"online_classifier"})
     with torch.no_grad():
-        features = model.eval().encoder(probe_views[:, 0])
-        logits = model(*((probe_views,) if stop_gradient == 2 else (views, probe_views))).class_logits
-        torch.testing.assert_close(logits[:, 0], model.probe(features))
+        features = model.eval().encoder(labeled_views[:, 0])
+        logits = model(*((labeled_views,) if stop_gradient == 2 else (views, labeled_views))).class_logits
+        torch.testing.assert_close(logits[:, 0], model.classifier(features))
 
 
 def test_simclr_has_no_inverse_model() -> None:

@@ -69,12 +69,17 @@ def test_official_groups() -> None:
     model = Model(arch="resnet18", stem="cifar", classes=3, width=4, feat_dim=8)
     optimizer = make_optimizer(model, "lars", learning_rate=1.0, weight_decay=1e-6, nesterov=False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    adapted, plain, probe = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
-    assert probe == {"probe.weight"}
-    assert {"encoder.bn1.weight", "probe.bias", "projection.bn_output.weight", "inverse_model.output.bias"} <= plain
+    adapted, plain, classifier = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert classifier == {"classifier.weight"}
+    assert {
+        "encoder.bn1.weight",
+        "classifier.bias",
+        "projection.bn_output.weight",
+        "inverse_model.output.bias",
+    } <= plain
     assert {"encoder.conv1.weight", "encoder.layer2.0.downsample.1.weight", "projection.output.weight"} <= adapted
     assert not adapted & plain
-    assert adapted | plain | probe == set(names.values()) - {"projection.bn_output.bias"}
+    assert adapted | plain | classifier == set(names.values()) - {"projection.bn_output.bias"}
     settings = [(group["adapt"], group["weight_decay"]) for group in optimizer.param_groups]
     assert settings == [(True, 1e-6), (False, 0.0), (False, 1e-6)]
 

@@ -22,7 +22,7 @@ from pipelines.datasets.index import open_data_set
 from pipelines.datasets.remarks import remarks
 from pipelines.errors import UserError
 from pipelines.loader import Backend, EvaluationLoader, Loader
-from pipelines.order import Order
+from pipelines.sampler import Sampler
 from pipelines.splits import read_split
 from stec.cli.next_steps import next_steps
 from stec.config import TrainConfig, with_settings
@@ -88,8 +88,8 @@ def test_images_are_turned_like_pillow_turns_them(photographs: tuple[Path, Path]
 
 
 def first_batch(images: ImageFiles, backend: Backend, device: torch.device) -> Batch:
-    order = Order(images, Policy(size=48), seed=3, batch_size=len(images))
-    return next(Loader(order, backend=backend, device=device, workers=0).batches(0))
+    sampler = Sampler(images, Policy(size=48), seed=3, batch_size=len(images))
+    return next(Loader(sampler, backend=backend, device=device, workers=0).batches(0))
 
 
 def evaluated(images: ImageFiles, backend: Backend, device: torch.device) -> torch.Tensor:

@@ -119,7 +119,7 @@ import stec
 import pipelines
 
 commands: stec.Commands = stec.draw(stec.Policy(size=32), seed=0, epoch=0, first_position=0, image_hw=np.ones((2, 2)))
-order = pipelines.Order(pipelines.open_data_set("demo", None).train, stec.Policy(), seed=0, batch_size=8)
+sampler = pipelines.Sampler(pipelines.open_data_set("demo", None).train, stec.Policy(), seed=0, batch_size=8)
 stec.Policy(size="large")
 stec.misspelt
 pipelines.misspelt

@@ -22,13 +22,13 @@ from torchvision import transforms
 
 from pipelines.bad_images import BadImages
 from pipelines.batch import Batch
-from pipelines.commands import PROBE_STREAM, VIEWS, Policy
+from pipelines.commands import LABELED_STREAM, VIEWS, Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images, Names
 from pipelines.errors import UserError
 from pipelines.executors import graphs, reference
 from pipelines.executors.graphs import Form, Operators, argument_names, training_pipeline
 from pipelines.loader import EvaluationLoader, Loader, _on_device
-from pipelines.order import Order, Share
+from pipelines.sampler import BatchPlan, Sampler
 from tests.conftest import smooth_image
 
 CPU = torch.device("cpu")
@@ -46,13 +46,13 @@ def loader(
     device: torch.device = CPU,
     workers: int = 2,
     operators: Operators | None = None,
-    **order: Any,
+    **sampler: Any,
 ) -> Loader:
     """A loader of small batches. torchvision's works in this process, which is quicker than starting workers."""
-    settings = {"seed": 11, "batch_size": 64, **order}
+    settings = {"seed": 11, "batch_size": 64, **sampler}
     workers = workers if backend == "dali" else 0
     return Loader(
-        Order(images, policy, **settings), backend=backend, device=device, workers=workers, operators=operators
+        Sampler(images, policy, **settings), backend=backend, device=device, workers=workers, operators=operators
     )
 
 
@@ -111,31 +111,31 @@ def test_files_are_decoded_like_pillow_decodes_them(
 JITTER_STEPS = ("brightness", "contrast", "saturation", "hue_turns")
 
 
-class OneStepOrder(Order):
+class OneStepSampler(Sampler):
     """Commands that jitter by one of the four steps alone."""
 
     step = ""
 
-    def share(self, step: int) -> Share:
-        share = super().share(step)
-        shape = share.commands.top.shape
+    def plan(self, step: int) -> BatchPlan:
+        plan = super().plan(step)
+        shape = plan.commands.top.shape
         neutral = {name: np.full(shape, name != "hue_turns", np.float32) for name in JITTER_STEPS if name != self.step}
-        return dataclasses.replace(share, commands=dataclasses.replace(share.commands, **neutral))
+        return dataclasses.replace(plan, commands=dataclasses.replace(plan.commands, **neutral))
 
 
 @pytest.mark.parametrize("step", JITTER_STEPS)
 def test_each_step_of_the_jitter_is_pillows(demo_test_images: ImageArray, step: str) -> None:
     """A fault in one step cannot hide behind the others."""
-    order = OneStepOrder(
+    sampler = OneStepSampler(
         demo_test_images, Policy(p_color_jitter=1.0, p_grayscale=-1, jitter_strength=1.0), seed=3, batch_size=64
     )
-    order.step = step
-    (ours,) = take(Loader(order, backend="dali", device=CPU, workers=2), 1)
-    (theirs,) = take(Loader(order, backend="torchvision", device=CPU, workers=0), 1)
+    sampler.step = step
+    (ours,) = take(Loader(sampler, backend="dali", device=CPU, workers=2), 1)
+    (theirs,) = take(Loader(sampler, backend="torchvision", device=CPU, workers=0), 1)
     (plain,) = take(loader(demo_test_images, POLICIES["plain"], seed=3), 1)
     assert difference(theirs.views, plain.views) > 1, "the step does something"
     different = float((ours.views != theirs.views).float().mean())
-    assert different < 0.005, "every jitter passes the hue, in which one colour in 1,000 is rounded otherwise"
+    assert different < 0.005, "every jitter passes the hue, in which one color in 1,000 is rounded otherwise"
 
 
 def test_a_blurred_view_is_torchvisions(demo_test_images: ImageArray) -> None:
@@ -160,22 +160,23 @@ def test_column_major_images_come_out_upright(demo_test_images: ImageArray) -> N
         assert torch.equal(one.views, two.views)
 
 
-def test_labelled_images_accompany_unlabelled_ones(demo_test_images: ImageArray) -> None:
-    """The probe's images are cycled through beside the others, one view each, with labels and commands of their own."""
-    labelled, policy = demo_test_images.limited(100), POLICIES["plain"]
+def test_labeled_images_accompany_unlabeled_ones(demo_test_images: ImageArray) -> None:
+    """The online classifier's images are cycled through beside the others, one view each, with labels and commands of
+    their own."""
+    labeled, policy = demo_test_images.limited(100), POLICIES["plain"]
     orders = [
-        Order(demo_test_images, policy, seed=3, batch_size=64),
-        Order(labelled, policy, seed=3, batch_size=64, views=1, command_stream=PROBE_STREAM, epoch_length=2048),
+        Sampler(demo_test_images, policy, seed=3, batch_size=64),
+        Sampler(labeled, policy, seed=3, batch_size=64, views=1, command_stream=LABELED_STREAM, epoch_length=2048),
     ]
-    both = Loader(orders[0], backend="dali", device=CPU, workers=2, probe_order=orders[1])
+    both = Loader(orders[0], backend="dali", device=CPU, workers=2, labeled_sampler=orders[1])
     (batch,) = take(both, 1, first_step=40)
-    share = orders[1].share(40)
-    np.testing.assert_array_equal(share.image_ids, orders[0].share(40).image_ids % 100)
-    np.testing.assert_array_equal(batch.labels, labelled.labels[share.image_ids])
-    assert batch.probe_views is not None and batch.probe_views.shape == (64, 1, 3, 32, 32)
+    plan = orders[1].plan(40)
+    np.testing.assert_array_equal(plan.image_ids, orders[0].plan(40).image_ids % 100)
+    np.testing.assert_array_equal(batch.labels, labeled.labels[plan.image_ids])
+    assert batch.labeled_views is not None and batch.labeled_views.shape == (64, 1, 3, 32, 32)
     for n in range(0, 64, 9):
-        view = reference.execute(labelled.open(int(share.image_ids[n])), share.commands, policy, n, 0)
-        assert difference(batch.probe_views[n, 0], view) < 0.5
+        view = reference.execute(labeled.open(int(plan.image_ids[n])), plan.commands, policy, n, 0)
+        assert difference(batch.labeled_views[n, 0], view) < 0.5
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -197,7 +198,7 @@ def test_a_view_can_be_made_again_from_its_command(
         for n, image_id in enumerate(batch.image_ids.tolist()):
             for v in range(VIEWS):
                 view = reference.execute(images.open(image_id), batch.commands, policy, n, v)
-                # To the bit where Pillow resizes rows before columns, and but for a few colours' hue.
+                # To the bit where Pillow resizes rows before columns, and but for a few colors' hue.
                 assert difference(batch.views[n, v], view) < 0.5
 
 
@@ -246,38 +247,38 @@ def test_batch_layout(demo_test_images: ImageArray) -> None:
 
 
 def test_an_epoch_shows_each_image_once(demo_test_images: ImageArray) -> None:
-    order = Order(demo_test_images, POLICIES["cifar"], seed=1, batch_size=100, num_processes=2)
-    assert order.steps_per_epoch == 10, "the incomplete last global batch is dropped"
+    sampler = Sampler(demo_test_images, POLICIES["cifar"], seed=1, batch_size=100, num_processes=2)
+    assert sampler.steps_per_epoch == 10, "the incomplete last global batch is dropped"
     epochs = []
     for epoch in range(2):
-        shares = [
-            Order(demo_test_images, POLICIES["cifar"], seed=1, batch_size=100, process_index=k, num_processes=2).share(
+        plans = [
+            Sampler(demo_test_images, POLICIES["cifar"], seed=1, batch_size=100, process_index=k, num_processes=2).plan(
                 epoch * 10 + step
             )
             for step in range(10)
             for k in range(2)
         ]
-        epochs.append(np.concatenate([share.image_ids for share in shares]))
+        epochs.append(np.concatenate([plan.image_ids for plan in plans]))
         assert len(np.unique(epochs[-1])) == 2000
     assert np.mean(epochs[0] == epochs[1]) < 0.01
 
 
 def test_an_order_can_be_sent_to_a_process_that_is_not_forked(demo_test_images: ImageArray) -> None:
     """As torchvision's workers are started on macOS, also after the order has been used."""
-    order = Order(demo_test_images, POLICIES["cifar"], seed=1, batch_size=64)
-    expected = order.share(40)
+    sampler = Sampler(demo_test_images, POLICIES["cifar"], seed=1, batch_size=64)
+    expected = sampler.plan(40)
     for _ in range(2):
-        order = pickle.loads(pickle.dumps(order))
-        np.testing.assert_array_equal(order.share(40).image_ids, expected.image_ids)
-        np.testing.assert_array_equal(order.share(40).commands.pack(), expected.commands.pack())
+        sampler = pickle.loads(pickle.dumps(sampler))
+        np.testing.assert_array_equal(sampler.plan(40).image_ids, expected.image_ids)
+        np.testing.assert_array_equal(sampler.plan(40).commands.pack(), expected.commands.pack())
 
 
 def test_forgotten_pipelines_end_before_workers_are_forked(demo_test_images: ImageArray) -> None:
     """A worker that collected one would wait for ever for its threads, which were not forked."""
-    order = Order(demo_test_images, Policy(), seed=1, batch_size=4)
+    sampler = Sampler(demo_test_images, Policy(), seed=1, batch_size=4)
 
     def forget() -> weakref.ref[Any]:
-        batches = Loader(order, backend="dali", device=CPU, workers=1).batches(0)
+        batches = Loader(sampler, backend="dali", device=CPU, workers=1).batches(0)
         next(batches)
         cycle: list[Any] = [batches]
         cycle.append(cycle)
@@ -287,7 +288,7 @@ def test_forgotten_pipelines_end_before_workers_are_forked(demo_test_images: Ima
     try:
         forgotten = forget()
         assert forgotten() is not None
-        next(Loader(order, backend="torchvision", device=CPU, workers=1).batches(0))
+        next(Loader(sampler, backend="torchvision", device=CPU, workers=1).batches(0))
         assert forgotten() is None
     finally:
         gc.enable()
@@ -295,7 +296,7 @@ def test_forgotten_pipelines_end_before_workers_are_forked(demo_test_images: Ima
 
 def test_a_data_set_smaller_than_the_batch_is_refused(demo_test_images: ImageArray) -> None:
     with pytest.raises(UserError, match="use --batch_size 1024 or less"):
-        Order(demo_test_images, POLICIES["cifar"], seed=1, batch_size=2000, num_processes=2)
+        Sampler(demo_test_images, POLICIES["cifar"], seed=1, batch_size=2000, num_processes=2)
 
 
 @pytest.mark.parametrize("operators", ["compiled", "dali"])
@@ -308,12 +309,12 @@ def test_solarized_views_are_exact(demo_test_images: ImageArray, operators: Oper
 
 
 @pytest.mark.parametrize("operators", ["compiled", "dali"])
-def test_grey_views_are_grey(demo_test_images: ImageArray, operators: Operators) -> None:
+def test_gray_views_are_gray(demo_test_images: ImageArray, operators: Operators) -> None:
     (batch,) = take(loader(demo_test_images, Policy(p_color_jitter=-1, p_grayscale=1.0), operators=operators), 1)
     assert torch.equal(batch.views[:, :, 0], batch.views[:, :, 1])
     assert torch.equal(batch.views[:, :, 0], batch.views[:, :, 2])
     (theirs,) = take(loader(demo_test_images, Policy(p_color_jitter=-1, p_grayscale=1.0), "torchvision"), 1)
-    # DALI's round once in the window, and not in the grey.
+    # DALI's round once in the window, and not in the gray.
     assert (batch.views - theirs.views).abs().max() * 255 <= (0 if operators == "compiled" else 2.01)
 
 
@@ -400,16 +401,16 @@ def test_gpu_and_cpu_agree(demo_test_images: ImageArray, photographs: ImageFiles
 
 @pytest.mark.gpu
 def test_a_gpu_gets_half_precision_without_a_copy(demo_test_images: ImageArray) -> None:
-    order = Order(demo_test_images, POLICIES["cifar"], seed=1, batch_size=64)
-    (half,) = take(Loader(order, backend="dali", device=GPU, workers=2, half=True), 1)
-    (full,) = take(Loader(order, backend="dali", device=GPU, workers=2), 1)
+    sampler = Sampler(demo_test_images, POLICIES["cifar"], seed=1, batch_size=64)
+    (half,) = take(Loader(sampler, backend="dali", device=GPU, workers=2, half=True), 1)
+    (full,) = take(Loader(sampler, backend="dali", device=GPU, workers=2), 1)
     assert half.views.dtype == torch.float16
     assert half.views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
     assert (half.views.float() - full.views).abs().max() < 1e-3
 
 
 def test_files_are_evaluated_like_torchvision_does(photographs: ImageFiles) -> None:
-    """Shorter side resized, centre cut out; every image once, in order, the incomplete last batch included."""
+    """Shorter side resized, center cut out; every image once, in order, the incomplete last batch included."""
     transform = transforms.Compose([transforms.Resize(73), transforms.CenterCrop(64), transforms.ToTensor()])
     expected = torch.stack([transform(photographs.open(n)) for n in range(2, 63)])
     for backend in ("dali", "torchvision"):
@@ -455,7 +456,7 @@ def test_another_image_stands_in_for_a_bad_one(
     copied: ImageFiles, backend: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At the same position, named once with its reason; every other view stays what it was."""
-    bad = BadImages(copied, max_share=0.05)
+    bad = BadImages(copied, max_fraction=0.05)
     bad.list_in(tmp_path / "bad-images.tsv", say=print)
     # The third of four steps of an epoch, then the first two of the next.
     whole = take(loader(copied, PLAIN_64, backend, batch_size=16), 4, first_step=2)
@@ -523,10 +524,10 @@ def test_many_bad_images_end_no_pipeline(copied: ImageFiles, monkeypatch: pytest
         return built[-1]
 
     monkeypatch.setattr(graphs, "training_pipeline", build_and_count)
-    bad = BadImages(copied, max_share=0.5)
+    bad = BadImages(copied, max_fraction=0.5)
     met = take(loader(copied, PLAIN_64, batch_size=16, bad=bad), 12)
     assert bad.count == 13 and len(built) == 1
-    known = BadImages(copied, max_share=0.5)
+    known = BadImages(copied, max_fraction=0.5)
     known.add([copied.bad(n, "truncated") for n in range(0, 64, 5)])
     for ours, straight in zip(met, take(loader(copied, PLAIN_64, batch_size=16, bad=known), 12)):
         np.testing.assert_array_equal(ours.image_ids, straight.image_ids)
@@ -563,7 +564,7 @@ def test_only_failures_on_images_make_images_bad(
         return run(self, *arguments)
 
     monkeypatch.setattr(Pipeline, "run", failing)
-    bad = BadImages(copied, max_share=0.5)
+    bad = BadImages(copied, max_fraction=0.5)
     met = loader(copied, PLAIN_64, batch_size=64, bad=bad)
     if bad_images:
         take(met, 1)
@@ -584,21 +585,22 @@ def test_images_in_memory_move_to_a_device_once(demo_test_images: ImageArray) ->
 
 def test_stand_ins_do_not_depend_on_who_met_what(copied: ImageFiles, tmp_path: Path) -> None:
     """Two processes that share the list, one that resumes from it, and one that finds out itself agree."""
-    order = {"batch_size": 32, "seed": 4}
+    sampler = {"batch_size": 32, "seed": 4}
     for image_id in (3, 17, 40):
         damage(copied, image_id, "no image")
-    bad = BadImages(copied, max_share=0.05)
-    alone = take(loader(copied, PLAIN_64, bad=bad, **order), 4)
+    bad = BadImages(copied, max_fraction=0.05)
+    alone = take(loader(copied, PLAIN_64, bad=bad, **sampler), 4)
     assert bad.count == 3
 
     told: list[str] = []
     halves = []
     for k in range(2):
-        shared = BadImages(copied, max_share=0.05)
+        shared = BadImages(copied, max_fraction=0.05)
         shared.list_in(tmp_path / "bad-images.tsv", say=told.append)
         halves.append(
             take(
-                loader(copied, PLAIN_64, bad=shared, **{**order, "batch_size": 16}, process_index=k, num_processes=2), 4
+                loader(copied, PLAIN_64, bad=shared, **{**sampler, "batch_size": 16}, process_index=k, num_processes=2),
+                4,
             )
         )
     for step in range(4):
@@ -609,9 +611,9 @@ def test_stand_ins_do_not_depend_on_who_met_what(copied: ImageFiles, tmp_path: P
 
     assert named() == 3, "each is named once, whoever meets it"
 
-    resumed = BadImages(copied, max_share=0.05)
+    resumed = BadImages(copied, max_fraction=0.05)
     resumed.list_in(tmp_path / "bad-images.tsv", say=told.append)
-    (last,) = take(loader(copied, PLAIN_64, bad=resumed, **order), 1, first_step=3)
+    (last,) = take(loader(copied, PLAIN_64, bad=resumed, **sampler), 1, first_step=3)
     assert torch.equal(last.views, alone[3].views)
     assert named() == 3
 
@@ -620,11 +622,11 @@ def test_too_many_bad_images_stop_the_run(copied: ImageFiles) -> None:
     """Whether the index knew them or the run meets them; a share, not a count."""
     for image_id in range(3):
         damage(copied, image_id, "gone")
-    with pytest.raises(UserError, match=r"3 of 64 training images are bad, more than --max_bad_share 0.02"):
-        take(loader(copied, PLAIN_64, bad=BadImages(copied, max_share=0.02)), 2)
+    with pytest.raises(UserError, match=r"3 of 64 training images are bad, more than --max_bad_fraction 0.02"):
+        take(loader(copied, PLAIN_64, bad=BadImages(copied, max_fraction=0.02)), 2)
     known = dataclasses.replace(copied, faults=dict.fromkeys(range(2), "no image"))
     with pytest.raises(UserError, match="2 of 64"):
-        BadImages(known, max_share=0.02)
+        BadImages(known, max_fraction=0.02)
 
 
 def test_an_evaluation_stops_at_a_bad_image(copied: ImageFiles) -> None:
@@ -686,7 +688,7 @@ def test_a_shard_that_loses_its_end_has_bad_images(photographs: ImageFiles, tmp_
     shards = in_shards(photographs, tmp_path / "shards")
     shard = shards.path(63)
     shard.write_bytes(shard.read_bytes()[: int(shards.offset[63]) + 100])
-    bad = BadImages(shards, max_share=0.02)
+    bad = BadImages(shards, max_fraction=0.02)
     (batch,) = take(loader(shards, PLAIN_64, bad=bad), 1)
     assert bad.count == 1 and 63 not in batch.image_ids
 
@@ -694,8 +696,8 @@ def test_a_shard_that_loses_its_end_has_bad_images(photographs: ImageFiles, tmp_
 def test_shards_are_shuffled_window_by_window(photographs: ImageFiles, tmp_path: Path) -> None:
     """Every image once an epoch, few shards at a time, another order each epoch, alike on any number of processes."""
     shards = in_shards(photographs, tmp_path / "shards")
-    order = Order(shards, PLAIN_64, seed=1, batch_size=8, shuffle_window=2)
-    epochs = [np.concatenate([order.share(8 * epoch + step).image_ids for step in range(8)]) for epoch in range(2)]
+    sampler = Sampler(shards, PLAIN_64, seed=1, batch_size=8, shuffle_window=2)
+    epochs = [np.concatenate([sampler.plan(8 * epoch + step).image_ids for step in range(8)]) for epoch in range(2)]
     for image_ids in epochs:
         np.testing.assert_array_equal(np.sort(image_ids), np.arange(64))
         for window in image_ids.reshape(4, 16):
@@ -703,14 +705,14 @@ def test_shards_are_shuffled_window_by_window(photographs: ImageFiles, tmp_path:
             assert len(np.unique(shards.shard_of[window][:8])) == 2, "both shards of a window are mixed"
     assert np.mean(epochs[0] == epochs[1]) < 0.2
     halves = [
-        Order(shards, PLAIN_64, seed=1, batch_size=4, process_index=k, num_processes=2, shuffle_window=2)
+        Sampler(shards, PLAIN_64, seed=1, batch_size=4, process_index=k, num_processes=2, shuffle_window=2)
         for k in range(2)
     ]
     for step in (0, 11):
-        both = np.concatenate([half.share(step).image_ids for half in halves])
-        np.testing.assert_array_equal(both, order.share(step).image_ids)
-    everywhere = Order(shards, PLAIN_64, seed=1, batch_size=16, shuffle_window=0)
-    assert len(np.unique(shards.shard_of[everywhere.share(0).image_ids])) > 4
+        both = np.concatenate([half.plan(step).image_ids for half in halves])
+        np.testing.assert_array_equal(both, sampler.plan(step).image_ids)
+    everywhere = Sampler(shards, PLAIN_64, seed=1, batch_size=16, shuffle_window=0)
+    assert len(np.unique(shards.shard_of[everywhere.plan(0).image_ids])) > 4
 
 
 def test_evaluation_sees_every_image_once_in_order(demo_test_images: ImageArray) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of commands: that they show what a run trained on, and what its inverse model believes."""
+"""Pictures of commands: that they show what a run trained on, and what its inverse model predicts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from pipelines.datasets.index import DataSet
 from pipelines.executors.reference import execute
 from stec.cli.common import training_loader
 from stec.config import TrainConfig
-from stec.evaluation.beliefs import beliefs, confusion, overlap
 from stec.evaluation.examples import examples
-from stec.evaluation.preview import COLOURS, PANEL_PX, Example, in_words, panels, sheet
+from stec.evaluation.predictions import confusion, overlap, predictions
+from stec.evaluation.preview import COLORS, PANEL_PX, Example, in_words, panels, sheet
 from stec.models.model import Model
 from stec.objectives.geometry import (
     Convention,
@@ -34,7 +34,7 @@ from stec.objectives.geometry import (
     window_matrices,
     windows_of,
 )
-from stec.objectives.objective import bin_centres, command_bins
+from stec.objectives.objective import bin_centers, command_bins
 from stec.weights.pretrained import read_trained
 from tests.runs import SMALL_DEMO
 
@@ -62,10 +62,10 @@ def test_a_command_leads_from_one_window_to_the_other(convention: Convention) ->
 @pytest.mark.parametrize("n_bins", [2, 6, 7])
 def test_the_middle_of_a_bin_lies_in_it(n_bins: int) -> None:
     bins = torch.arange(n_bins)[:, None, None].expand(n_bins, 2, 3)
-    centres = bin_centres(bins, n_bins)
-    assert torch.equal(command_bins(centres, n_bins), bins)
+    centers = bin_centers(bins, n_bins)
+    assert torch.equal(command_bins(centers, n_bins), bins)
     # The first and the last are half a bin away from the ends of the range.
-    np.testing.assert_allclose(centres[0, 0], [-2 + 2 / n_bins, -2 + 2 / n_bins, -0.5 + 0.5 / n_bins], rtol=1e-6)
+    np.testing.assert_allclose(centers[0, 0], [-2 + 2 / n_bins, -2 + 2 / n_bins, -0.5 + 0.5 / n_bins], rtol=1e-6)
 
 
 def test_overlap() -> None:
@@ -102,15 +102,15 @@ def test_what_an_inverse_model_believes_becomes_a_window(convention: Convention)
     inside = (np.abs(command) <= [2, 2, 0.5]).all(axis=(1, 2))
     assert inside.sum() > 20
     true = command_bins(torch.from_numpy(command), 501)
-    said = beliefs(model_that_says(true, 501), torch.zeros(len(commands), 2, 3, 32, 32), commands, convention)
+    said = predictions(model_that_says(true, 501), torch.zeros(len(commands), 2, 3, 32, 32), commands, convention)
     np.testing.assert_allclose(said.windows[inside], true_windows[inside], atol=0.012)
     np.testing.assert_array_equal(said.windows, said.best_windows)
     np.testing.assert_array_equal(said.flips, commands.flip[:, 1])
     assert min(overlap(a, b) for a, b in zip(said.windows[inside], true_windows[inside])) > 0.9
-    # A window has no shear, whatever is believed of it.
+    # A window has no shear, whatever is predicted of it.
     sheared = true.clone()
     sheared[:, 0, 1] = sheared[:, 1, 0] = 400
-    again = beliefs(model_that_says(sheared, 501), torch.zeros(len(commands), 2, 3, 32, 32), commands, convention)
+    again = predictions(model_that_says(sheared, 501), torch.zeros(len(commands), 2, 3, 32, 32), commands, convention)
     np.testing.assert_array_equal(again.windows, said.windows)
 
 
@@ -143,7 +143,7 @@ SETTINGS = TrainConfig(dataset="demo", batch_size=8, accumulate=2, num_workers=1
 
 
 def loader_of(settings: TrainConfig, images: ImageArray | ImageFiles, **where: int):  # type: ignore[no-untyped-def]
-    data_set = DataSet(train=images, labelled=images, test=None, classes=tuple("abcdefghij"))
+    data_set = DataSet(train=images, labeled=images, test=None, classes=tuple("abcdefghij"))
     return training_loader(settings, data_set, device=CPU, precision="no", **where)
 
 
@@ -156,7 +156,7 @@ def test_views_are_the_bits_that_were_trained_on(
         settings = replace(SETTINGS, backend=backend)
         trained = loader_of(settings, images, process_index=1, num_processes=2)
         shown_by = loader_of(replace(settings, batch_size=1, accumulate=1), images)
-        chunk = 2 * trained.order.chunks_per_epoch + 1
+        chunk = 2 * trained.sampler.chunks_per_epoch + 1
         batch = next(trained.batches(chunk))
         assert batch.epoch == 2 and batch.positions[0] == 24
         shown = examples(shown_by, epoch=2, position=24, count=8, classes=())
@@ -166,23 +166,23 @@ def test_views_are_the_bits_that_were_trained_on(
             np.testing.assert_array_equal(example.views, bits)
             np.testing.assert_array_equal(example.commands.pack(), batch.commands[n : n + 1].pack())
             assert example.source.tobytes() == images.open(int(batch.image_ids[n])).tobytes()
-            policy = trained.order.policy_of(chunk)
+            policy = trained.sampler.policy_of(chunk)
             for v in range(2):
                 expected = execute(example.source, batch.commands, policy, n, v)
                 assert (batch.views[n, v] - expected).abs().mean() < 1 / 255
 
 
 def test_a_bad_image_is_replaced_as_in_training(photographs: ImageFiles, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, accumulate=1, max_bad_share=0.5, resolution_schedule=None)
+    settings = replace(SETTINGS, accumulate=1, max_bad_fraction=0.5, resolution_schedule=None)
     first = next(loader_of(settings, photographs).batches(0)).image_ids
     listed = tmp_path / "bad-images.tsv"
     BadList(listed).add(photographs, [photographs.bad(int(first[3]), "it was bad")])
     trained = loader_of(settings, photographs)
-    trained.order.bad.know(listed)
+    trained.sampler.bad.know(listed)
     batch = next(trained.batches(0))
     assert batch.image_ids[3] != first[3]
     shown_by = loader_of(replace(settings, batch_size=1), photographs)
-    shown_by.order.bad.know(listed)
+    shown_by.sampler.bad.know(listed)
     shown = examples(shown_by, epoch=0, position=3, count=1, classes=())[0]
     assert shown.source.tobytes() == photographs.open(int(batch.image_ids[3])).tobytes()
     assert listed.read_text().count("\n") == 1
@@ -201,12 +201,12 @@ def one_example(commands: Commands) -> Example:
     return Example(title="a", source=source, views=np.zeros((2, 32, 32, 3), np.uint8), commands=commands)
 
 
-def colour_of(name: str) -> list[int]:
-    return [*bytes.fromhex(COLOURS[name][1:]), 255]
+def color_of(name: str) -> list[int]:
+    return [*bytes.fromhex(COLORS[name][1:]), 255]
 
 
 def test_windows_stand_where_they_were_cut() -> None:
-    """The outermost pixels of each colour are those of the window, to one pixel of the panel."""
+    """The outermost pixels of each color are those of the window, to one pixel of the panel."""
     commands = next(
         c for n in range(64)
         if (c := some_commands()[n : n + 1]).left[0, 1] + c.width[0, 1] < c.left[0, 0] or c.top[0, 0] > c.top[0, 1] + 4
@@ -217,7 +217,7 @@ def test_windows_stand_where_they_were_cut() -> None:
     scale = PANEL_PX / 60
     margin = (PANEL_PX - 40 * scale) / 2
     for v, name in enumerate("ij"):
-        y, x = np.nonzero((pixels == colour_of(name)).all(axis=-1))
+        y, x = np.nonzero((pixels == color_of(name)).all(axis=-1))
         left, top = commands.left[0, v] * scale, commands.top[0, v] * scale + margin
         right, bottom = left + commands.width[0, v] * scale, top + commands.height[0, v] * scale
         assert abs(x.min() - left) <= 1 and abs(x.max() + 1 - right) <= 1
@@ -228,7 +228,7 @@ def test_words_say_what_was_executed() -> None:
     commands = some_commands(1)
     values = {
         "top": 5, "left": 3, "height": 20, "width": 30, "flip": True, "jitter": True, "brightness": 1.25,
-        "contrast": 0.5, "saturation": 1.5, "hue_turns": -0.05, "grey": True, "blur": True, "sigma_px": 0.75,
+        "contrast": 0.5, "saturation": 1.5, "hue_turns": -0.05, "gray": True, "blur": True, "sigma_px": 0.75,
         "solarize": True, "order": np.array([3, 0, 2, 1]),
     }  # fmt: skip
     for name, value in values.items():
@@ -239,7 +239,7 @@ def test_words_say_what_was_executed() -> None:
         "jitter": "hue -0.050 turns, then brightness x 1.25, then saturation x 1.50, then contrast x 0.50".replace(
             " ", "\u00a0"
         ).replace(",\u00a0then\u00a0", ", then "),
-        "grey": "yes",
+        "gray": "yes",
         "blur": "sigma 0.75 px",
         "solarize": "yes",
     }
@@ -248,16 +248,16 @@ def test_words_say_what_was_executed() -> None:
 def test_the_believed_window_is_drawn_and_measured() -> None:
     commands = some_commands(1, area=(0.3, 0.6))
     true = command_bins(torch.from_numpy(relative_windows(commands)), 501)
-    said = beliefs(model_that_says(true, 501), torch.zeros(1, 2, 3, 32, 32), commands, "official")
-    *_, believed = panels(replace(one_example(commands), beliefs=said))
-    assert believed.heading == "view j, as believed"
-    assert (np.asarray(believed.image) == colour_of("believed")).all(axis=-1).sum() > 100
-    words = dict(believed.words)
+    said = predictions(model_that_says(true, 501), torch.zeros(1, 2, 3, 32, 32), commands, "official")
+    *_, predicted = panels(replace(one_example(commands), predictions=said))
+    assert predicted.heading == "view j, as predicted"
+    assert (np.asarray(predicted.image) == color_of("predicted")).all(axis=-1).sum() > 100
+    words = dict(predicted.words)
     assert words["bins"] == "6 of 6 right" and "wrongly" not in words["flip"]
     assert int(re.match("[0-9]+", words["overlap"])[0]) > 90
     wrong = replace(said, windows=said.windows + np.array([0.5, 0, 0, 0]), flips=~said.flips)
-    words = dict(panels(replace(one_example(commands), beliefs=wrong))[-1].words)
-    assert re.match(r"(29|30|31)\.\d px too far right", words["centre"]) and "wrongly" in words["flip"]
+    words = dict(panels(replace(one_example(commands), predictions=wrong))[-1].words)
+    assert re.match(r"(29|30|31)\.\d px too far right", words["center"]) and "wrongly" in words["flip"]
 
 
 def test_a_sheet_has_a_row_for_each_image() -> None:

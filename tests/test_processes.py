@@ -19,7 +19,7 @@ from pipelines.commands import Policy
 from pipelines.datasets import demo
 from pipelines.datasets.images import ImageArray
 from pipelines.loader import Loader
-from pipelines.order import Order
+from pipelines.sampler import Sampler
 from stec.models.batch_norm import CpuSyncBatchNorm
 from stec.models.model import Model
 from stec.objectives.objective import METRICS, Objective, Weights
@@ -38,11 +38,11 @@ def train(
     learning_rate: float,
     accumulate: int = 1,
     stop_gradient: int = 1,
-    probe_views: bool = False,
+    labeled_views: bool = False,
 ) -> dict[str, Any]:
     """Some steps of SGD: every step's metrics, the first step's gradients, and the state at the end."""
     # Solarized pairs are left out, unevenly over the processes.
-    order = Order(
+    sampler = Sampler(
         images,
         Policy(p_solarize=0.3),
         seed=1,
@@ -51,7 +51,7 @@ def train(
         num_processes=accelerator.num_processes,
         accumulate=accumulate,
     )
-    batches = Loader(order, backend="torchvision", device=torch.device("cpu"), workers=0).batches(0)
+    batches = Loader(sampler, backend="torchvision", device=torch.device("cpu"), workers=0).batches(0)
     torch.manual_seed(0)
     model = Model(
         arch="resnet18", stem="cifar", classes=10, width=4, hidden_mlp=16, feat_dim=8, stop_gradient=stop_gradient
@@ -62,8 +62,8 @@ def train(
     gradients: dict[str, Tensor] = {}
     for _ in range(steps):
         chunks = [dataclasses.replace(c, views=c.views.to(dtype)) for c in itertools.islice(batches, accumulate)]
-        if probe_views:
-            chunks = [dataclasses.replace(c, probe_views=c.views[:, :1].flip(-1)) for c in chunks]
+        if labeled_views:
+            chunks = [dataclasses.replace(c, labeled_views=c.views[:, :1].flip(-1)) for c in chunks]
         metrics.append(accelerator.reduce(step(chunks), "mean"))
         gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
@@ -78,7 +78,7 @@ def train(
     }
 
 
-def normalise(accelerator: Accelerator, dtype: torch.dtype) -> dict[str, Any]:
+def normalize(accelerator: Accelerator, dtype: torch.dtype) -> dict[str, Any]:
     """A lone batch norm on 4 images, in all: outputs, gradients and running statistics of all processes."""
     generator = torch.Generator().manual_seed(0)
     x, weights = (5 + 3 * torch.randn(2, 4, 3, 2, 2, generator=generator, dtype=torch.float64)).to(dtype)
@@ -106,10 +106,12 @@ def everything(accelerator: Accelerator) -> dict[str, Any]:
         "float32, exact": train(accelerator, data, dtype=torch.float64, **several),
         "float64": train(accelerator, data, **exact),
         "accumulate": train(accelerator, data, accumulate=2, **exact),
-        "probe": train(accelerator, data, stop_gradient=0, probe_views=True, **exact),
-        "probe, accumulate": train(accelerator, data, stop_gradient=0, probe_views=True, accumulate=2, **exact),
+        "online_classifier": train(accelerator, data, stop_gradient=0, labeled_views=True, **exact),
+        "online linear classifier, accumulate": train(
+            accelerator, data, stop_gradient=0, labeled_views=True, accumulate=2, **exact
+        ),
         "frozen": train(accelerator, data, stop_gradient=2, accumulate=2, **exact),
-        "batch norm": [normalise(accelerator, dtype) for dtype in (torch.float64, torch.bfloat16)],
+        "batch norm": [normalize(accelerator, dtype) for dtype in (torch.float64, torch.bfloat16)],
     }
 
 
@@ -163,7 +165,9 @@ def test_twenty_steps_in_single_precision(outcomes: dict[int, dict[str, Any]], p
         assert several < 4 * one + 100 * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize("case", ["float64", "accumulate", "probe", "probe, accumulate", "frozen"])
+@pytest.mark.parametrize(
+    "case", ["float64", "accumulate", "online_classifier", "online linear classifier, accumulate", "frozen"]
+)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_gradients_in_double_precision(outcomes: dict[int, dict[str, Any]], processes: int, case: str) -> None:
     """To 1e-6, which is what NT-Xent's similarities in single precision leave."""
@@ -187,7 +191,7 @@ def test_batch_norm_on_few_images(outcomes: dict[int, dict[str, Any]], processes
             torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_batch_norm_is_synchronised_between_processes_only(outcomes: dict[int, dict[str, Any]]) -> None:
+def test_batch_norm_is_synchronized_between_processes_only(outcomes: dict[int, dict[str, Any]]) -> None:
     assert outcomes[1]["float32"]["batch_norms"] == ["BatchNorm1d", "BatchNorm2d"]
     assert outcomes[2]["float32"]["batch_norms"] == ["CpuSyncBatchNorm"]
 

@@ -18,15 +18,15 @@ OFFICIAL = {
     "--hidden_mlp 1024 --feat_dim 64",
     "stl10-resnet18": "--dataset stl10 --arch resnet18 --temperature .2 --learning_rate 1.2 --manip_lambda .3 "
     "--use_solarization 1 --use_gaussian_blur 1 --batch_size 512 --gpus 2",
-    "stl10-resnet18-linear-fit": "--dataset stl10 --arch resnet18 --batch_size 1024 --max_epochs 100 --optimizer sgd "
-    "--learning_rate .04 --stop_gradient 2 --reinitialize_supervised_head 1 --nesterov 1 --p_color_jitter -1 "
+    "stl10-resnet18-linear-probing": "--dataset stl10 --arch resnet18 --batch_size 1024 --max_epochs 100 --optimizer "
+    "sgd --learning_rate .04 --stop_gradient 2 --reinitialize_supervised_head 1 --nesterov 1 --p_color_jitter -1 "
     "--p_grayscale -1",
     "imagenet-resnet50": "--dataset imagenet --arch resnet50 --temperature .1 --learning_rate 1.97 --manip_lambda .6 "
     "--use_solarization 1 --use_gaussian_blur 1 --batch_size 210 --gpus 8 --max_epochs 100",
 }
 for name in ("cifar10-resnet18", "cifar10-resnet50"):
     OFFICIAL[name.replace("cifar10", "cifar100")] = OFFICIAL[name].replace("cifar10", "cifar100")
-for name in ("stl10-resnet18", "stl10-resnet18-linear-fit"):
+for name in ("stl10-resnet18", "stl10-resnet18-linear-probing"):
     OFFICIAL[name.replace("resnet18", "resnet50")] = OFFICIAL[name].replace("resnet18", "resnet50")
 
 # Defaults of the official command line (its own and those it inherits from lightning-bolts 0.5) for every flag of ours

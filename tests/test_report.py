@@ -19,7 +19,7 @@ import launch
 from pipelines.datasets import demo
 from stec.config import TrainConfig
 from stec.evaluation.evaluate import Features, evenly_spread, nearest
-from stec.evaluation.report import RUN_COLOURS, Look, Neighbours, _thinned, report
+from stec.evaluation.report import RUN_COLORS, Look, Neighbors, _thinned, report
 from stec.models.model import Model
 from stec.runs.run_record import read_run
 from stec.weights.export import write_safetensors
@@ -55,7 +55,7 @@ def write_run(folder: Path, *, steps: int = 40, finished: bool = True, **changed
                 "supervised_accuracy": 0.1,
                 "learning_rate": 0.001,
                 "images_per_second": 100.0 + step,
-                "wait_share": 0.25,
+                "wait_fraction": 0.25,
             }
         )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -98,8 +98,8 @@ def test_a_finished_run_is_read_whole(tmp_path: Path) -> None:
          "4 of 5 lines of metrics.jsonl are damaged and left out."),
         ("metrics.jsonl", "", "metrics.jsonl is empty."),
         ("metrics.jsonl", '{"step": 1e999, "loss": 1}\n', "1 of 1 lines of metrics.jsonl are damaged and left out."),
-        ("config.json", '{"batch_size": 16, "colour_space": "lab", "zoom": 2}',
-         "config.json has settings that this version does not know (colour_space, zoom), as a newer one writes them; "
+        ("config.json", '{"batch_size": 16, "color_space": "lab", "zoom": 2}',
+         "config.json has settings that this version does not know (color_space, zoom), as a newer one writes them; "
          "what depends on them is left out."),
         ("config.json", '{"batch_size": "many"}',
          "config.json: batch_size is 'many'; give a value of type int. What depends on the settings is left out."),
@@ -185,7 +185,7 @@ def test_nothing_that_came_from_files_becomes_markup(tmp_path: Path) -> None:
     (folder / "starts.jsonl").write_text(json.dumps({"device": HOSTILE, "processes": HOSTILE}) + "\n")
     picture = Image.new("RGB", (32, 32))
     look = Look(
-        neighbours=[Neighbours(image=picture, name=HOSTILE, nearest=[(picture, HOSTILE, 0.5)])], remarks=[HOSTILE]
+        neighbors=[Neighbors(image=picture, name=HOSTILE, nearest=[(picture, HOSTILE, 0.5)])], remarks=[HOSTILE]
     )
     made = Elements(report([read_run(folder)], [look]))
     assert made.names.count("img") == 2 and not [name for name, _ in made.attributes if name == "onerror"]
@@ -215,7 +215,7 @@ def test_data_that_cannot_be_reached_is_left_out(tmp_path: Path, capsys: pytest.
     assert launch.main(["report", str(folder), "--out", str(out)]) == 0
     assert "The data cannot be shown" in capsys.readouterr().out
     shown = Elements(out.read_text())
-    assert "Learning curves" in shown.texts and "Nearest neighbours" not in shown.texts
+    assert "Learning curves" in shown.texts and "kNN" not in shown.texts
 
 
 # --- In a browser ---
@@ -257,11 +257,11 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def crowded_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of one run for each colour, with long names, a single point, and values of every magnitude."""
+    """The report of one run for each color, with long names, a single point, and values of every magnitude."""
     folder = tmp_path_factory.mktemp("runs")
     rng = np.random.default_rng(0)
     records, looks = [], []
-    for n in range(len(RUN_COLOURS)):
+    for n in range(len(RUN_COLORS)):
         record = read_run(write_run(folder / f"resnet50-batch-1024-temperature-0.1-and-more-{n}", finished=False))
         record.environment = {}
         record.metrics = [
@@ -300,8 +300,8 @@ def test_the_page_needs_nothing_else_and_its_buttons_hide_a_run(browser, page_fi
     page, events = opened(browser, page_file)
     headings = page.locator("h2").all_inner_texts()
     assert headings == [
-        "Runs", "Results", "Learning curves", "Pace", "Views", "What the inverse model believes",
-        "Nearest neighbours", "Settings",
+        "Runs", "Results", "Learning curves", "Pace", "Views", "What the inverse model predicts",
+        "kNN", "Settings",
     ]  # fmt: skip
     loss = page.locator("figure", has=page.get_by_text("Loss", exact=True))
     assert loss.locator(".scatterlayer .trace").count() == 3
@@ -328,8 +328,8 @@ def test_dark_scheme(browser, page_file: Path) -> None:  # type: ignore[no-untyp
     page, events = opened(browser, page_file, color_scheme="light")
 
     def brightness(selector: str, style: str) -> float:
-        colour = page.locator(selector).first.evaluate(f"(part) => getComputedStyle(part).{style}")
-        return sum(map(float, colour[4:-1].split(","))) / 3
+        color = page.locator(selector).first.evaluate(f"(part) => getComputedStyle(part).{style}")
+        return sum(map(float, color[4:-1].split(","))) / 3
 
     def brightnesses() -> list[float]:
         parts = (

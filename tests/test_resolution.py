@@ -15,12 +15,12 @@ import torch
 
 from pipelines.bad_images import BadImages
 from pipelines.batch import Batch
-from pipelines.commands import PROBE_STREAM, VIEWS, Commands, Policy
+from pipelines.commands import LABELED_STREAM, VIEWS, Commands, Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.executors import reference
 from pipelines.executors.graphs import Operators
 from pipelines.loader import Loader
-from pipelines.order import Order
+from pipelines.sampler import Sampler
 from stec.config import TrainConfig
 from stec.objectives.geometry import relative_windows
 from stec.recipes import recipe
@@ -40,11 +40,11 @@ EXECUTORS: list[tuple[str, Operators | None, float]] = [
 """Backend, operators, and how far a view may be from torchvision's on average, in 1/255."""
 
 
-def order(images: Images, **settings: Any) -> Order:
-    return Order(images, POLICY, **{"seed": 5, "batch_size": 16, "view_size_at": CONFIG.view_size_at, **settings})
+def sampler(images: Images, **settings: Any) -> Sampler:
+    return Sampler(images, POLICY, **{"seed": 5, "batch_size": 16, "view_size_at": CONFIG.view_size_at, **settings})
 
 
-def take(source: Order, count: int, first: int = 0, backend: str = "dali", operators: Any = None) -> list[Batch]:
+def take(source: Sampler, count: int, first: int = 0, backend: str = "dali", operators: Any = None) -> list[Batch]:
     workers = 2 if backend == "dali" else 0
     loader = Loader(source, backend=backend, device=torch.device("cpu"), workers=workers, operators=operators)
     return list(itertools.islice(loader.batches(first), count))
@@ -75,12 +75,12 @@ def test_views_change_their_size_and_nothing_else(
     images: Images, backend: str, operators: Operators | None, tolerance: float
 ) -> None:
     """Each image once an epoch, with the command it would have had, and executed as that says."""
-    scheduled = take(order(images), 16, 0, backend, operators)
-    plain_order = order(images, view_size_at=None)
+    scheduled = take(sampler(images), 16, 0, backend, operators)
+    plain_sampler = sampler(images, view_size_at=None)
     for chunk, batch in enumerate(scheduled):
         size = SIZES[chunk // 4]
         assert batch.views.shape == (16, VIEWS, 3, size, size)
-        expected = plain_order.share(chunk)
+        expected = plain_sampler.plan(chunk)
         assert batch.epoch == expected.epoch
         np.testing.assert_array_equal(batch.positions, expected.positions)
         np.testing.assert_array_equal(batch.image_ids, expected.image_ids)
@@ -106,9 +106,9 @@ def test_views_change_their_size_and_nothing_else(
 def test_any_step_can_be_the_first(images: Images, backend: str) -> None:
     """Also with several chunks a step, and where every chunk is an epoch of its own."""
     for settings, chunks in (({"accumulate": 2, "batch_size": 8}, 32), ({"batch_size": 64}, 4)):
-        straight = take(order(images, **settings), chunks, backend=backend)
+        straight = take(sampler(images, **settings), chunks, backend=backend)
         for first in (0, chunks // 4 - 1, chunks // 4, chunks // 2 + 1):
-            resumed = take(order(images, **settings), chunks - first, first, backend)
+            resumed = take(sampler(images, **settings), chunks - first, first, backend)
             for one, two in zip(straight[first:], resumed, strict=True):
                 assert torch.equal(one.views, two.views)
                 np.testing.assert_array_equal(one.commands.pack(), two.commands.pack())
@@ -119,11 +119,11 @@ def test_a_bad_image_where_the_size_changes(photographs: ImageFiles, backend: st
     """DALI meets it while the batches before are still on their way; no other view is lost, doubled or changed."""
     shutil.copytree(photographs.root, tmp_path / "copy")
     copied = dataclasses.replace(photographs, root=tmp_path / "copy", needs_pillow=photographs.needs_pillow.copy())
-    whole = take(order(copied), 12, backend=backend)
+    whole = take(sampler(copied), 12, backend=backend)
     image_id = int(whole[7].image_ids[3])  # of the last batch of an epoch
     copied.path(image_id).write_text("no image")
-    bad = BadImages(copied, max_share=0.05)
-    met = take(order(copied, bad=bad), 12, backend=backend)
+    bad = BadImages(copied, max_fraction=0.05)
+    met = take(sampler(copied, bad=bad), 12, backend=backend)
     assert bad.count == 1
     for ours, before in zip(met, whole, strict=True):
         assert ours.views.shape == before.views.shape and image_id not in ours.image_ids
@@ -132,13 +132,13 @@ def test_a_bad_image_where_the_size_changes(photographs: ImageFiles, backend: st
         assert torch.equal(ours.views[same], before.views[same])
 
 
-def test_labelled_images_beside_have_the_same_size(demo_test_images: ImageArray) -> None:
-    images, labelled = demo_test_images.limited(64), demo_test_images.limited(10)
-    beside = order(labelled, views=1, command_stream=PROBE_STREAM, epoch_length=64)
-    loader = Loader(order(images), backend="dali", device=torch.device("cpu"), workers=1, probe_order=beside)
+def test_labeled_images_beside_have_the_same_size(demo_test_images: ImageArray) -> None:
+    images, labeled = demo_test_images.limited(64), demo_test_images.limited(10)
+    beside = sampler(labeled, views=1, command_stream=LABELED_STREAM, epoch_length=64)
+    loader = Loader(sampler(images), backend="dali", device=torch.device("cpu"), workers=1, labeled_sampler=beside)
     for batch in itertools.islice(loader.batches(0), 16):
-        assert batch.probe_views is not None
-        assert batch.probe_views.shape == (16, 1, 3, SIZES[batch.epoch], SIZES[batch.epoch])
+        assert batch.labeled_views is not None
+        assert batch.labeled_views.shape == (16, 1, 3, SIZES[batch.epoch], SIZES[batch.epoch])
 
 
 RUN = (

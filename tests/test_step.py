@@ -17,7 +17,7 @@ from pipelines.batch import Batch
 from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray
 from pipelines.loader import Loader
-from pipelines.order import Order
+from pipelines.sampler import Sampler
 from stec.models.model import Model
 from stec.objectives.objective import Objective, Weights
 from stec.training.step import Step
@@ -26,8 +26,8 @@ from tests.runs import Run
 GLOBAL_BATCH = 24
 
 
-def order(images: ImageArray, *, processes: int = 1, process: int = 0, accumulate: int = 1) -> Order:
-    return Order(
+def sampler(images: ImageArray, *, processes: int = 1, process: int = 0, accumulate: int = 1) -> Sampler:
+    return Sampler(
         images,
         Policy(p_solarize=0.2),
         seed=1,
@@ -38,15 +38,18 @@ def order(images: ImageArray, *, processes: int = 1, process: int = 0, accumulat
     )
 
 
-def chunks(images: ImageArray, *, accumulate: int, probe_views: bool = False) -> list[Batch]:
-    """The first global batch, in double precision; with ``probe_views``, the probe sees images of its own."""
-    loader = Loader(order(images, accumulate=accumulate), backend="torchvision", device=torch.device("cpu"), workers=0)
+def chunks(images: ImageArray, *, accumulate: int, labeled_views: bool = False) -> list[Batch]:
+    """The first global batch, in double precision; with ``labeled_views``, the online classifier sees images of its
+    own."""
+    loader = Loader(
+        sampler(images, accumulate=accumulate), backend="torchvision", device=torch.device("cpu"), workers=0
+    )
     batches: Iterator[Batch] = itertools.islice(loader.batches(0), accumulate)
     return [
         dataclasses.replace(
             batch,
             views=batch.views.double(),
-            probe_views=batch.views[:, :1].flip(-1).double() if probe_views else None,
+            labeled_views=batch.views[:, :1].flip(-1).double() if labeled_views else None,
         )
         for batch in batches
     ]
@@ -62,9 +65,9 @@ def step_of(model: Model) -> Step:
 
 
 @pytest.mark.parametrize("stop_gradient", [0, 1, 2])
-@pytest.mark.parametrize("probe_views", [False, True])
+@pytest.mark.parametrize("labeled_views", [False, True])
 def test_chunks_give_the_gradient_of_the_whole_batch(
-    demo_test_images: ImageArray, stop_gradient: int, probe_views: bool
+    demo_test_images: ImageArray, stop_gradient: int, labeled_views: bool
 ) -> None:
     """With batch norm in evaluation mode, the only part of the encoder that looks at other images.
 
@@ -76,7 +79,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(
         step = step_of(model)
         model.train()
         model.encoder.eval()
-        metrics.append(step(chunks(demo_test_images, accumulate=accumulate, probe_views=probe_views)))
+        metrics.append(step(chunks(demo_test_images, accumulate=accumulate, labeled_views=labeled_views)))
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-6, atol=1e-6)
     whole, cached = gradients
@@ -116,18 +119,18 @@ def test_chunks_and_processes_share_the_same_global_batches(
     demo_test_images: ImageArray, processes: int, accumulate: int
 ) -> None:
     """Step by step the same positions, images and commands, chunk after chunk and process after process."""
-    whole = order(demo_test_images)
-    parts = [order(demo_test_images, processes=processes, process=p, accumulate=accumulate) for p in range(processes)]
+    whole = sampler(demo_test_images)
+    parts = [sampler(demo_test_images, processes=processes, process=p, accumulate=accumulate) for p in range(processes)]
     assert {part.steps_per_epoch for part in parts} == {whole.steps_per_epoch}
     assert {part.global_batch_size for part in parts} == {GLOBAL_BATCH}
     # The second step, the last of the epoch, and the first of the next.
     for step in (1, whole.steps_per_epoch - 1, whole.steps_per_epoch):
-        expected = whole.share(step)
-        shares = [part.share(step * accumulate + k) for k in range(accumulate) for part in parts]
-        assert {share.epoch for share in shares} == {expected.epoch}
+        expected = whole.plan(step)
+        plans = [part.plan(step * accumulate + k) for k in range(accumulate) for part in parts]
+        assert {plan.epoch for plan in plans} == {expected.epoch}
         for name in ("positions", "image_ids"):
-            np.testing.assert_array_equal(np.concatenate([getattr(s, name) for s in shares]), getattr(expected, name))
-        packed = np.concatenate([share.commands.pack() for share in shares])
+            np.testing.assert_array_equal(np.concatenate([getattr(s, name) for s in plans]), getattr(expected, name))
+        packed = np.concatenate([plan.commands.pack() for plan in plans])
         np.testing.assert_array_equal(packed, expected.commands.pack())
 
 

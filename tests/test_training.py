@@ -79,7 +79,7 @@ def test_a_run_leaves_everything_behind(finished: tuple[Path, str]) -> None:
     assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10]
     assert [line["steps"] for line in lines] == [2, 2, 1, 1, 2, 2]
     results = json.loads((folder / "results.json").read_text())
-    assert all(0 <= results[name] <= 1 for name in ("knn20_before", "linear_fit_after", "inverse_model_accuracy"))
+    assert all(0 <= results[name] <= 1 for name in ("knn20_before", "linear_probing_after", "inverse_model_accuracy"))
 
 
 def test_exported_weights_are_the_trained_ones(finished: tuple[Path, str]) -> None:
@@ -177,8 +177,8 @@ def test_a_run_goes_on_with_another_number_of_processes(finished: tuple[Path, st
     assert [line["step"] for line in metrics(resumed)] == [2, 4, 5, 6, 8, 10]
 
 
-def test_stl10_trains_with_labelled_images_beside(tmp_path: Path) -> None:
-    """Pre-training on unlabelled images, then the linear fit; neither needs as many labelled images as unlabelled."""
+def test_stl10_trains_with_labeled_images_beside(tmp_path: Path) -> None:
+    """Pre-training on unlabeled images, then the linear probing; neither needs as many labeled images as unlabeled."""
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -206,7 +206,7 @@ def test_stl10_trains_with_labelled_images_beside(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def custom_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of 40 pictures without labels, one of which is cut off, and a cache of its own for the index."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "pictures"
@@ -224,17 +224,18 @@ FOLDER = (
 ).split()
 
 
-def test_own_images_need_no_labels_and_a_bad_one_stops_nothing(own_images: Path, tmp_path: Path) -> None:
-    """Neither probe nor evaluation; the bad image is named and listed once, also when the run is resumed."""
+def test_own_images_need_no_labels_and_a_bad_one_stops_nothing(custom_dataset: Path, tmp_path: Path) -> None:
+    """Neither online classifier nor evaluation; the bad image is named and listed once, also when the run is
+    resumed."""
     run_folder = tmp_path / "run"
-    arguments = [*FOLDER, "--data_dir", own_images, "--results_path", run_folder, "--max_bad_share", "0.05"]
+    arguments = [*FOLDER, "--data_dir", custom_dataset, "--results_path", run_folder, "--max_bad_fraction", "0.05"]
     out, err = run(*arguments)
-    assert "40 training images (1 of them bad), no labels" in out and "probe" not in out
+    assert "40 training images (1 of them bad), no labels" in out and "online_classifier" not in out
     assert err.count("more/7.jpg") == 1
     assert (run_folder / "bad-images.tsv").read_text().count("\n") == 1
     results = json.loads((run_folder / "results.json").read_text())
-    assert results.keys() == {"inverse_model_accuracy", "images_per_second", "wait_share"}
-    assert not any(name.startswith("probe") for name in load_file(run_folder / "model.safetensors"))
+    assert results.keys() == {"inverse_model_accuracy", "images_per_second", "wait_fraction"}
+    assert not any(name.startswith("online_classifier") for name in load_file(run_folder / "model.safetensors"))
 
     before = (run_folder / "model.safetensors").read_bytes()
     for left in ("checkpoint-00000005.pt", "model.safetensors", "encoder.safetensors", "results.json"):
@@ -244,13 +245,13 @@ def test_own_images_need_no_labels_and_a_bad_one_stops_nothing(own_images: Path,
     assert (run_folder / "model.safetensors").read_bytes() == before
 
     _, err = run(*arguments[:-4], "--results_path", tmp_path / "x", code=2)
-    assert "1 of 40 training images are bad" in err and "more than --max_bad_share 0.01" in err
+    assert "1 of 40 training images are bad" in err and "more than --max_bad_fraction 0.01" in err
 
 
-def test_shards_of_own_images(own_images: Path, tmp_path: Path) -> None:
+def test_shards_of_own_images(custom_dataset: Path, tmp_path: Path) -> None:
     """The same images in tar shards train to the same weights, if all of them are shuffled."""
-    (own_images / "more" / "7.jpg").unlink()
-    files = sorted(path for path in own_images.rglob("*") if path.is_file())
+    (custom_dataset / "more" / "7.jpg").unlink()
+    files = sorted(path for path in custom_dataset.rglob("*") if path.is_file())
     (tmp_path / "shards").mkdir()
     # Of loose files, those in the folder itself come before those below it.
     files = sorted(files, key=lambda path: (str(path.parent), path.name))
@@ -259,7 +260,7 @@ def test_shards_of_own_images(own_images: Path, tmp_path: Path) -> None:
             for n, path in list(enumerate(files))[10 * k : 10 * k + 10]:
                 archive.add(path, f"{n:03d}{path.suffix}")
     arguments = [*FOLDER, "--limit_train", "39", "--shuffle_window", "0"]
-    for name, data_dir in (("loose", own_images), ("shards", tmp_path / "shards")):
+    for name, data_dir in (("loose", custom_dataset), ("shards", tmp_path / "shards")):
         run(*arguments, "--data_dir", data_dir, "--results_path", tmp_path / name)
     weights = [(tmp_path / name / "model.safetensors") for name in ("loose", "shards")]
     one, two = (load_file(file) for file in weights)
@@ -289,8 +290,8 @@ def test_a_profile(tmp_path: Path) -> None:
     assert parts["encoder"] > 0 and parts["backward"] > 0 and parts["other"] < 0.5 * step
     with gzip.open(tmp_path / "run" / "trace.json.gz", "rt") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert {name: names.count(name) for name in ("encoder", "heads", "NT-Xent", "optimiser")} == dict.fromkeys(
-        ("encoder", "heads", "NT-Xent", "optimiser"), 4
+    assert {name: names.count(name) for name in ("encoder", "heads", "NT-Xent", "optimizer")} == dict.fromkeys(
+        ("encoder", "heads", "NT-Xent", "optimizer"), 4
     )
     assert not list((tmp_path / "run").glob(".*.tmp"))
     _, err = run("--results_path", tmp_path / "short", "--profile", "100", code=2)
@@ -332,7 +333,7 @@ def test_several_processes_train_and_evaluate_together(tmp_path: Path) -> None:
     assert f"accuracy {written['accuracy']:.4f}" == alone[-1]
 
 
-def test_a_linear_fit_trains_the_probe_alone(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_linear_probing_trains_the_probe_alone(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = finished
     weights = folder / "model.safetensors"
     fit = [
@@ -346,11 +347,11 @@ def test_a_linear_fit_trains_the_probe_alone(finished: tuple[Path, str], tmp_pat
         "0.1",
     ]
     out, _ = run("--results_path", tmp_path / "fit", "--ckpt_path", weights, *fit, "--feat_dim", "99")
-    assert "Linear fit" in out
+    assert "Linear probing" in out
     before, after = load_file(weights), load_file(tmp_path / "fit" / "model.safetensors")
-    assert {name.split(".")[0] for name in after} == {"encoder", "probe"}
+    assert {name.split(".")[0] for name in after} == {"encoder", "online_classifier"}
     changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {"probe.weight", "probe.bias"}
+    assert changed == {"classifier.weight", "classifier.bias"}
 
 
 def test_training_starts_from_given_weights(finished: tuple[Path, str], tmp_path: Path) -> None:

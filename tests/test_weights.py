@@ -195,7 +195,7 @@ def test_two_encoders_are_both_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", ["encoder.conv1.weight", "encoder.bn1.running_var", "probe.bias"])
+@pytest.mark.parametrize("name", ["encoder.conv1.weight", "encoder.bn1.running_var", "classifier.bias"])
 def test_weights_that_are_not_finite_are_refused(value: float, name: str, tmp_path: Path) -> None:
     state = small_model().state_dict()
     state[name].view(-1)[-1] = value
@@ -230,24 +230,24 @@ def test_no_command_takes_weights_that_are_not_finite(
 
 def test_what_does_not_fit_is_listed() -> None:
     state, path = small_model().state_dict(), Path("x.ckpt")
-    with pytest.raises(UserError, match=r"probe.weight is \(10, 32\) instead of \(100, 32\)"):
+    with pytest.raises(UserError, match=r"classifier.weight is \(10, 32\) instead of \(100, 32\)"):
         load_weights(small_model(classes=100), state, path, required=("encoder",))
     with pytest.raises(UserError, match=r"bn3.bias is missing.*and \d+ more"):
         load_weights(small_model(arch="resnet50"), state, path, required=("encoder",))
     encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
-    with pytest.raises(UserError, match="it has no probe"):
-        load_weights(small_model(), encoder, path, required=("encoder", "probe"))
+    with pytest.raises(UserError, match="it has no classifier"):
+        load_weights(small_model(), encoder, path, required=("encoder", "classifier"))
 
 
 def test_encoder_files_load_as_the_encoder_alone(tmp_path: Path) -> None:
     trained, model = small_model(), small_model()
     torch.nn.init.normal_(trained.encoder.conv1.weight)
     write_safetensors(trained.encoder.state_dict(), tmp_path / "encoder.safetensors", {})
-    probe = model.probe.weight.clone()
+    classifier = model.classifier.weight.clone()
     parts = load_weights(model, read_weights(tmp_path / "encoder.safetensors"), tmp_path, required=("encoder",))
     assert parts == ["encoder"]
     assert torch.equal(model.encoder.conv1.weight, trained.encoder.conv1.weight)
-    assert torch.equal(model.probe.weight, probe)
+    assert torch.equal(model.classifier.weight, classifier)
 
 
 def test_import_writes_our_names(tmp_path: Path, lightning: types.ModuleType) -> None:

@@ -19,7 +19,7 @@ from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray
 from pipelines.errors import UserError
 from pipelines.executors.reference import Step, reference_evaluation, reference_steps
-from pipelines.order import Order
+from pipelines.sampler import Sampler
 from tests.runs import PROCESSES
 
 
@@ -29,7 +29,7 @@ def images_of(pixels: NDArray[np.uint8]) -> ImageArray:
 
 def steps(pixels: NDArray[np.uint8], workers: int) -> Any:
     """Steps of more than a pipe holds, so that a worker waits in the middle of one until it is fetched."""
-    return reference_steps(Order(images_of(pixels), Policy(), seed=0, batch_size=64), 0, workers)
+    return reference_steps(Sampler(images_of(pixels), Policy(), seed=0, batch_size=64), 0, workers)
 
 
 def test_a_killed_worker_ends_the_steps(demo_test_images: ImageArray) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.datasets.images import UNLABELLED, ImageArray
+from pipelines.datasets.images import UNLABELED, ImageArray
 from pipelines.errors import UserError
 
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
@@ -62,12 +62,12 @@ def read_cifar100(data_dir: Path) -> TwoSplits:
 def read_stl10_split(data_dir: Path, split: str) -> ImageArray:
     """The split ``unlabeled``, ``train`` or ``test`` of STL-10; ``data_dir`` holds ``stl10_binary``.
 
-    The images are not loaded but mapped into memory: the unlabelled ones alone are 2.8 GB.
+    The images are not loaded but mapped into memory: the unlabeled ones alone are 2.8 GB.
     """
     folder = find_folder(data_dir, "stl10_binary")
     pixels = _map_stl10(folder / f"{split}_X.bin")
     if split == "unlabeled":
-        return ImageArray(pixels=pixels, labels=np.full(len(pixels), UNLABELLED, np.int64), layout="CWH")
+        return ImageArray(pixels=pixels, labels=np.full(len(pixels), UNLABELED, np.int64), layout="CWH")
     file = folder / f"{split}_y.bin"
     labels = np.frombuffer(_read_bytes(file), np.uint8).astype(np.int64) - 1
     if len(labels) != len(pixels):
@@ -168,7 +168,7 @@ def _planes_to_pixels(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _map_stl10(file: Path) -> NDArray[np.uint8]:
-    """[N, 3, W, H] uint8: colour planes of columns."""
+    """[N, 3, W, H] uint8: color planes of columns."""
     try:
         size = file.stat().st_size
         if size == 0 or size % _STL10_PIXELS:

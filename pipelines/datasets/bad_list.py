@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pipelines.datasets.folders import Stamp, stamp
 from pipelines.datasets.images import ImageFiles
 from pipelines.errors import BadImage
-from pipelines.files import write_whole
+from pipelines.files import atomic_write
 
 
 class _Line(NamedTuple):
@@ -73,7 +73,7 @@ class BadList:
             _encoded(image_id, _name(images, image_id), reason, stamp(images.path(image_id)))
             for image_id, reason in faults.items()
         )
-        write_whole(self.file, b"".join(lines))
+        atomic_write(self.file, b"".join(lines))
         self._lines, self._read_bytes = [], 0
 
     def _read_on(self) -> None:

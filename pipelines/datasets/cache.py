@@ -31,7 +31,7 @@ class Split:
 
     images: ImageFiles
     classes: tuple[str, ...]
-    """Class folders' names; of labelled shards, the numbers up to the largest label; else none."""
+    """Class folders' names; of labeled shards, the numbers up to the largest label; else none."""
     layout: Layout
     remarks: tuple[str, ...]
     """What a person should know about shards."""

@@ -1,9 +1,9 @@
-"""The embedded demo set: coloured, textured shapes over cluttered backgrounds, made from a seed.
+"""The embedded demo set: colored, textured shapes over cluttered backgrounds, made from a seed.
 
-The class is the shape alone. Positions, sizes, rotations, colours, textures and clutter are drawn at random for every
-image, so that neither colour nor background tells the class, and neither crop, flip nor jitter changes it. Every image
-shows its shape five times, so that most windows hold one, and in muted colours, so that little but the shape survives
-the jitter to recognise an image by: without this, contrastive learning would be content with colours.
+The class is the shape alone. Positions, sizes, rotations, colors, textures and clutter are drawn at random for every
+image, so that neither color nor background tells the class, and neither crop, flip nor jitter changes it. Every image
+shows its shape five times, so that most windows hold one, and in muted colors, so that little but the shape survives
+the jitter to recognize an image by: without this, contrastive learning would be content with colors.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ class _Painter:
     def uniform(self, low: float, high: float, *shape: int) -> Floats:
         return self.rng.uniform(low, high, (self.count, *shape)).astype(np.float32)
 
-    def colour(self) -> Floats:
-        """[N, 1, 1, 3]: a muted colour, so that jitter leaves little of it to recognise an image by."""
+    def color(self) -> Floats:
+        """[N, 1, 1, 3]: a muted color, so that jitter leaves little of it to recognize an image by."""
         return np.clip(self.uniform(0.1, 0.9, 1, 1, 1) + self.uniform(-0.1, 0.1, 1, 1, 3), 0, 1)
 
     def texture(self) -> Floats:
-        """[N, H, W, 3]: a wave between two colours, anything from a slow gradient to stripes or checks."""
-        first, second = self.colour(), self.colour()
+        """[N, H, W, 3]: a wave between two colors, anything from a slow gradient to stripes or checks."""
+        first, second = self.color(), self.color()
         angle, frequency = self.uniform(0, np.pi, 1, 1), self.uniform(0.5, 9, 1, 1)
         along = np.cos(angle) * self.x + np.sin(angle) * self.y
         across = -np.sin(angle) * self.x + np.cos(angle) * self.y
@@ -106,7 +106,7 @@ class _Painter:
         along = (np.cos(angle) * dx + np.sin(angle) * dy) / self.uniform(0.08, 0.45, 1, 1)
         across = (-np.sin(angle) * dx + np.cos(angle) * dy) / self.uniform(0.04, 0.14, 1, 1)
         cover = np.clip(3 * (1 - np.hypot(along, across)), 0, 1)[..., None]
-        return image * (1 - cover) + self.colour() * cover
+        return image * (1 - cover) + self.color() * cover
 
     def shape(self, image: Floats, labels: NDArray[np.int64], *, radius: tuple[float, float], reach: float) -> Floats:
         """Adds the shape of each image's class, of a size within ``radius``, at most ``reach`` from the middle."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.datasets.headers import FOUND, Found, Header, read_header, reason
-from pipelines.datasets.images import UNLABELLED, Names
+from pipelines.datasets.images import UNLABELED, Names
 from pipelines.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".jfif", ".jpe")
@@ -60,7 +60,7 @@ class Listing:
     files: Names
     """Image files or shards, relative to the root."""
     labels: NDArray[np.int64]
-    """[files] int64; of shards, whose labels lie inside, UNLABELLED."""
+    """[files] int64; of shards, whose labels lie inside, UNLABELED."""
     classes: tuple[str, ...]
     watched: dict[str, Stamp]
     """What tells that the listing is out of date: directories and shards relative to the root."""
@@ -131,7 +131,7 @@ def list_loose_images(root: Path) -> Listing:
     return Listing(
         layout="loose images",
         files=Names.of([os.fsencode(name) for name in names]),
-        labels=np.full(len(names), UNLABELLED, np.int64),
+        labels=np.full(len(names), UNLABELED, np.int64),
         classes=(),
         watched=watched,
         left_out=left_out,
@@ -291,5 +291,5 @@ def read_files(root: Path, names: Sequence[bytes]) -> Found:
             faults[n] = header
             header = 1, 1, True, 1
         height, width, needs_pillow, orientation = header
-        rows.append((0, size_bytes, changed_ns, height, width, UNLABELLED, needs_pillow, orientation))
+        rows.append((0, size_bytes, changed_ns, height, width, UNLABELED, needs_pillow, orientation))
     return Found(rows=np.array(rows, FOUND), faults=faults)

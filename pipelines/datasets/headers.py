@@ -23,7 +23,7 @@ DALI_DECODES = {
     "WEBP": {"RGB", "RGBA"},
 }
 """Formats and Pillow's modes for them that DALI 2.4 decodes to Pillow's very pixels. What is not listed differs in some
-variant (16-bit grey, CMYK without Adobe's marker, rotated TIFF, PPM with another maximum), raises, or is unknown."""
+variant (16-bit gray, CMYK without Adobe's marker, rotated TIFF, PPM with another maximum), raises, or is unknown."""
 
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """What the files of these formats end with."""

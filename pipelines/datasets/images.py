@@ -19,9 +19,9 @@ from PIL import Image
 from pipelines.datasets.headers import MAX_PIXELS, open_lazily, orientation, read_header, reason, to_rgb, upright
 from pipelines.errors import BadImage, UserError
 
-__all__ = ["MAX_PIXELS", "UNLABELLED", "ImageArray", "ImageFiles", "Images", "Names"]
+__all__ = ["MAX_PIXELS", "UNLABELED", "ImageArray", "ImageFiles", "Images", "Names"]
 
-UNLABELLED = -1
+UNLABELED = -1
 OPEN_SHARDS = 256
 """Shards that are kept open at a time; a process may have 1024 files open."""
 
@@ -33,9 +33,9 @@ class ImageArray:
     pixels: NDArray[np.uint8]
     """[N, H, W, 3] or [N, 3, W, H] uint8, as ``layout`` says."""
     labels: NDArray[np.int64]
-    """[N] int64, 0 to the number of classes - 1, or UNLABELLED."""
+    """[N] int64, 0 to the number of classes - 1, or UNLABELED."""
     layout: Literal["HWC", "CWH"] = "HWC"
-    """CWH is how STL-10 stores an image: colour plane after plane, each column by column."""
+    """CWH is how STL-10 stores an image: color plane after plane, each column by column."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -110,7 +110,7 @@ class ImageFiles:
     sizes: NDArray[np.int64]
     """[N, 2] int64: height and width in px as ``open`` returns the image; 1 x 1 where it has a fault."""
     labels: NDArray[np.int64]
-    """[N] int64, 0 to the number of classes - 1, or UNLABELLED."""
+    """[N] int64, 0 to the number of classes - 1, or UNLABELED."""
     needs_pillow: NDArray[np.bool_]
     """[N] bool: not known to come out of DALI as it comes out of Pillow."""
     orientation: NDArray[np.uint8]

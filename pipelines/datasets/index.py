@@ -12,13 +12,13 @@ from pipelines.datasets import demo
 from pipelines.datasets.arrays import STL10_CLASSES, read_cifar10, read_cifar100, read_stl10_split
 from pipelines.datasets.cache import Split
 from pipelines.datasets.folders import is_hidden
-from pipelines.datasets.images import UNLABELLED, ImageArray, Images
-from pipelines.datasets.remarks import empty_classes, largest_labelled, remarks
+from pipelines.datasets.images import UNLABELED, ImageArray, Images
+from pipelines.datasets.remarks import empty_classes, largest_labeled, remarks
 from pipelines.errors import UserError
 from pipelines.splits import Kind, Progress, read_split, silent
 
 SPLITS = ("train", "val")
-SplitName = Literal["train", "labelled", "test"]
+SplitName = Literal["train", "labeled", "test"]
 """The splits of a ``DataSet``."""
 
 
@@ -28,8 +28,8 @@ class DataSet:
 
     train: Images
     """What pre-training sees."""
-    labelled: Images | None
-    """What the probe, nearest neighbours and linear fits learn from; the same as ``train`` where that has labels."""
+    labeled: Images | None
+    """What the online classifier, kNN and linear probing learn from; the same as ``train`` where that has labels."""
     test: Images | None
     classes: tuple[str, ...]
     """Empty where there are no labels."""
@@ -84,34 +84,34 @@ def open_split(
     if name == "folder" and split != "train":
         raise UserError(f"--dataset folder has no {split} images; name another --split or data set.")
     if name == "stl10" and data_dir is not None and not download:
-        file = {"train": "unlabeled", "labelled": "train", "test": "test"}[split]
+        file = {"train": "unlabeled", "labeled": "train", "test": "test"}[split]
         return read_stl10_split(data_dir, file), STL10_CLASSES
     if name == "imagenet" and data_dir is not None and not download:
-        found = _labelled_split(data_dir, "val" if split == "test" else "train", exif_orientation, progress)
+        found = _labeled_split(data_dir, "val" if split == "test" else "train", exif_orientation, progress)
         return found.images, found.classes
     data_set = open_data_set(name, data_dir, download=download, exif_orientation=exif_orientation, progress=progress)
-    images = {"train": data_set.train, "labelled": data_set.labelled, "test": data_set.test}[split]
+    images = {"train": data_set.train, "labeled": data_set.labeled, "test": data_set.test}[split]
     assert images is not None, "all others have all splits"
     return images, data_set.classes
 
 
 def _cifar10(data_dir: Path) -> DataSet:
     train, test, classes = read_cifar10(data_dir)
-    return DataSet(train=train, labelled=train, test=test, classes=classes)
+    return DataSet(train=train, labeled=train, test=test, classes=classes)
 
 
 def _cifar100(data_dir: Path) -> DataSet:
     train, test, classes = read_cifar100(data_dir)
-    return DataSet(train=train, labelled=train, test=test, classes=classes)
+    return DataSet(train=train, labeled=train, test=test, classes=classes)
 
 
 def _stl10(data_dir: Path) -> DataSet:
-    unlabelled, labelled, test = (read_stl10_split(data_dir, split) for split in ("unlabeled", "train", "test"))
-    return DataSet(train=unlabelled, labelled=labelled, test=test, classes=STL10_CLASSES)
+    unlabeled, labeled, test = (read_stl10_split(data_dir, split) for split in ("unlabeled", "train", "test"))
+    return DataSet(train=unlabeled, labeled=labeled, test=test, classes=STL10_CLASSES)
 
 
 def _imagenet(data_dir: Path, exif_orientation: bool, progress: Progress) -> DataSet:
-    train, val = (_labelled_split(data_dir, name, exif_orientation, progress) for name in SPLITS)
+    train, val = (_labeled_split(data_dir, name, exif_orientation, progress) for name in SPLITS)
     if train.layout == val.layout == "class folders" and train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(
@@ -120,12 +120,12 @@ def _imagenet(data_dir: Path, exif_orientation: bool, progress: Progress) -> Dat
         )
     if len(val.classes) > len(train.classes):
         raise UserError(
-            f"{data_dir / 'val'} has {len(val.classes)} classes, the largest label at {largest_labelled(val)}, but "
+            f"{data_dir / 'val'} has {len(val.classes)} classes, the largest label at {largest_labeled(val)}, but "
             f"{data_dir / 'train'} has {len(train.classes)}; both must count them alike."
         )
     return DataSet(
         train=train.images,
-        labelled=train.images,
+        labeled=train.images,
         test=val.images,
         classes=train.classes,
         remarks=(*remarks(train), *remarks(val)),
@@ -137,8 +137,8 @@ def _folder(data_dir: Path, exif_orientation: bool, progress: Progress) -> DataS
         raise UserError(f"--data_dir {data_dir} is no folder; name the one that holds the images.")
     split = turned(read_split(data_dir, "loose images", progress), exif_orientation)
     images = split.images
-    unlabelled = replace(images, labels=np.full(len(images), UNLABELLED, np.int64))
-    return DataSet(train=unlabelled, labelled=None, test=None, classes=(), remarks=tuple(remarks(split)))
+    unlabeled = replace(images, labels=np.full(len(images), UNLABELED, np.int64))
+    return DataSet(train=unlabeled, labeled=None, test=None, classes=(), remarks=tuple(remarks(split)))
 
 
 def turned(split: Split, exif_orientation: bool) -> Split:
@@ -146,7 +146,7 @@ def turned(split: Split, exif_orientation: bool) -> Split:
     return replace(split, images=split.images.turned_upright()) if exif_orientation else split
 
 
-def _labelled_split(data_dir: Path, name: str, exif_orientation: bool, progress: Progress) -> Split:
+def _labeled_split(data_dir: Path, name: str, exif_orientation: bool, progress: Progress) -> Split:
     """The split ``train`` or ``val``, in class folders or shards. Raises UserError where it has no labels."""
     root = data_dir / name
     if not root.is_dir():
@@ -162,7 +162,7 @@ def _labelled_split(data_dir: Path, name: str, exif_orientation: bool, progress:
 
 def check_labels(split: Split) -> None:
     """Raise UserError where some images have labels and others, that are no bad ones, have none."""
-    missing = np.setdiff1d(np.flatnonzero(split.images.labels == UNLABELLED), list(split.images.faults))
+    missing = np.setdiff1d(np.flatnonzero(split.images.labels == UNLABELED), list(split.images.faults))
     if split.classes and len(missing):
         raise UserError(
             f"{split.images.name(int(missing[0]))} has no label (.cls) beside it, but others have (it is one of "
@@ -172,12 +172,12 @@ def check_labels(split: Split) -> None:
 
 def check_classes(split: Split) -> None:
     """Raise UserError where shards for training have labels so large that there are more classes than images, and most
-    of them empty: the probe would have a row of weights for each."""
+    of them empty: the online linear classifier would have a row of weights for each."""
     count = len(split.classes)
     if count > len(split.images) and 2 * empty_classes(split) > count:
         raise UserError(
             f"{empty_classes(split)} of the {count} classes of {split.images.root} have no image: the largest label is "
-            f"that of {largest_labelled(split)}; number the classes from 0 without gaps."
+            f"that of {largest_labeled(split)}; number the classes from 0 without gaps."
         )
 
 
@@ -218,7 +218,7 @@ def _demo() -> DataSet:
     splits = []
     for pixels, labels in (demo.load(split="train"), demo.load(split="test")):
         splits.append(ImageArray(pixels=pixels, labels=labels))
-    return DataSet(train=splits[0], labelled=splits[0], test=splits[1], classes=demo.CLASSES)
+    return DataSet(train=splits[0], labeled=splits[0], test=splits[1], classes=demo.CLASSES)
 
 
 def _limited(data_set: DataSet, name: str, limit_train: int | None) -> DataSet:
@@ -230,8 +230,8 @@ def _limited(data_set: DataSet, name: str, limit_train: int | None) -> DataSet:
             f"leave it out to use them all."
         )
     train = data_set.train.limited(limit_train)
-    labelled = train if data_set.labelled is data_set.train else data_set.labelled
-    return replace(data_set, train=train, labelled=labelled)
+    labeled = train if data_set.labeled is data_set.train else data_set.labeled
+    return replace(data_set, train=train, labeled=labeled)
 
 
 def _download(name: str, data_dir: Path) -> None:

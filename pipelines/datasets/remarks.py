@@ -6,7 +6,7 @@ import numpy as np
 
 from pipelines.datasets.cache import Split
 from pipelines.datasets.folders import counted
-from pipelines.datasets.images import UNLABELLED
+from pipelines.datasets.images import UNLABELED
 
 LARGE_PIXELS = 2_000_000
 """Where half of the images have more, decoding takes most of the time; docs/train-on-my-images.md has the figures."""
@@ -21,7 +21,7 @@ def remarks(split: Split) -> list[str]:
     if split.classes and (empty := empty_classes(split)):
         sentences.append(
             f"{empty} of {len(split.classes)} classes have no image in {images.root}; the largest label is that of "
-            f"{largest_labelled(split)}."
+            f"{largest_labeled(split)}."
         )
     turned = int((images.orientation != 1).sum())
     if turned and not images.exif_orientation:
@@ -41,10 +41,10 @@ def remarks(split: Split) -> list[str]:
 def empty_classes(split: Split) -> int:
     """How many classes have no image."""
     labels = split.images.labels
-    return len(split.classes) - len(np.unique(labels[labels != UNLABELLED]))
+    return len(split.classes) - len(np.unique(labels[labels != UNLABELED]))
 
 
-def largest_labelled(split: Split) -> str:
+def largest_labeled(split: Split) -> str:
     """An image with the largest label, and that label, for a person."""
     n = int(split.images.labels.argmax())
     return f"{split.images.name(n)} ({split.images.labels[n]})"

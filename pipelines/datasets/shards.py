@@ -34,7 +34,7 @@ from pipelines.datasets.folders import (
     stamp,
 )
 from pipelines.datasets.headers import FOUND, Found, Header, read_header
-from pipelines.datasets.images import UNLABELLED, Names
+from pipelines.datasets.images import UNLABELED, Names
 from pipelines.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(extension[1:] for extension in EXTENSIONS)
@@ -47,7 +47,7 @@ PARTS = "image(s) named KEY.PART.jpg, parts of a sample KEY without an image KEY
 LINKS = "link(s) in shards"
 """Kinds of what is left out, beside those of folders."""
 MAX_LABEL = 10**6
-"""A larger label is taken for a mistake: the probe has a row of weights for each class."""
+"""A larger label is taken for a mistake: the online linear classifier has a row of weights for each class."""
 
 
 def list_shards(root: Path) -> Listing | None:
@@ -78,7 +78,7 @@ def list_shards(root: Path) -> Listing | None:
     return Listing(
         layout="shards",
         files=Names.of([os.fsencode(name) for name in shards]),
-        labels=np.full(len(shards), UNLABELLED, np.int64),
+        labels=np.full(len(shards), UNLABELED, np.int64),
         classes=(),
         watched=watched,
         left_out=+left_out,
@@ -90,7 +90,7 @@ def _is_tar(entry: os.DirEntry[str]) -> bool:
 
 
 def read_shard(shard: Path) -> Found:
-    """The images of a shard in their order, with labels or UNLABELLED.
+    """The images of a shard in their order, with labels or UNLABELED.
 
     Of a shard that was cut off, the images before the cut are there, the one in it has a fault, and there is a remark.
     Raises UserError for a file that is no tar archive, a label that is none, or a sample of two images.
@@ -140,7 +140,7 @@ class _Sample:
     member: tarfile.TarInfo | None = None
     """The image."""
     header: Header | str = ""
-    label: int = UNLABELLED
+    label: int = UNLABELED
     others: list[str] = field(default_factory=list)
     """Kinds of the other members, but for sidecars."""
 
@@ -232,7 +232,7 @@ def _label(content: bytes, member: tarfile.TarInfo, shard: Path) -> int:
     try:
         label = int(content)
     except ValueError:
-        label = UNLABELLED
+        label = UNLABELED
     if not 0 <= label <= MAX_LABEL:
         shown = content[:40].decode(errors="replace")
         raise UserError(f"{shard}: {member.name} holds {shown!r}; a label is a number from 0 to {MAX_LABEL}.")
@@ -241,13 +241,13 @@ def _label(content: bytes, member: tarfile.TarInfo, shard: Path) -> int:
 
 def _join_labels(images: Sequence[_Sample], others: Sequence[_Sample]) -> None:
     """Give images the labels that lie elsewhere in the shard, where their keys leave no doubt."""
-    lone = [sample for sample in others if sample.label != UNLABELLED]
+    lone = [sample for sample in others if sample.label != UNLABELED]
     if not lone:
         return
     times = Counter(sample.key for sample in images), Counter(sample.key for sample in lone)
     labels = {sample.key: sample.label for sample in lone}
     for image in images:
-        if image.label == UNLABELLED and [count[image.key] for count in times] == [1, 1]:
+        if image.label == UNLABELED and [count[image.key] for count in times] == [1, 1]:
             image.label = labels[image.key]
 
 

@@ -7,9 +7,9 @@ One function defines the graph for either device; what differs is the operator t
 
   1. window: cut from the source and resized to the view's size; mirrored by a swapped region of interest. Cutting
      before resizing keeps the filter from seeing past the window, as in torchvision.
-  2. blur, on those that are blurred. The official order is colour, then blur; both are almost linear, so they nearly
+  2. blur, on those that are blurred. The official order is color, then blur; both are almost linear, so they nearly
      commute, and blurring here works on 8-bit values.
-  3. colour: jitter and grey as an affine map, a turn of the hue and a second affine map, clamped to [0, 1].
+  3. color: jitter and gray as an affine map, a turn of the hue and a second affine map, clamped to [0, 1].
   4. solarization: ``min(x, limit - x)``.
 
 ``operators`` are DALI's on both devices for tests and benchmarks: they hold the GPU's stages against torchvision where
@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import fn, math, ops, pipeline_def, types
 
-from pipelines.color import colour_maps
+from pipelines.color import color_maps
 from pipelines.commands import Commands, Policy
 
 DataNode = Any
@@ -43,7 +43,7 @@ Operators = Literal["compiled", "dali"]
 """What executes commands: ``pipelines.executors.kernels`` or DALI's own operators."""
 
 WINDOW_ARGUMENTS = ("anchor", "shape", "roi_start", "roi_end")
-COLOUR_ARGUMENTS = ("matrix_before", "mean_weights_before", "hue_turns", "matrix_after", "mean_weights_after")
+COLOR_ARGUMENTS = ("matrix_before", "mean_weights_before", "hue_turns", "matrix_after", "mean_weights_after")
 BLUR_ARGUMENTS = ("sigma_px", "blur_window_px")
 SOLARIZE_ARGUMENTS = ("solarize_limit",)
 
@@ -54,7 +54,7 @@ def argument_names(policy: Policy) -> tuple[str, ...]:
     if policy.p_blur > 0:
         names += BLUR_ARGUMENTS
     if policy.p_color_jitter > 0 or policy.p_grayscale > 0:
-        names += COLOUR_ARGUMENTS
+        names += COLOR_ARGUMENTS
     if policy.p_solarize > 0:
         names += SOLARIZE_ARGUMENTS
     return names
@@ -90,7 +90,7 @@ def view_arguments(
         arguments["blur_window_px"] = (2 * reach + 1).astype(np.int32)
     if "hue_turns" in names:
         for part in ("before", "after"):
-            matrix, mean_weights = colour_maps(commands, part)
+            matrix, mean_weights = color_maps(commands, part)
             # The first map brings 8 bits to [0, 1].
             scale = np.float32(1 / 255 if part == "before" else 1)
             arguments[f"matrix_{part}"] = matrix * scale
@@ -123,9 +123,9 @@ def execute(image: DataNode, size: int, arguments: dict[str, DataNode], device: 
     if "sigma_px" in arguments:
         view = _blur(view, arguments["sigma_px"], arguments["blur_window_px"])
     if "hue_turns" in arguments:
-        view = _map_colours(view, arguments["matrix_before"], arguments["mean_weights_before"])
+        view = _map_colors(view, arguments["matrix_before"], arguments["mean_weights_before"])
         view = _turn_hue(view, here("hue_turns"), device)
-        view = _map_colours(view, arguments["matrix_after"], arguments["mean_weights_after"])
+        view = _map_colors(view, arguments["matrix_after"], arguments["mean_weights_after"])
     else:
         view = view / 255.0
     if "solarize_limit" in arguments:
@@ -142,7 +142,7 @@ def _blur(view: DataNode, sigma_px: DataNode, window_px: DataNode) -> DataNode:
     return blurred
 
 
-def _map_colours(view: DataNode, matrix: DataNode, mean_weights: DataNode) -> DataNode:
+def _map_colors(view: DataNode, matrix: DataNode, mean_weights: DataNode) -> DataNode:
     """``matrix @ rgb + mean_weights @ mean``, clamped to [0, 1]; the mean is the view's own."""
     mean = fn.reductions.mean(view, axes=[0, 1], keep_dims=True)
     # The offset is a sum and not an argument of the operator: it is on the device, arguments must be on the host.
@@ -153,7 +153,7 @@ def _map_colours(view: DataNode, matrix: DataNode, mean_weights: DataNode) -> Da
 def _turn_hue(view: DataNode, turns: DataNode, device: str) -> DataNode:
     """HSV's hue turned, value and saturation kept (Smith 1978, "Color Gamut Transform Pairs"), without its six cases.
 
-    With k = (n + 6 hue) mod 6 and n = 5, 3, 1 for red, green and blue, a colour is
+    With k = (n + 6 hue) mod 6 and n = 5, 3, 1 for red, green and blue, a color is
     ``value - chroma * clamp(min(k, 4 - k), 0, 1)``.
     """
     value = fn.reductions.max(view, axes=[2], keep_dims=True)
@@ -217,7 +217,7 @@ def training_pipeline(
 
     ``source`` returns, one after the other,
 
-    * for the form ``memory``, [N, 5] int64: addresses of pixels, strides of rows, columns and colours, and the width of
+    * for the form ``memory``, [N, 5] int64: addresses of pixels, strides of rows, columns and colors, and the width of
       the blur kernel; else the inputs of ``open_image``;
     * for compiled operators on decoded images, [N, 3] int64: top-left of the part that is decoded, width of the blur
       kernel; for DALI's operators the arguments of ``argument_names``, for each view;

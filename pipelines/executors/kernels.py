@@ -26,7 +26,7 @@ WEIGHT_BITS = 22
 HALF = 1 << (WEIGHT_BITS - 1)
 
 TOP, LEFT, HEIGHT, WIDTH = (PACKED_COLUMNS[name] for name in ("top", "left", "height", "width"))
-FLIP, JITTER, GREY, SOLARIZE = (PACKED_COLUMNS[name] for name in ("flip", "jitter", "grey", "solarize"))
+FLIP, JITTER, GRAY, SOLARIZE = (PACKED_COLUMNS[name] for name in ("flip", "jitter", "gray", "solarize"))
 BRIGHTNESS, CONTRAST, SATURATION = (PACKED_COLUMNS[name] for name in ("brightness", "contrast", "saturation"))
 HUE, ORDER, BLUR, SIGMA = (PACKED_COLUMNS[name] for name in ("hue_turns", "order", "blur", "sigma_px"))
 SOURCE_HEIGHT, SOURCE_WIDTH = PACKED_COLUMNS["source_height"], PACKED_COLUMNS["source_width"]
@@ -54,7 +54,7 @@ def _make_views(
 ) -> None:
     """Fill ``views`` [V, size, size, 3] float32 in [0, 1] as ``commands`` [V, 20] float32 say.
 
-    ``image`` is a flat array of uint8 whose rows, columns and colours are ``strides`` apart. It is the part of the
+    ``image`` is a flat array of uint8 whose rows, columns and colors are ``strides`` apart. It is the part of the
     source image that starts at ``origin`` and is ``image_hw`` large. ``window_px``: width of the official blur kernel.
     """
     size = views.shape[1]
@@ -77,8 +77,8 @@ def _make_views(
                     _saturation(planes, command[SATURATION])
                 else:
                     _hue(planes, command[HUE])
-        if command[GREY] != 0:
-            _grey(planes)
+        if command[GRAY] != 0:
+            _gray(planes)
         if command[BLUR] != 0:
             _blurred(planes, float(command[SIGMA]), window_px, view)
         else:
@@ -98,12 +98,12 @@ def _weights(source_px: int, target_px: int) -> tuple[Any, Any, Any]:
     weights = np.empty((target_px, most), np.int32)
     exact = np.empty(most)
     for target in range(np.uint64(target_px)):
-        centre = (np.int64(target) + 0.5) * scale
-        low = max(int(centre - support + 0.5), 0)
-        count = min(int(centre + support + 0.5), source_px) - low
+        center = (np.int64(target) + 0.5) * scale
+        low = max(int(center - support + 0.5), 0)
+        count = min(int(center + support + 0.5), source_px) - low
         total = 0.0
         for k in range(np.uint64(count)):
-            weight = max(0.0, 1.0 - abs((np.int64(k) + low - centre + 0.5) / support))
+            weight = max(0.0, 1.0 - abs((np.int64(k) + low - center + 0.5) / support))
             exact[k] = weight
             total += weight
         for k in range(np.uint64(count)):
@@ -162,7 +162,7 @@ def _blend(background: Any, value: Any, factor: Any) -> Any:
 
 @compiled
 def _luma(red: Any, green: Any, blue: Any) -> Any:
-    """Pillow's grey of a colour, in integers."""
+    """Pillow's gray of a color, in integers."""
     return (np.int32(red) * 19595 + np.int32(green) * 38470 + np.int32(blue) * 7471 + 0x8000) >> 16
 
 
@@ -198,7 +198,7 @@ def _saturation(planes: Any, factor: Any) -> None:
 
 
 @compiled
-def _grey(planes: Any) -> None:
+def _gray(planes: Any) -> None:
     red, green, blue = planes[0], planes[1], planes[2]
     for p in range(red.size):
         luma = np.uint8(_luma(red[p], green[p], blue[p]))
@@ -211,7 +211,7 @@ def _grey(planes: Any) -> None:
 def _hue(planes: Any, turns: Any) -> None:
     """Through Pillow's HSV, whose three values have 8 bits each; without branches, so that it is compiled to vectors.
 
-    In single precision, where Pillow has some double: one colour in 1,000 comes out in the next hue.
+    In single precision, where Pillow has some double: one color in 1,000 comes out in the next hue.
     """
     shift = np.int32(np.float64(turns) * 255)
     red, green, blue = planes[0], planes[1], planes[2]

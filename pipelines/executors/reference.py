@@ -18,7 +18,7 @@ from torchvision.transforms import functional as F
 from pipelines.commands import Commands, Policy
 from pipelines.datasets.images import ImageFiles, Images
 from pipelines.errors import BadImage, UserError
-from pipelines.order import Order, Share
+from pipelines.sampler import BatchPlan, Sampler
 from pipelines.worker_process import begin_work
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ _HUE = 3
 def execute(image: Image.Image, commands: Commands, policy: Policy, n: int, v: int) -> Tensor:
     """View ``v`` of image ``n`` of ``commands``, made from that image in RGB: [3, size, size] float32 in [0, 1].
 
-    As in the official code, window, jitter and grey act on 8-bit Pillow images, blur and solarization on floats.
+    As in the official code, window, jitter and gray act on 8-bit Pillow images, blur and solarization on floats.
     """
     size = policy.size
     view = F.resized_crop(
@@ -50,7 +50,7 @@ def execute(image: Image.Image, commands: Commands, policy: Policy, n: int, v: i
                 view = F.adjust_hue(view, float(commands.hue_turns[n, v]))
             else:
                 view = _JITTER_STEPS[step](view, float(factors[step]))
-    if commands.grey[n, v]:
+    if commands.gray[n, v]:
         view = F.rgb_to_grayscale(view, num_output_channels=3)
     tensor: Tensor = F.to_tensor(view)
     if commands.blur[n, v]:
@@ -71,7 +71,7 @@ def solarize(view: Tensor) -> Tensor:
     return torch.where(view < 0.5, view, 1 - view)
 
 
-Step = tuple[NDArray[np.float32], NDArray[np.int64], Share, list[BadImage]]
+Step = tuple[NDArray[np.float32], NDArray[np.int64], BatchPlan, list[BadImage]]
 """A complete step: views [N, V, H, W, 3], labels [N], the share that was executed, and the images that turned out to be
 bad on the way and are not part of it."""
 
@@ -79,8 +79,8 @@ bad on the way and are not part of it."""
 class _Steps(Dataset[Step | UserError]):
     """Item ``step`` is that step, or why it could not be made: a worker's exceptions would lose their type."""
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
 
     def __getitem__(self, step: int) -> Step | UserError:
         found: list[BadImage] = []
@@ -90,40 +90,40 @@ class _Steps(Dataset[Step | UserError]):
             except BadImage as bad:
                 # What replaces it is a fact of seed, epoch, position and files: it needs no other process.
                 found.append(bad)
-                self.order.bad.exclude(bad.image_id)
+                self.sampler.bad.exclude(bad.image_id)
             except UserError as error:
                 return error
 
-    def _make(self, step: int) -> tuple[NDArray[np.float32], NDArray[np.int64], Share]:
-        share = self.order.share(step)
-        images, policy, n = self.order.images, share.policy, 0
-        views = np.empty((len(share.image_ids), self.order.views, policy.size, policy.size, 3), np.float32)
-        while n < len(share.image_ids):
-            image_id, commands = int(share.image_ids[n]), share.commands
+    def _make(self, step: int) -> tuple[NDArray[np.float32], NDArray[np.int64], BatchPlan]:
+        plan = self.sampler.plan(step)
+        images, policy, n = self.sampler.images, plan.policy, 0
+        views = np.empty((len(plan.image_ids), self.sampler.views, policy.size, policy.size, 3), np.float32)
+        while n < len(plan.image_ids):
+            image_id, commands = int(plan.image_ids[n]), plan.commands
             image = images.open(image_id)
             if image.size != (commands.source_width[n, 0], commands.source_height[n, 0]):
                 # Its file was replaced since it was indexed: its commands, but no others, are drawn for another size.
                 assert isinstance(images, ImageFiles)
                 images.update(image_id)
-                share = self.order.share(step)
+                plan = self.sampler.plan(step)
                 continue
-            for v in range(self.order.views):
+            for v in range(self.sampler.views):
                 views[n, v] = execute(image, commands, policy, n, v).permute(1, 2, 0)
             n += 1
-        return views, images.labels[share.image_ids], share
+        return views, images.labels[plan.image_ids], plan
 
 
 def evaluation_view(image: Image.Image, resize_px: int | None, size: int) -> Tensor:
-    """[3, size, size] float32 in [0, 1]: the plain image, or its shorter side at ``resize_px`` and the centre of it."""
+    """[3, size, size] float32 in [0, 1]: the plain image, or its shorter side at ``resize_px`` and the center of it."""
     if resize_px is not None:
         image = F.center_crop(F.resize(image, resize_px), [size, size])
     tensor: Tensor = F.to_tensor(image)
     return tensor
 
 
-def reference_steps(order: Order, first_step: int, workers: int) -> Iterator[Step]:
+def reference_steps(sampler: Sampler, first_step: int, workers: int) -> Iterator[Step]:
     """Endless steps from ``first_step`` on, made by so many worker processes (0: in this one)."""
-    return _made(_Steps(order), workers, itertools.count(first_step))
+    return _made(_Steps(sampler), workers, itertools.count(first_step))
 
 
 class _EvaluationBatches(Dataset[NDArray[np.float32] | UserError]):
@@ -150,7 +150,7 @@ def reference_evaluation(
     return map(torch.from_numpy, _made(_EvaluationBatches(images, batches, resize_px, size), workers))
 
 
-def _made(items: Dataset[T | UserError], workers: int, order: Iterable[int] | None = None) -> Iterator[T]:
+def _made(items: Dataset[T | UserError], workers: int, indices: Iterable[int] | None = None) -> Iterator[T]:
     """The items, in this order (None: one after the other), until one is an error, which is raised.
 
     Workers send arrays through pipes: tensors would be in shared memory, which containers have little of.
@@ -162,7 +162,7 @@ def _made(items: Dataset[T | UserError], workers: int, order: Iterable[int] | No
     loader = DataLoader(
         items,
         batch_size=None,
-        sampler=order,
+        sampler=indices,
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=begin_work,

@@ -67,7 +67,8 @@ class EncoderConfig:
     view_size: int | None = None
     """Height and width in px at which the encoder sees an image; default: the data set's own."""
     trained_on: DataSetName | None = None
-    """Data set that the encoder was trained on, which decides its first layers and whether its probe can be used;
+    """Data set that the encoder was trained on, which decides its first layers and whether its online classifier can
+    be used;
     default: what the weights say, else that of --dataset."""
     arch: Literal["resnet18", "resnet50"] | None = None
     """Architecture that the encoder must have; the weights tell it."""
@@ -308,9 +309,9 @@ def training_loader(
     ``precision`` is the model's: in 16 bits views leave a GPU's pipeline as such.
     """
     from pipelines.bad_images import BadImages
-    from pipelines.commands import PROBE_STREAM
+    from pipelines.commands import LABELED_STREAM
     from pipelines.loader import Loader
-    from pipelines.order import Order
+    from pipelines.sampler import Sampler
     from stec.augmentation import policy_of
 
     policy = policy_of(config)
@@ -322,27 +323,27 @@ def training_loader(
         "accumulate": config.accumulate,
         "view_size_at": config.view_size_at if config.resolution_schedule is not None else None,
     }
-    bad = BadImages(data_set.train, max_share=config.max_bad_share)
-    order = Order(data_set.train, policy, **sharing, bad=bad, shuffle_window=config.shuffle_window)
-    probe_order = None
-    if data_set.labelled is not None and data_set.labelled is not data_set.train:
-        # As in the official code: one view of a labelled image beside each unlabelled one, not blurred or solarized.
-        probe_order = Order(
-            data_set.labelled,
+    bad = BadImages(data_set.train, max_fraction=config.max_bad_fraction)
+    sampler = Sampler(data_set.train, policy, **sharing, bad=bad, shuffle_window=config.shuffle_window)
+    labeled_sampler = None
+    if data_set.labeled is not None and data_set.labeled is not data_set.train:
+        # As in the official code: one view of a labeled image beside each unlabeled one, not blurred or solarized.
+        labeled_sampler = Sampler(
+            data_set.labeled,
             dataclasses.replace(policy, p_blur=0.0, p_solarize=0.0),
             **sharing,
             views=1,
-            command_stream=PROBE_STREAM,
+            command_stream=LABELED_STREAM,
             epoch_length=len(data_set.train),
         )
         if config.stop_gradient == 2:
-            order, probe_order = probe_order, None
+            sampler, labeled_sampler = labeled_sampler, None
     return Loader(
-        order,
+        sampler,
         backend=config.backend,
         device=device,
         workers=workers(config),
-        probe_order=probe_order,
+        labeled_sampler=labeled_sampler,
         # DALI knows no bfloat16; float16 holds [0, 1] more finely.
         half=device.type == "cuda" and precision != "no",
     )

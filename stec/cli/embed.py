@@ -28,8 +28,8 @@ class EmbedConfig(EncoderConfig):
 
     out: tyro.conf.Positional[Path]
     """File to write: .safetensors, or .npy to map into memory; labels, ids and names stand in it or beside it."""
-    split: Literal["train", "labelled", "test"] = "test"
-    """train: what pre-training sees; labelled: what classifiers are fitted to (the same, but for STL-10); test."""
+    split: Literal["train", "labeled", "test"] = "test"
+    """train: what pre-training sees; labeled: what classifiers are fitted to (the same, but for STL-10); test."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> None:
 
     from stec.training import stops
 
-    with stops.at_once(STOPPED, GOING_ON):
+    with stops.immediately(STOPPED, GOING_ON):
         embed_split(config)
 
 

@@ -1,4 +1,4 @@
-"""Evaluate a trained encoder and its probe on the test images."""
+"""Evaluate a trained encoder and its online linear classifier on the test images."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ CLASSES_SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(EncoderConfig):
-    """Evaluate a trained encoder and its probe on the test images."""
+    """Evaluate a trained encoder and its online linear classifier on the test images."""
 
-    measures: tuple[Literal["probe", "linear_fit", "fractions", "knn"], ...] = ()
-    """What is measured: the file's probe, a linear classifier fitted to the labelled images, others fitted to 10 % and
-    to 1 % of them, nearest neighbours; default: all that the weights and the data allow."""
+    measures: tuple[Literal["online_classifier", "linear_probing", "low_shot", "knn"], ...] = ()
+    """What is measured: the file's online classifier, a linear classifier fitted to the labeled images, others fitted
+    to 10 % and
+    to 1 % of them, kNN; default: all that the weights and the data allow."""
     seed: int = 0
     """Which images make up the 10 % and 1 %."""
     json: Path | None = None
@@ -45,7 +46,8 @@ class EvalConfig(EncoderConfig):
 
 
 def run(arguments: list[str]) -> None:
-    """Evaluate a trained encoder and its probe on the test images; with a probe, the last line is its accuracy."""
+    """Evaluate a trained encoder and its online classifier on the test images; with an online classifier, the last
+    line is its accuracy."""
     config = parse(EvalConfig, arguments, name="eval")
     config.validate()
     accelerator, console, precision = start(config.mixed_precision)
@@ -56,11 +58,11 @@ def run(arguments: list[str]) -> None:
     from stec.evaluation.evaluate import MEASURES, evaluate
 
     trained, trained_on = read_encoder(config)
-    model = trained.model("probe")
+    model = trained.model("classifier")
     asked = config.measures or MEASURES
     with console.counting() as progress:
 
-        def open_images(split: Literal["labelled", "test"]) -> tuple[Images, tuple[str, ...]]:
+        def open_images(split: Literal["labeled", "test"]) -> tuple[Images, tuple[str, ...]]:
             fetch = bool(config.download) and accelerator.is_main_process
             return open_split(
                 config.dataset,
@@ -73,25 +75,25 @@ def run(arguments: list[str]) -> None:
 
         opened: list[tuple[Images, tuple[str, ...]]] = []
 
-        def why_not_labelled() -> str:
+        def why_not_labeled() -> str:
             try:
-                opened.append(open_images("labelled"))
+                opened.append(open_images("labeled"))
             except UserError as error:
                 return str(error)
             return ""
 
         test, classes = processes.main_process_first(accelerator, lambda: open_images("test"))
-        labelled: Images | None = None
+        labeled: Images | None = None
         reasons = dict.fromkeys(MEASURES, "")
-        if set(asked) != {"probe"}:
-            reason = processes.on_main_process(accelerator, why_not_labelled)
+        if set(asked) != {"online_classifier"}:
+            reason = processes.on_main_process(accelerator, why_not_labeled)
             reasons = dict.fromkeys(MEASURES, reason)
             if not reason:
-                labelled, known = opened[0] if opened else open_images("labelled")
+                labeled, known = opened[0] if opened else open_images("labeled")
                 if known[: len(classes)] != classes:
-                    raise UserError(f"The test images in {config.data_dir} have other classes than the labelled ones.")
+                    raise UserError(f"The test images in {config.data_dir} have other classes than the labeled ones.")
                 classes = known
-    reasons["probe"] = why_no_probe(config, model.probe, trained_on, len(classes))
+    reasons["online_classifier"] = why_no_classifier(config, model.classifier, trained_on, len(classes))
     measures = tuple(measure for measure in asked if not reasons[measure])
     left_out = [(measure, reasons[measure]) for measure in asked if reasons[measure]]
     if left_out and (config.measures or not measures):
@@ -104,8 +106,8 @@ def run(arguments: list[str]) -> None:
     with console.waiting("evaluating"):
         scores = evaluate(
             model.encoder,
-            model.probe,
-            labelled=None if labelled is None else evaluation_loader(config, labelled, accelerator),
+            model.classifier,
+            labeled=None if labeled is None else evaluation_loader(config, labeled, accelerator),
             test=evaluation_loader(config, test, accelerator),
             classes=len(classes),
             measures=measures,
@@ -113,8 +115,12 @@ def run(arguments: list[str]) -> None:
             seed=config.seed,
         )
     console.table("Of the test images", ["", *map(column, scores)], table(scores, classes))
-    probe = scores.get("probe")
-    summary = {} if probe is None else {name: getattr(probe, name) for name in ("loss", "top5_accuracy", "accuracy")}
+    classifier = scores.get("online_classifier")
+    summary = (
+        {}
+        if classifier is None
+        else {name: getattr(classifier, name) for name in ("loss", "top5_accuracy", "accuracy")}
+    )
     if config.json is not None and accelerator.is_main_process:
         facts = {"dataset": config.dataset, "ckpt_path": str(config.ckpt_path), "trained_on": trained_on}
         written = {
@@ -126,15 +132,19 @@ def run(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
-def why_no_probe(config: EvalConfig, probe: nn.Linear | None, trained_on: str, classes: int) -> str:
-    """Why the file's probe cannot be evaluated, empty if it can."""
-    if probe is None:
-        return f"{config.ckpt_path} holds no probe; fit one by --measures linear_fit."
+def why_no_classifier(config: EvalConfig, classifier: nn.Linear | None, trained_on: str, classes: int) -> str:
+    """Why the file's online linear classifier cannot be evaluated, empty if it can."""
+    if classifier is None:
+        return f"{config.ckpt_path} holds no online linear classifier; fit one by --measures linear_probing."
     if trained_on != config.dataset:
-        return f"The probe of {config.ckpt_path} was trained on {trained_on}; fit one by --measures linear_fit."
-    known = probe.out_features
+        return (
+            f"The online linear classifier of {config.ckpt_path} was trained on {trained_on}; fit one by --measures "
+            f"linear_probing."
+        )
+    known = classifier.out_features
     if known != classes:
-        return f"The probe of {config.ckpt_path} tells {known} classes apart, but {config.dataset} has {classes}."
+        return f"The online linear classifier of {config.ckpt_path} has {known} classes, but "
+            f"{config.dataset} has {classes}."
     return ""
 
 
@@ -142,7 +152,7 @@ def column(name: str) -> str:
     """What a person calls a score."""
     if name.startswith("knn"):
         return f"kNN, k {name[3:]}"
-    return name.replace("_percent", " %").replace("linear_fit_", "fit to ").replace("_", " ")
+    return name.replace("_percent", " %").replace("linear_probing_", "fit to ").replace("_", " ")
 
 
 def table(scores: Mapping[str, Score], classes: Sequence[str]) -> list[list[str]]:

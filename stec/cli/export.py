@@ -32,7 +32,7 @@ class ExportConfig:
         """Raise UserError for the first setting that makes no sense."""
         if not re.fullmatch("[a-z0-9][a-z0-9.+-]*", self.license):
             raise UserError(
-                f"--license {self.license} is no licence's short name as the Hub writes it; give one such as mit, "
+                f"--license {self.license} is no license's short name as the Hub writes it; give one such as mit, "
                 f"apache-2.0, cc-by-4.0 or other."
             )
 

@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
     from pipelines.datasets.cache import cache_file
     from pipelines.datasets.index import check_classes, check_labels, splits_below, turned
     from pipelines.datasets.remarks import remarks
-    from pipelines.files import write_whole
+    from pipelines.files import atomic_write
     from pipelines.splits import read_split, verified
     from stec.console import Console
 
@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> None:
     if config.verify == "full":
         # A name may hold anything but a zero byte; a line of the list holds one name.
         lines = (f"{name}\t{why}".translate({10: " ", 13: " "}) + "\n" for name, why in bad)
-        write_whole(config.bad, "".join(lines).encode(errors="surrogateescape"))
+        atomic_write(config.bad, "".join(lines).encode(errors="surrogateescape"))
         console.say(f"{len(bad)} bad images are listed in {config.bad}.")
     elif len(bad) > 10:
         console.say(f"... and {len(bad) - 10} more; --verify full lists them all.")

@@ -1,4 +1,4 @@
-"""Show the views of some images in a picture, as training sees or saw them, and what an inverse model believes."""
+"""Show the views of some images in a picture, as training sees or saw them, and what an inverse model predicts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PreviewConfig:
     count: int = 4
     """Images to show."""
     ckpt_path: Path | None = None
-    """Also show where the inverse model of this run's folder or file believes view j's window to be."""
+    """Also show where the inverse model of this run's folder or file predicts view j's window to be."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from pipelines.datasets.index import open_data_set
-    from pipelines.files import write_whole
+    from pipelines.files import atomic_write
     from stec.console import Console
     from stec.evaluation.examples import examples
     from stec.evaluation.preview import png, sheet
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> None:
         asked = trained.model("inverse_model").to(device), trained.convention or settings.affine
         if asked[0].inverse_model is None:
             raise UserError(
-                f"{config.ckpt_path} holds no inverse model (SimCLR, an encoder alone and a linear fit have none); "
+                f"{config.ckpt_path} holds no inverse model (SimCLR, an encoder alone and a linear probing have none); "
                 f"give an S-TEC run's folder or its model.safetensors, or leave --ckpt_path out."
             )
     with console.counting() as progress:
@@ -88,9 +88,9 @@ def run(arguments: list[str]) -> None:
         precision=resolve_precision(settings.mixed_precision, device) if device.type == "cuda" else "no",
     )
     # A run leaves out what does not fill its last batch.
-    positions, where = loader.order.epoch_length, ""
+    positions, where = loader.sampler.epoch_length, ""
     if config.config is not None and (config.config.parent / "starts.jsonl").is_file():
-        loader.order.bad.know(config.config.parent / "bad-images.tsv")
+        loader.sampler.bad.know(config.config.parent / "bad-images.tsv")
         batch = read_run(config.config.parent).global_batch_size or settings.batch_size * settings.accumulate
         positions -= positions % batch
         where = f" · step {config.epoch * (positions // batch) + config.position // batch + 1} of the run"
@@ -111,5 +111,5 @@ def run(arguments: list[str]) -> None:
         shown,
     )
     if is_main_process():
-        write_whole(config.out, png(picture))
+        atomic_write(config.out, png(picture))
     console.say(f"{len(shown)} image(s) shown in {config.out}")

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from pipelines.datasets.index import DataSet
-    from stec.evaluation.report import Look, Neighbours
+    from stec.evaluation.report import Look, Neighbors
     from stec.models.model import Model
     from stec.runs.run_record import RunRecord
 
 BATCH_SIZE = 64
-EXAMPLES, QUERIES, NEIGHBOURS = 3, 6, 5
+EXAMPLES, QUERIES, NEIGHBORS = 3, 6, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class ReportConfig:
     out: Path = Path("report.html")
     """The page to write."""
     images: int = 1024
-    """Pairs of training views that an inverse model is asked about, and images that neighbours are sought among."""
+    """Pairs of training views that an inverse model is asked about, and images that neighbors are sought among."""
     data_dir: Path | None = None
     """Folder that holds the data set, if it is no longer the one that the runs name."""
 
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> None:
     config = parse(ReportConfig, arguments, name="report")
     config.validate()
 
-    from pipelines.files import write_whole
+    from pipelines.files import atomic_write
     from stec.runs.run_record import read_run
 
     records = [read_run(path) for path in config.runs]
@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> None:
             console.say(f"{record.path}: {remark}")
     if accelerator.is_main_process:
         # Names of files may be no valid Unicode.
-        write_whole(config.out, report(records, looks).encode(errors="replace"))
+        atomic_write(config.out, report(records, looks).encode(errors="replace"))
     console.say(f"The report is in {config.out.resolve()}")
     accelerator.end_training()
 
@@ -80,8 +80,8 @@ def run(arguments: list[str]) -> None:
 def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator) -> Look:
     """What the run's model makes of its images, as far as both can be had."""
     from pipelines.datasets.index import open_data_set
-    from stec.evaluation.beliefs import confusion
     from stec.evaluation.examples import examples
+    from stec.evaluation.predictions import confusion
     from stec.evaluation.report import Look
     from stec.weights.pretrained import read_trained
 
@@ -97,9 +97,9 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
             )
             asked = trained.model("inverse_model").to(accelerator.device), trained.convention or settings.affine
         else:
-            look.remarks.append("There are no weights yet: what the model believes and finds similar is left out.")
+            look.remarks.append("There are no weights yet: what the model predicts and finds similar is left out.")
     except UserError as error:
-        look.remarks.append(f"{error} What the model believes and finds similar is left out.")
+        look.remarks.append(f"{error} What the model predicts and finds similar is left out.")
     try:
         data_set = open_data_set(
             settings.dataset,
@@ -115,50 +115,50 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
             for size in (1, batch_size)
         )
         for loader in (one_by_one, batches):
-            loader.order.bad.know(record.path / "bad-images.tsv")
-        believing = asked if asked is not None and asked[0].inverse_model is not None else None
+            loader.sampler.bad.know(record.path / "bad-images.tsv")
+        predicting = asked if asked is not None and asked[0].inverse_model is not None else None
         look.examples = examples(
-            one_by_one, epoch=0, position=0, count=EXAMPLES, classes=data_set.classes, asked=believing
+            one_by_one, epoch=0, position=0, count=EXAMPLES, classes=data_set.classes, asked=predicting
         )
-        if believing is not None:
+        if predicting is not None:
             steps = min(batches.steps_per_epoch, wanted.images // batch_size)
-            look.confusion = confusion(believing[0], itertools.islice(batches.batches(0), steps), believing[1])
+            look.confusion = confusion(predicting[0], itertools.islice(batches.batches(0), steps), predicting[1])
         elif asked is not None:
-            look.remarks.append("The run has no inverse model, so nothing is believed.")
+            look.remarks.append("The run has no inverse model, so nothing is predicted.")
         if asked is not None:
-            look.neighbours = neighbours(asked[0], settings, data_set, wanted.images, accelerator)
-            if not look.neighbours:
-                look.remarks.append("The data set has no test images, so no neighbours are shown.")
+            look.neighbors = neighbors(asked[0], settings, data_set, wanted.images, accelerator)
+            if not look.neighbors:
+                look.remarks.append("The data set has no test images, so no neighbors are shown.")
     except UserError as error:
         look.remarks.append(f"The data cannot be shown: {error}")
     return look
 
 
-def neighbours(
+def neighbors(
     model: Model, settings: TrainConfig, data_set: DataSet, limit: int, accelerator: Accelerator
-) -> list[Neighbours]:
-    """Some test images, and what the encoder finds most similar among at most ``limit`` labelled images."""
+) -> list[Neighbors]:
+    """Some test images, and what the encoder finds most similar among at most ``limit`` labeled images."""
     from stec.evaluation.evaluate import evenly_spread, extract_features, nearest
-    from stec.evaluation.report import Neighbours
+    from stec.evaluation.report import Neighbors
 
-    if data_set.test is None or data_set.labelled is None:
+    if data_set.test is None or data_set.labeled is None:
         return []
     settings = dataclasses.replace(settings, batch_size=BATCH_SIZE)
-    bank_ids = evenly_spread(len(data_set.labelled), limit)
+    bank_ids = evenly_spread(len(data_set.labeled), limit)
     query_ids = evenly_spread(len(data_set.test), QUERIES)
     bank, queries = (
         extract_features(model.encoder, evaluation_loader(settings, images, accelerator), accelerator, image_ids)
-        for images, image_ids in ((data_set.labelled, bank_ids), (data_set.test, query_ids))
+        for images, image_ids in ((data_set.labeled, bank_ids), (data_set.test, query_ids))
     )
-    similarity, rows = nearest(bank, queries, NEIGHBOURS, accelerator.device)
+    similarity, rows = nearest(bank, queries, NEIGHBORS, accelerator.device)
     found = []
     for n, image_id in enumerate(query_ids.tolist()):
         found.append(
-            Neighbours(
+            Neighbors(
                 image=data_set.test.open(image_id),
                 name=data_set.classes[int(queries.labels[n])],
                 nearest=[
-                    (data_set.labelled.open(int(bank_ids[row])), data_set.classes[int(bank.labels[row])], float(value))
+                    (data_set.labeled.open(int(bank_ids[row])), data_set.classes[int(bank.labels[row])], float(value))
                     for row, value in zip(rows[n].tolist(), similarity[n])
                 ],
             )

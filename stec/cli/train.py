@@ -78,11 +78,13 @@ def run(arguments: list[str]) -> None:
         print(json.dumps(config.to_json(), indent=2))
         return
     if config.stop_gradient == 2 and config.ckpt_path is None:
-        raise UserError("--stop_gradient 2 trains the probe of a trained encoder; name its weights by --ckpt_path.")
+        raise UserError(
+            "--stop_gradient 2 trains the online classifier of a trained encoder; name its weights by --ckpt_path."
+        )
 
     from stec.training import stops
 
-    with stops.at_once(config.stop_exit_code):
+    with stops.immediately(config.stop_exit_code):
         run_training(config)
 
 
@@ -124,7 +126,9 @@ def run_training(config: TrainConfig) -> None:
             ),
         )
     if config.stop_gradient == 2 and not data_set.classes:
-        raise UserError(f"--stop_gradient 2 trains a probe, but --dataset {config.dataset} has no labels.")
+        raise UserError(
+            f"--stop_gradient 2 trains an online linear classifier, but --dataset {config.dataset} has no labels."
+        )
     loader = training_loader(
         config,
         data_set,
@@ -133,14 +137,14 @@ def run_training(config: TrainConfig) -> None:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    order, bad = loader.order, loader.order.bad
-    labelled, test = (
+    sampler, bad = loader.sampler, loader.sampler.bad
+    labeled, test = (
         None if images is None else evaluation_loader(config, images, accelerator)
-        for images in (data_set.labelled, data_set.test)
+        for images in (data_set.labeled, data_set.test)
     )
     data = engine.Data(
         training=loader,
-        labelled=labelled,
+        labeled=labeled,
         test=test,
         classes=len(data_set.classes),
     )
@@ -171,7 +175,7 @@ def run_training(config: TrainConfig) -> None:
             ("encoder", f"{config.arch}, width {config.width}"),
             (
                 "training",
-                f"{config.max_epochs} epochs of {order.steps_per_epoch} steps of {order.global_batch_size} images",
+                f"{config.max_epochs} epochs of {sampler.steps_per_epoch} steps of {sampler.global_batch_size} images",
             ),
             ("machine", f"{accelerator.num_processes} process(es) on {environment['device']}, precision {precision}"),
             (
@@ -221,7 +225,7 @@ def run_training(config: TrainConfig) -> None:
 def title(config: TrainConfig) -> str:
     """What a run is called."""
     if config.stop_gradient == 2:
-        return "Linear fit (only the probe is trained: --stop_gradient is 2)"
+        return "Linear probing (only the online linear classifier is trained: --stop_gradient is 2)"
     return "S-TEC" if config.manip_lambda > 0 else "SimCLR (no inverse model: --manip_lambda is 0)"
 
 
@@ -236,8 +240,8 @@ def show_results(console: Console, results: dict[str, float]) -> None:
         *([title, percent(f"{name}_before"), percent(f"{name}_after")] for name, title in RESULTS.items()),
         ["inverse model, accuracy per entry", "-", percent("inverse_model_accuracy")],
         ["images/s", "-", f"{results['images_per_second']:.0f}"],
-        ["share of time waiting for data", "-", percent("wait_share")],
+        ["share of time waiting for data", "-", percent("wait_fraction")],
     ]
     measured = [row for row in rows if row[1:] != ["-", "-"]]
-    heading = "Results on the test images" if "probe_after" in results else "Results"
+    heading = "Results on the test images" if "online_classifier_after" in results else "Results"
     console.table(heading, ["", "before training", "after training"], measured)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipelines.batch import PlainLoader
 from pipelines.errors import BadImage, UserError
-from pipelines.files import lock, read_object, remove_leftovers, sign, unwritable, write_json, write_whole
+from pipelines.files import atomic_write, lock, read_object, remove_leftovers, sign, unwritable, write_json
 from stec.distributed.processes import on_main_process
 from stec.evaluation.evaluate import encode_batches
 from stec.models.encoder import Encoder
@@ -173,10 +173,10 @@ class Parts:
         feature_dim = self._read(0, "features").shape[1]
         if name_of is not None:
             names = (" ".join(name_of(image_id).splitlines()) for image_id in ids.tolist())
-            write_whole(self.out.with_suffix(".names.txt"), "".join(f"{name}\n" for name in names).encode())
+            atomic_write(self.out.with_suffix(".names.txt"), "".join(f"{name}\n" for name in names).encode())
         if self.out.suffix == ".npy":
             for name, values in small.items():
-                write_whole(self.out.with_suffix(f".{name}.npy"), partial(np.save, arr=values))
+                atomic_write(self.out.with_suffix(f".{name}.npy"), partial(np.save, arr=values))
             write_json(self.out.with_suffix(".json"), about)
             start = partial(_start_npy, shape=(len(ids), feature_dim))
         else:
@@ -187,7 +187,7 @@ class Parts:
             for part in range(self.count):
                 file.write(self._read(part, "features").data)
 
-        write_whole(self.out, content)
+        atomic_write(self.out, content)
         try:
             if self._lock is not None:
                 os.close(self._lock)  # NFS keeps the names of open files

@@ -1,4 +1,4 @@
-"""How good features are: the trained probe, linear fits on all labels and on few, and nearest neighbours."""
+"""How good features are: the trained online linear classifier, linear probing on all labels and on few, and kNN."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from torch.nn import functional as F
 from pipelines.batch import PlainLoader
 from stec.models.encoder import Encoder
 
-Measure = Literal["probe", "linear_fit", "fractions", "knn"]
-"""The trained probe; a linear classifier fitted to the labelled images; the same fitted to few of them; the nearest of
+Measure = Literal["online_classifier", "linear_probing", "low_shot", "knn"]
+"""The trained online classifier; a linear classifier fitted to the labeled images; the same fitted to few of them;
+the nearest of
 them. ``MEASURES`` has them in the order of tables."""
-MEASURES: tuple[Measure, ...] = ("probe", "linear_fit", "fractions", "knn")
-NEIGHBOURS = 20
-KNN = f"knn{NEIGHBOURS}"
-"""Name of the neighbours' score."""
+MEASURES: tuple[Measure, ...] = ("online_classifier", "linear_probing", "low_shot", "knn")
+NEIGHBORS = 20
+KNN = f"knn{NEIGHBORS}"
+"""Name of the neighbors' score."""
 FIT_LIMIT = 50_000
-"""At most so many labelled images serve as neighbours and for the linear fit."""
+"""At most so many labeled images serve as neighbors and for the linear probing."""
 PERCENTAGES = (10, 1)
-"""Shares of the labels that ``fractions`` fits to, in percent."""
+"""Shares of the labels that ``low_shot`` fits to, in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +54,14 @@ class Score:
     loss: float | None
     """Mean cross-entropy; None where the classifier gives no probabilities."""
     fitted_to: int | None
-    """Labelled images that the classifier was made of; None of the trained probe."""
+    """Labeled images that the classifier was made of; None of the trained online linear classifier."""
 
 
 def evaluate(
     encoder: Encoder,
-    probe: nn.Linear | None,
+    classifier: nn.Linear | None,
     *,
-    labelled: PlainLoader | None,
+    labeled: PlainLoader | None,
     test: PlainLoader,
     classes: int,
     measures: Collection[Measure],
@@ -69,39 +70,40 @@ def evaluate(
 ) -> dict[str, Score]:
     """Every measure's score on the test images, by name; each image passes the encoder once.
 
-    All processes share that work and return the same. ``probe`` is needed for the measure of that name, ``labelled``
-    for the others. ``seed`` chooses the images of ``fractions``: the same for any encoder.
+    All processes share that work and return the same. ``classifier`` is needed for the measure of that name,
+    ``labeled``
+    for the others. ``seed`` chooses the images of ``low_shot``: the same for any encoder.
     """
     scores: dict[str, Score] = {}
     queries = extract_features(encoder, test, accelerator, np.arange(len(test)))
-    if "probe" in measures:
-        assert probe is not None, "the measure needs it"
-        scores["probe"] = score(probe_logits(probe, queries), queries.labels)
-    chosen = _chosen(labelled, measures, seed)
-    if labelled is None or not chosen:
+    if "online_classifier" in measures:
+        assert classifier is not None, "the measure needs it"
+        scores["online_classifier"] = score(classifier_logits(classifier, queries), queries.labels)
+    chosen = _chosen(labeled, measures, seed)
+    if labeled is None or not chosen:
         return scores
 
     image_ids = np.unique(np.concatenate([*chosen.values()]))
-    bank = extract_features(encoder, labelled, accelerator, image_ids)
+    bank = extract_features(encoder, labeled, accelerator, image_ids)
     for name, of_score in chosen.items():
-        classify = knn_votes if name == KNN else linear_fit_logits
+        classify = knn_votes if name == KNN else linear_probing_logits
         known = bank[torch.from_numpy(np.searchsorted(image_ids, of_score))]
         classified = classify(known, queries, classes, accelerator.device)
         scores[name] = score(classified, queries.labels, fitted_to=len(of_score), probabilities=name != KNN)
     return scores
 
 
-def _chosen(labelled: PlainLoader | None, measures: Collection[Measure], seed: int) -> dict[str, NDArray[np.int64]]:
-    """Which labelled images each linear fit gets, and which are neighbours, by their scores' names."""
+def _chosen(labeled: PlainLoader | None, measures: Collection[Measure], seed: int) -> dict[str, NDArray[np.int64]]:
+    """Which labeled images each linear probing gets, and which are neighbors, by their scores' names."""
     chosen: dict[str, NDArray[np.int64]] = {}
-    if labelled is None:
+    if labeled is None:
         return chosen
-    spread = evenly_spread(len(labelled), FIT_LIMIT)
-    if "linear_fit" in measures:
-        chosen["linear_fit"] = spread
-    if "fractions" in measures:
+    spread = evenly_spread(len(labeled), FIT_LIMIT)
+    if "linear_probing" in measures:
+        chosen["linear_probing"] = spread
+    if "low_shot" in measures:
         for percent in PERCENTAGES:
-            chosen[f"linear_fit_{percent}_percent"] = class_balanced(labelled.labels, percent / 100, seed)
+            chosen[f"linear_probing_{percent}_percent"] = class_balanced(labeled.labels, percent / 100, seed)
     if "knn" in measures:
         chosen[KNN] = spread
     return chosen
@@ -191,18 +193,18 @@ def nearest(bank: Features, queries: Features, count: int, device: torch.device)
 
 
 def knn_votes(bank: Features, queries: Features, classes: int, device: torch.device) -> Tensor:
-    """[N, C] on the host: the votes of each query's 20 nearest neighbours in the bank.
+    """[N, C] on the host: the votes of each query's 20 kNN in the bank.
 
     Cosine similarity s, votes weighted by exp(s / 0.07), as in Wu et al. 2018, "Unsupervised Feature Learning via
     Non-Parametric Instance Discrimination".
     """
-    similarity, rows = nearest(bank, queries, NEIGHBOURS, device)
+    similarity, rows = nearest(bank, queries, NEIGHBORS, device)
     votes = torch.zeros(len(queries.labels), classes)
     return votes.scatter_add_(1, bank.labels[rows], torch.exp(similarity / 0.07))
 
 
-def linear_fit_logits(bank: Features, queries: Features, classes: int, device: torch.device) -> Tensor:
-    """[N, C] on the host: the queries' logits of a logistic regression fitted to the bank's standardised features.
+def linear_probing_logits(bank: Features, queries: Features, classes: int, device: torch.device) -> Tensor:
+    """[N, C] on the host: the queries' logits of a logistic regression fitted to the bank's standardized features.
 
     Full-batch L-BFGS with an L2 penalty of 1e-4 on the weights; deterministic.
     """
@@ -225,6 +227,6 @@ def linear_fit_logits(bank: Features, queries: Features, classes: int, device: t
         return (test @ weight + bias).cpu()
 
 
-def probe_logits(probe: nn.Linear, queries: Features) -> Tensor:
-    """[N, C]: the queries' logits of a trained probe, in float32 on the host."""
-    return F.linear(queries.features, probe.weight.detach().float().cpu(), probe.bias.detach().float().cpu())
+def classifier_logits(classifier: nn.Linear, queries: Features) -> Tensor:
+    """[N, C]: the queries' logits of a trained online linear classifier, in float32 on the host."""
+    return F.linear(queries.features, classifier.weight.detach().float().cpu(), classifier.bias.detach().float().cpu())

@@ -1,4 +1,4 @@
-"""The frame of a page that needs nothing else: style for both colour schemes and any width, charts, buttons."""
+"""The frame of a page that needs nothing else: style for both color schemes and any width, charts, buttons."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ dl { display: grid; grid-template-columns: 4.5rem 1fr; gap: 2px 8px; margin: 8px
   font-size: .85rem; line-height: 1.4; }
 dt { color: var(--faint); }
 dd { margin: 0; overflow-wrap: anywhere; }
-.neighbours { display: flex; gap: 12px; margin-bottom: 14px; }
-.neighbours figure { flex: 0 0 112px; }
-.neighbours figure.query { padding-right: 12px; margin-right: 4px; flex-basis: 125px;
+.neighbors { display: flex; gap: 12px; margin-bottom: 14px; }
+.neighbors figure { flex: 0 0 112px; }
+.neighbors figure.query { padding-right: 12px; margin-right: 4px; flex-basis: 125px;
   border-right: 1px solid var(--line); }
-.neighbours img { width: 112px; height: 112px; object-fit: contain; border-radius: 4px; border: 3px solid transparent; }
-.neighbours .same img { border-color: #2a9d6f; }
-.neighbours figcaption { font-weight: 400; font-size: .8rem; overflow-wrap: anywhere; }
+.neighbors img { width: 112px; height: 112px; object-fit: contain; border-radius: 4px; border: 3px solid transparent; }
+.neighbors .same img { border-color: #2a9d6f; }
+.neighbors figcaption { font-weight: 400; font-size: .8rem; overflow-wrap: anywhere; }
 .pixels { image-rendering: pixelated; }
 .xtick text, .ytick text, .xtitle, .ytitle { fill: var(--faint) !important; }
 .modebar-btn path { fill: var(--faint) !important; }

@@ -1,4 +1,4 @@
-"""Pictures of commands: the source image with both windows, the views, the values in words, and what is believed."""
+"""Pictures of commands: the source image with both windows, the views, the values in words, and what is predicted."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.commands import Commands
-from stec.evaluation.beliefs import Beliefs, overlap
+from stec.evaluation.predictions import Predictions, overlap
 from stec.objectives.geometry import window_matrices, windows_of
 
 PANEL_PX = 288
 """Height and width of a panel: a multiple of 32, 96 and 144."""
-COLOURS = {"i": "#1769c4", "j": "#e07a00", "believed": "#b5179e"}
-"""Of what belongs to view i, to view j, and to the window that is believed to be view j's."""
+COLORS = {"i": "#1769c4", "j": "#e07a00", "predicted": "#b5179e"}
+"""Of what belongs to view i, to view j, and to the window that is predicted to be view j's."""
 NAMES = "ij"
 JITTER = ("brightness", "contrast", "saturation", "hue_turns")
 
@@ -26,10 +26,10 @@ NO_BREAK = "\u00a0"
 _PAPER, _INK, _FAINT = "#ffffff", "#1b1f24", "#6a737d"
 _MARGIN, _GAP, _LINE, _SIZE = 36, 24, 20, 15
 _NAME_WIDTH = 66
-_WIDE = {"i": 6, "j": 4, "believed": 4}
+_WIDE = {"i": 6, "j": 4, "predicted": 4}
 """Widths of outlines: view i's is wider, so that it shows where both are the same."""
 _ROOM = 0.14
-"""Of a panel's width on each side, for believed windows that reach beyond the image."""
+"""Of a panel's width on each side, for predicted windows that reach beyond the image."""
 
 Words = tuple[tuple[str, str], ...]
 """Names and values."""
@@ -46,7 +46,7 @@ class Example:
     """[V, H, W, 3]: views i and j, or the only one."""
     commands: Commands
     """Of this image alone: arrays are [1, V]."""
-    beliefs: Beliefs | None = None
+    predictions: Predictions | None = None
     """Of an inverse model about this pair."""
 
 
@@ -55,7 +55,7 @@ class Panel:
     """A picture with words."""
 
     heading: str
-    colour: str | None
+    color: str | None
     """Of the heading; None is that of all text."""
     image: Image.Image
     """PANEL_PX high and wide, RGBA: transparent where there is nothing."""
@@ -63,37 +63,37 @@ class Panel:
 
 
 def panels(example: Example) -> list[Panel]:
-    """The source with the views' windows, each view, and with an inverse model the window that it believes in."""
+    """The source with the views' windows, each view, and with an inverse model the window that it predicts in."""
     source, commands = example.source, example.commands
     windows, flips = windows_of(window_matrices(commands)[0])
     canvas = _Canvas(source)
     canvas.windows({NAMES[v]: (window, bool(flips[v])) for v, window in enumerate(windows)})
     facts = (("image", example.title), ("size", f"{source.width} x {source.height} px"))
-    made = [Panel(heading="source", colour=None, image=canvas.image, words=facts)]
+    made = [Panel(heading="source", color=None, image=canvas.image, words=facts)]
     for v, view in enumerate(example.views):
         made.append(
             Panel(
                 heading=f"view {NAMES[v]}",
-                colour=COLOURS[NAMES[v]],
+                color=COLORS[NAMES[v]],
                 image=_Canvas(Image.fromarray(view)).image,
                 words=in_words(commands, v),
             )
         )
-    if example.beliefs is not None:
+    if example.predictions is not None:
         canvas = _Canvas(source, room=_ROOM, dim=0.5)
         canvas.windows(
             {
                 "i": (windows[0], bool(flips[0])),
                 "j": (windows[1], bool(flips[1])),
-                "believed": (example.beliefs.windows[0], bool(example.beliefs.flips[0])),
+                "predicted": (example.predictions.windows[0], bool(example.predictions.flips[0])),
             }
         )
         made.append(
             Panel(
-                heading="view j, as believed",
-                colour=COLOURS["believed"],
+                heading="view j, as predicted",
+                color=COLORS["predicted"],
                 image=canvas.image,
-                words=_error_in_words(example, windows[1], bool(flips[1]), example.beliefs),
+                words=_error_in_words(example, windows[1], bool(flips[1]), example.predictions),
             )
         )
     return made
@@ -116,32 +116,33 @@ def in_words(commands: Commands, v: int) -> Words:
         ("window", window),
         ("flip", "left to right" if commands.flip[0, v] else "no"),
         ("jitter", jitter if commands.jitter[0, v] else "no"),
-        ("grey", "yes" if commands.grey[0, v] else "no"),
+        ("gray", "yes" if commands.gray[0, v] else "no"),
         ("blur", f"sigma {value('sigma_px'):.2f} px" if commands.blur[0, v] else "no"),
         ("solarize", "yes" if commands.solarize[0, v] else "no"),
     )
 
 
-def _error_in_words(example: Example, true: NDArray[np.float64], flipped: bool, beliefs: Beliefs) -> Words:
-    """How far the believed window of view j is from the true one."""
+def _error_in_words(example: Example, true: NDArray[np.float64], flipped: bool, predictions: Predictions) -> Words:
+    """How far the predicted window of view j is from the true one."""
     height, width = example.source.height, example.source.width
     pixels = np.array([width, height, width, height])
-    believed, best = beliefs.windows[0], beliefs.best_windows[0]
-    x, y = (believed[:2] + believed[2:] / 2 - true[:2] - true[2:] / 2) * pixels[:2]
-    ratio = believed[2:] / true[2:]
-    right = int((beliefs.true_bins[0] == beliefs.believed_bins[0]).sum())
+    predicted, best = predictions.windows[0], predictions.best_windows[0]
+    x, y = (predicted[:2] + predicted[2:] / 2 - true[:2] - true[2:] / 2) * pixels[:2]
+    ratio = predicted[2:] / true[2:]
+    right = int((predictions.true_bins[0] == predictions.predicted_bins[0]).sum())
     words = [
-        ("window", _window(*(believed * pixels).round().tolist())),
+        ("window", _window(*(predicted * pixels).round().tolist())),
         (
-            "centre",
+            "center",
             f"{abs(x):.1f} px too far {'right' if x > 0 else 'left'}, {abs(y):.1f} px {'down' if y > 0 else 'up'}",
         ),
         ("size", f"width x {ratio[0]:.2f}, height x {ratio[1]:.2f} of the true one"),
         (
             "flip",
-            ("left to right" if beliefs.flips[0] else "no") + ("" if beliefs.flips[0] == flipped else ", wrongly"),
+            ("left to right" if predictions.flips[0] else "no")
+            + ("" if predictions.flips[0] == flipped else ", wrongly"),
         ),
-        ("overlap", f"{overlap(believed, true):.0%} of the union ({overlap(best, true):.0%} with every bin right)"),
+        ("overlap", f"{overlap(predicted, true):.0%} of the union ({overlap(best, true):.0%} with every bin right)"),
         ("bins", f"{right} of 6 right"),
     ]
     if example.commands.solarize.any():
@@ -175,10 +176,10 @@ class _Canvas:
         their names, which stand on top."""
         boxes = {name: self._box(window, name) for name, (window, _) in windows.items()}
         for name, box in boxes.items():
-            if name == "believed":
-                self._dashes(box, COLOURS[name])
+            if name == "predicted":
+                self._dashes(box, COLORS[name])
             else:
-                self.draw.rectangle(box, outline=COLOURS[name], width=_WIDE[name])
+                self.draw.rectangle(box, outline=COLORS[name], width=_WIDE[name])
         for name, (_, flipped) in windows.items():
             self._tag(boxes[name], name, flipped)
 
@@ -191,31 +192,32 @@ class _Canvas:
         smallest = 2 * _WIDE[name]
         return x[0], y[0], max(x[1], x[0] + smallest) - 1, max(y[1], y[0] + smallest) - 1
 
-    def _dashes(self, box: tuple[int, int, int, int], colour: str) -> None:
+    def _dashes(self, box: tuple[int, int, int, int], color: str) -> None:
         left, top, right, bottom = box
-        wide = _WIDE["believed"]
+        wide = _WIDE["predicted"]
         self.draw.rectangle(box, outline="white", width=wide)
         dash = 10
         for x in range(left, right + 1, 2 * dash):
             end = min(x + dash, right)
-            self.draw.rectangle((x, top, end, top + wide - 1), fill=colour)
-            self.draw.rectangle((x, bottom - wide + 1, end, bottom), fill=colour)
+            self.draw.rectangle((x, top, end, top + wide - 1), fill=color)
+            self.draw.rectangle((x, bottom - wide + 1, end, bottom), fill=color)
         for y in range(top, bottom + 1, 2 * dash):
             end = min(y + dash, bottom)
-            self.draw.rectangle((left, y, left + wide - 1, end), fill=colour)
-            self.draw.rectangle((right - wide + 1, y, right, end), fill=colour)
+            self.draw.rectangle((left, y, left + wide - 1, end), fill=color)
+            self.draw.rectangle((right - wide + 1, y, right, end), fill=color)
 
     def _tag(self, box: tuple[int, int, int, int], name: str, flipped: bool) -> None:
-        """View i's name stands in the window's upper left corner, view j's in its lower right, the believed one's above
+        """View i's name stands in the window's upper left corner, view j's in its lower right, the predicted one's
+        above
         its upper right; a double arrow beside it says that the window is flipped."""
         font = ImageFont.load_default(14)
         text = round(font.getlength(name))
         width, height = text + 12 + (24 if flipped else 0), 20
         left = box[0] if name == "i" else box[2] - width + 1
-        top = {"i": box[1], "j": box[3] - height + 1, "believed": box[1] - height}[name]
+        top = {"i": box[1], "j": box[3] - height + 1, "predicted": box[1] - height}[name]
         left = min(max(left, 0), PANEL_PX - width)
         top = min(max(top, 0), PANEL_PX - height)
-        self.draw.rectangle((left, top, left + width - 1, top + height - 1), fill=COLOURS[name])
+        self.draw.rectangle((left, top, left + width - 1, top + height - 1), fill=COLORS[name])
         self.draw.text((left + 6, top + height / 2), name, fill="white", font=font, anchor="lm")
         if flipped:
             middle, start = top + height // 2, left + text + 10
@@ -238,7 +240,7 @@ def sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Image.Image
     for row, texts, height in zip(rows, wrapped, heights):
         for k, (panel, lines) in enumerate(zip(row, texts)):
             left = _MARGIN + k * (PANEL_PX + _GAP)
-            draw.text((left, top), panel.heading, fill=panel.colour or _INK, font=bold)
+            draw.text((left, top), panel.heading, fill=panel.color or _INK, font=bold)
             picture.paste(panel.image, (left, top + _LINE + 8), panel.image)
             below = top + _LINE + 8 + PANEL_PX + 12
             for n, (name, text) in enumerate(lines):

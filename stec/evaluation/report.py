@@ -17,7 +17,7 @@ from PIL import Image
 from stec.config import RUN_LOCAL
 from stec.evaluation.page import page
 from stec.evaluation.preview import Example, panels, png
-from stec.objectives.objective import bin_centres
+from stec.objectives.objective import bin_centers
 from stec.runs.run_folder import RESULTS
 from stec.runs.run_record import RunRecord
 
@@ -27,26 +27,26 @@ THUMBNAIL_PX = 128
 HOVER_CHARACTERS = 24
 """Of a line of a run's name beside the pointer: as many as fit into the chart on a phone."""
 
-RUN_COLOURS = ("#3b7dd8", "#e07a00", "#2a9d6f", "#c23bae", "#8a6d3b", "#d1495b", "#6c63c7", "#5f6b76")
+RUN_COLORS = ("#3b7dd8", "#e07a00", "#2a9d6f", "#c23bae", "#8a6d3b", "#d1495b", "#6c63c7", "#5f6b76")
 
 LEARNING = {
     "loss": "Loss",
     "discrimination": "Contrastive loss (NT-Xent)",
     "manipulation": "Inverse model: loss",
-    "supervised": "Online probe: loss",
+    "supervised": "Online linear classifier: loss",
     "discrimination_accuracy": "Contrastive accuracy, among all other views",
     "manipulation_accuracy": "Inverse model: accuracy per entry",
-    "supervised_accuracy": "Online probe: accuracy on training views",
+    "supervised_accuracy": "Online linear classifier: accuracy on training views",
     "contrast_entropy": "Entropy of the contrast, nats",
     "learning_rate": "Learning rate",
 }
-PACE = {"images_per_second": "Images per second", "wait_share": "Share of time waiting for data"}
+PACE = {"images_per_second": "Images per second", "wait_fraction": "Share of time waiting for data"}
 ENTRIES = (("x scale", "x shear", "x shift"), ("y shear", "y scale", "y shift"))
 """The entries of the command; a window's shears are 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbours:
+class Neighbors:
     """A test image and the images whose features are nearest to its own."""
 
     image: Image.Image
@@ -61,8 +61,8 @@ class Look:
 
     examples: list[Example] = field(default_factory=list)
     confusion: NDArray[np.int64] | None = None
-    """[2, 3, K, K], as ``stec.evaluation.beliefs.confusion`` counts."""
-    neighbours: list[Neighbours] = field(default_factory=list)
+    """[2, 3, K, K], as ``stec.evaluation.predictions.confusion`` counts."""
+    neighbors: list[Neighbors] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     """What is left out and why, a sentence each."""
 
@@ -83,18 +83,18 @@ def report(records: Sequence[RunRecord], looks: Sequence[Look]) -> str:
             "Views",
             _by_run(names, [_views(look.examples) for look in looks]),
             "What training saw, first positions of the first epoch: the source with both windows (a double arrow "
-            "means flipped), the views, and where the inverse model believes view j's window to be.",
+            "means flipped), the views, and where the inverse model predicts view j's window to be.",
         ),
         _section(
-            "What the inverse model believes",
+            "What the inverse model predicts",
             _by_run(names, [_confusion(n, look.confusion) for n, look in enumerate(looks)]),
             "Each entry of the command from view i to view j: of the pairs whose true bin is in a row, the share that "
-            "is believed to be in each column. A window's shear is always 0.",
+            "is predicted to be in each column. A window's shear is always 0.",
         ),
         _section(
-            "Nearest neighbours",
-            _by_run(names, [_neighbours(look.neighbours) for look in looks]),
-            "Test images, and the labelled images whose features are most similar (cosine).",
+            "kNN",
+            _by_run(names, [_neighbors(look.neighbors) for look in looks]),
+            "Test images, and the labeled images whose features are most similar (cosine).",
         ),
         _section("Settings", _settings(records, names)),
     ]
@@ -116,7 +116,7 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _dot(run: int) -> str:
-    return f'<i class="dot" style="background:{RUN_COLOURS[run % len(RUN_COLOURS)]}"></i>'
+    return f'<i class="dot" style="background:{RUN_COLORS[run % len(RUN_COLORS)]}"></i>'
 
 
 def _section(heading: str, content: str, explanation: str = "") -> str:
@@ -192,7 +192,7 @@ def _results(records: Sequence[RunRecord], names: Sequence[str]) -> str:
         cells = []
         for record, value in zip(records, values):
             cell = "-" if value is None else format(value, form)
-            if value is not None and value == max(known) and len(set(known)) > 1 and name != "wait_share":
+            if value is not None and value == max(known) and len(set(known)) > 1 and name != "wait_fraction":
                 cell = f"<strong>{cell}</strong>"
             if before in record.results:
                 cell += f" <small>from {record.results[before]:{form}}</small>"
@@ -203,12 +203,12 @@ def _results(records: Sequence[RunRecord], names: Sequence[str]) -> str:
         add(label, f"{name}_after", ".1%", f"{name}_before")
     add("inverse model, accuracy per entry", "inverse_model_accuracy", ".1%")
     add("images/s, whole training", "images_per_second", ",.0f")
-    add("share of time waiting for data", "wait_share", ".1%")
+    add("share of time waiting for data", "wait_fraction", ".1%")
     return _table(names, rows) if rows else ""
 
 
 def _settings(records: Sequence[RunRecord], names: Sequence[str]) -> str:
-    """Differing settings first, those that change what is learnt marked; the others are folded away."""
+    """Differing settings first, those that change what is learned marked; the others are folded away."""
     known = list(dict.fromkeys(name for record in records for name in record.settings))
     differing, equal = [], []
     for name in known:
@@ -219,7 +219,7 @@ def _settings(records: Sequence[RunRecord], names: Sequence[str]) -> str:
         else:
             differing.append((name, cells, "" if name in RUN_LOCAL else "differs"))
     differing.sort(key=lambda row: row[2], reverse=True)
-    explanation = "<p>Marked: settings that change what is learnt.</p>"
+    explanation = "<p>Marked: settings that change what is learned.</p>"
     shown = explanation + _table(names, differing) if differing else ""
     if equal:
         heading = f"{len(equal)} settings that are the same" if len(records) > 1 else f"{len(equal)} settings"
@@ -231,7 +231,7 @@ def _settings(records: Sequence[RunRecord], names: Sequence[str]) -> str:
 
 
 def _chart(figure: go.Figure, caption: str) -> str:
-    # What the browser's colour scheme decides is in the page's style; everything else suits both.
+    # What the browser's color scheme decides is in the page's style; everything else suits both.
     figure.update_layout(
         template="none",
         margin={"l": 8, "r": 16, "t": 8, "b": 8},
@@ -271,8 +271,8 @@ def _curves(records: Sequence[RunRecord], names: Sequence[str], metrics: dict[st
                     y=y,
                     mode="lines" if len(x) > 1 else "markers",
                     meta=n,
-                    line={"color": RUN_COLOURS[n % len(RUN_COLOURS)], "width": 2},
-                    hoverlabel={"bgcolor": RUN_COLOURS[n % len(RUN_COLOURS)]},
+                    line={"color": RUN_COLORS[n % len(RUN_COLORS)], "width": 2},
+                    hoverlabel={"bgcolor": RUN_COLORS[n % len(RUN_COLORS)]},
                     cliponaxis=False,
                     name=name,
                     hovertemplate="%{y}, "
@@ -307,9 +307,9 @@ def _confusion(run: int, counts: NDArray[np.int64] | None) -> str:
         return ""
     n_bins = counts.shape[-1]
     bins = torch.arange(n_bins)[:, None, None].expand(n_bins, 2, 3)
-    centres = bin_centres(bins, n_bins).numpy()
+    centers = bin_centers(bins, n_bins).numpy()
     gap = 2 if n_bins <= 16 else 0
-    colour = RUN_COLOURS[run % len(RUN_COLOURS)]
+    color = RUN_COLORS[run % len(RUN_COLORS)]
     made = []
     for row, column in np.ndindex(2, 3):
         of_entry = counts[row, column]
@@ -317,21 +317,21 @@ def _confusion(run: int, counts: NDArray[np.int64] | None) -> str:
         shares = np.where(totals > 0, of_entry / np.maximum(totals, 1), np.nan)
         figure = go.Figure(
             go.Heatmap(
-                x=centres[:, row, column],
-                y=centres[:, row, column],
+                x=centers[:, row, column],
+                y=centers[:, row, column],
                 z=shares,
                 customdata=of_entry,
                 zmin=0,
                 zmax=1,
-                colorscale=[[0, f"{colour}26"], [1, colour]],
+                colorscale=[[0, f"{color}26"], [1, color]],
                 showscale=False,
                 xgap=gap,
                 ygap=gap,
-                hovertemplate="true %{y:.3g}, believed %{x:.3g}:<br>%{z:.0%} (%{customdata} pairs)<extra></extra>",
-                hoverlabel={"bgcolor": colour},
+                hovertemplate="true %{y:.3g}, predicted %{x:.3g}:<br>%{z:.0%} (%{customdata} pairs)<extra></extra>",
+                hoverlabel={"bgcolor": color},
             )
         )
-        figure.update_xaxes(title="believed", showgrid=False, ticks="outside", tickangle=0)
+        figure.update_xaxes(title="predicted", showgrid=False, ticks="outside", tickangle=0)
         figure.update_yaxes(title="true", showgrid=False, ticks="outside")
         right = np.trace(of_entry) / max(of_entry.sum(), 1)
         made.append(_chart(figure, f"{ENTRIES[row][column]}: {right:.0%} right"))
@@ -358,16 +358,16 @@ def _views(examples: Sequence[Example]) -> str:
         figures = []
         for panel in panels(example):
             words = "".join(f"<dt>{_safe(name)}</dt><dd>{_safe(value)}</dd>" for name, value in panel.words)
-            colour = f' style="color:{panel.colour}"' if panel.colour else ""
+            color = f' style="color:{panel.color}"' if panel.color else ""
             figures.append(
-                f"<figure><figcaption{colour}>{_safe(panel.heading)}</figcaption>"
+                f"<figure><figcaption{color}>{_safe(panel.heading)}</figcaption>"
                 f"{_picture(panel.image, f'{panel.heading}: {example.title}')}<dl>{words}</dl></figure>"
             )
         made.append(f'<div class="panels">{"".join(figures)}</div>')
     return "".join(made)
 
 
-def _neighbours(rows: Sequence[Neighbours]) -> str:
+def _neighbors(rows: Sequence[Neighbors]) -> str:
     made = []
     for row in rows:
         figures = [f'<figure class="query">{_thumbnail(row.image, row.name)}<figcaption>{_safe(row.name)}</figcaption>']
@@ -377,7 +377,7 @@ def _neighbours(rows: Sequence[Neighbours]) -> str:
                 f"<figure{same}>{_thumbnail(picture, name)}<figcaption>{_safe(name)} <small>{similarity:.2f}</small>"
                 f"</figcaption>"
             )
-        made.append(f'<div class="neighbours">{"</figure>".join(figures)}</figure></div>')
+        made.append(f'<div class="neighbors">{"</figure>".join(figures)}</figure></div>')
     return f'<div class="scroll">{"".join(made)}</div>' if made else ""
 
 

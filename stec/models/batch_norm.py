@@ -37,9 +37,9 @@ class CpuSyncBatchNorm(_BatchNorm):
             self._track(mean.detach(), variance.detach(), x.numel() // x.shape[1] * num_processes())
         along_channels = [-1 if d == 1 else 1 for d in range(x.dim())]
         scale = torch.rsqrt(variance + self.eps) * self.weight
-        # Centred first: with the mean folded into the bias, the gradient would be a difference of large numbers.
-        centred = values - mean.view(along_channels)
-        return (centred * scale.view(along_channels) + self.bias.view(along_channels)).to(x.dtype)
+        # Centerd first: with the mean folded into the bias, the gradient would be a difference of large numbers.
+        centerd = values - mean.view(along_channels)
+        return (centerd * scale.view(along_channels) + self.bias.view(along_channels)).to(x.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
@@ -50,7 +50,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
 
 
-def synchronise(model: nn.Module, device: torch.device) -> None:
+def synchronize(model: nn.Module, device: torch.device) -> None:
     """Make every batch norm of ``model`` see the images of all processes; the parameters stay the same objects.
 
     On one process nothing is changed; several on GPUs get PyTorch's ``SyncBatchNorm``.

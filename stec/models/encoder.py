@@ -57,11 +57,11 @@ class Encoder(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.feature_dim: int = channels
-        self._initialise()
+        self._initialize()
         self.memory_format = torch.channels_last if width >= NARROW else torch.contiguous_format
         self.to(memory_format=self.memory_format)
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """As the official code does: half the variance that is usual before a ReLU, in every convolution."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

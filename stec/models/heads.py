@@ -1,4 +1,4 @@
-"""The heads on top of the encoder: projection, inverse model, probe."""
+"""The heads on top of the encoder: projection, inverse model, online linear classifier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMAND_SHAPE = (2, 3)
 class Projection(nn.Module):
     """Features [N, D] to unit vectors [N, F], which NT-Xent compares.
 
-    The last batch norm has no learnt bias, as in SimCLR.
+    The last batch norm has no learned bias, as in SimCLR.
     """
 
     def __init__(self, feature_dim: int, hidden_dim: int, output_dim: int) -> None:
@@ -45,9 +45,9 @@ class InverseModel(nn.Module):
         return logits.view(-1, self.n_bins, *COMMAND_SHAPE)
 
 
-def make_probe(feature_dim: int, classes: int) -> nn.Linear:
+def make_classifier(feature_dim: int, classes: int) -> nn.Linear:
     """A linear classifier of detached features [N, D] that watches training without influencing it."""
-    probe = nn.Linear(feature_dim, classes)
-    nn.init.normal_(probe.weight, std=0.01)
-    nn.init.zeros_(probe.bias)
-    return probe
+    classifier = nn.Linear(feature_dim, classes)
+    nn.init.normal_(classifier.weight, std=0.01)
+    nn.init.zeros_(classifier.bias)
+    return classifier

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stec.models.encoder import Encoder, Stem
-from stec.models.heads import InverseModel, Projection, make_probe
+from stec.models.heads import InverseModel, Projection, make_classifier
 
 DEFAULT_HIDDEN_MLP = {"resnet18": 512, "resnet50": 2048}
 """Width of the projection's hidden layer where ``hidden_mlp`` is -1, by architecture, as in the official code."""
@@ -18,17 +18,17 @@ class Outputs(NamedTuple):
     """What the model makes of N pairs of views."""
 
     projections: Tensor | None
-    """[N, 2, F]: unit vectors; None where only the probe is trained."""
+    """[N, 2, F]: unit vectors; None where only the online linear classifier is trained."""
     command_logits: Tensor | None
     """[N, K, 2, 3]: of the command from view i to view j; None without an inverse model (SimCLR)."""
     class_logits: Tensor | None
-    """[N, V, C]: of the probe; None without labels."""
+    """[N, V, C]: of the online linear classifier; None without labels."""
 
 
 def encode(encoder: nn.Module, views: Tensor, *, trained: bool) -> Tensor:
     """Features [N, V, D] of views [N, V, 3, H, W]; unless ``trained``, no gradient reaches the encoder.
 
-    All views pass the encoder as one batch, so that batch norm sees i and j together (official behaviour).
+    All views pass the encoder as one batch, so that batch norm sees i and j together (official behavior).
     """
     with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
         features: Tensor = encoder(views.flatten(0, 1))
@@ -38,39 +38,42 @@ def encode(encoder: nn.Module, views: Tensor, *, trained: bool) -> Tensor:
 class Heads(nn.Module):
     """A model's heads as one module: from features to everything the objective needs.
 
-    ``pairs`` are features [N, 2, D] of both views (or [N, V, D] where only the probe is trained), ``probed`` [N, V, D]
-    what the probe sees; it does not train what made them unless ``probe_trains_encoder``.
+    ``pairs`` are features [N, 2, D] of both views (or [N, V, D] where only the online classifier is trained),
+    ``probed`` [N, V, D]
+    what the online linear classifier sees; it does not train what made them unless ``classifier_trains_encoder``.
     """
 
     def __init__(
         self,
         projection: Projection | None,
         inverse_model: InverseModel | None,
-        probe: nn.Linear | None,
+        classifier: nn.Linear | None,
         *,
-        probe_trains_encoder: bool,
+        classifier_trains_encoder: bool,
     ) -> None:
         super().__init__()
-        self.projection, self.inverse_model, self.probe = projection, inverse_model, probe
-        self.probe_trains_encoder = probe_trains_encoder
+        self.projection, self.inverse_model, self.classifier = projection, inverse_model, classifier
+        self.classifier_trains_encoder = classifier_trains_encoder
 
-    def forward(self, pairs: Tensor, probed: Tensor) -> Outputs:
+    def forward(self, pairs: Tensor, classified: Tensor) -> Outputs:
         projections = command_logits = class_logits = None
         if self.projection is not None:
             projections = self.projection(pairs.flatten(0, 1)).view(len(pairs), 2, -1)
         if self.inverse_model is not None:
             command_logits = self.inverse_model(pairs[:, 0], pairs[:, 1])
-        if self.probe is not None:
-            class_logits = self.probe(probed if self.probe_trains_encoder else probed.detach())
+        if self.classifier is not None:
+            class_logits = self.classifier(classified if self.classifier_trains_encoder else classified.detach())
         return Outputs(projections, command_logits, class_logits)
 
 
 class Model(nn.Module):
     """S-TEC's model; without the inverse model it is SimCLR's.
 
-    ``classes`` 0 means that there are no labels and so no probe. ``hidden_mlp`` -1 stands for the architecture's own
-    width. ``stop_gradient`` 1: the probe's gradient stops at the features; 0: it reaches the encoder; 2: there is only
-    the probe to train, on a frozen encoder in evaluation mode.
+    ``classes`` 0 means that there are no labels and so no online classifier. ``hidden_mlp`` -1 stands for the
+    architecture's own
+    width. ``stop_gradient`` 1: the online classifier's gradient stops at the features; 0: it reaches the encoder; 2:
+    there is only
+    the online linear classifier to train, on a frozen encoder in evaluation mode.
     """
 
     def __init__(
@@ -91,11 +94,11 @@ class Model(nn.Module):
         self.stop_gradient = stop_gradient
         self.projection: Projection | None
         self.inverse_model: InverseModel | None
-        self.probe: nn.Linear | None
+        self.classifier: nn.Linear | None
         self.encoder = Encoder(arch, stem, width)
         feature_dim = self.encoder.feature_dim
         hidden_dim = DEFAULT_HIDDEN_MLP[arch] if hidden_mlp == -1 else hidden_mlp
-        self.probe = make_probe(feature_dim, classes) if classes else None
+        self.classifier = make_classifier(feature_dim, classes) if classes else None
         self.projection = self.inverse_model = None
         if stop_gradient == 2:
             self.encoder.requires_grad_(False)
@@ -111,26 +114,31 @@ class Model(nn.Module):
             self.encoder.eval()
         return self
 
-    def forward(self, views: Tensor, probe_views: Tensor | None = None) -> Outputs:
-        """``views`` [N, V, 3, H, W] in [0, 1]; V = 2, or any number where only the probe is trained.
+    def forward(self, views: Tensor, labeled_views: Tensor | None = None) -> Outputs:
+        """``views`` [N, V, 3, H, W] in [0, 1]; V = 2, or any number where only the online linear classifier is trained.
 
-        ``probe_views`` [N, 1, 3, H, W] are what the probe sees instead of ``views``.
+        ``labeled_views`` [N, 1, 3, H, W] are what the online linear classifier sees instead of ``views``.
         """
         pairs = encode(self.encoder, views, trained=self.views_train_encoder)
-        probed = pairs
-        if probe_views is not None:
-            probed = encode(self.encoder, probe_views, trained=self.probe_trains_encoder)
-        return self.heads(pairs, probed)
+        classified = pairs
+        if labeled_views is not None:
+            classified = encode(self.encoder, labeled_views, trained=self.classifier_trains_encoder)
+        return self.heads(pairs, classified)
 
     @property
     def heads(self) -> Heads:
         """The heads as one module; the parameters are this model's."""
-        return Heads(self.projection, self.inverse_model, self.probe, probe_trains_encoder=self.probe_trains_encoder)
+        return Heads(
+            self.projection,
+            self.inverse_model,
+            self.classifier,
+            classifier_trains_encoder=self.classifier_trains_encoder,
+        )
 
     @property
     def views_train_encoder(self) -> bool:
         return self.stop_gradient != 2
 
     @property
-    def probe_trains_encoder(self) -> bool:
+    def classifier_trains_encoder(self) -> bool:
         return self.stop_gradient == 0

@@ -1,4 +1,4 @@
-"""What a command does, as matrices: windows, the change from view i to view j, and colours.
+"""What a command does, as matrices: windows, the change from view i to view j, and colors.
 
 Coordinates are x to the right and y **up**; an image, and likewise a view, is the square [-1, 1]^2.
 Shapes: N images, V views.
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.color import colour_maps
+from pipelines.color import color_maps
 from pipelines.commands import Commands
 
 Convention = Literal["official", "exact", "egocentric"]
@@ -91,18 +91,18 @@ def windows_of(theta: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
     return np.stack([left, top, half_width, half_height], axis=-1), theta[..., 0, 0] < 0
 
 
-def colour_matrices(commands: Commands, mean: float = 0.5) -> NDArray[np.float64]:
-    """[N, V, 3, 4]: jitter and grey of each view as one affine map of colours in [0, 1], the last column added.
+def color_matrices(commands: Commands, mean: float = 0.5) -> NDArray[np.float64]:
+    """[N, V, 3, 4]: jitter and gray of each view as one affine map of colors in [0, 1], the last column added.
 
-    The turn of the hue is a rotation about the grey axis here, its nearest linear map. A contrast moves colours towards
-    the grey mean of the view, which the command does not know: ``mean`` stands for it, as it is before the jitter.
+    The turn of the hue is a rotation about the gray axis here, its nearest linear map. A contrast moves colors toward
+    the gray mean of the view, which the command does not know: ``mean`` stands for it, as it is before the jitter.
     """
     angle = 2 * np.pi * commands.hue_turns.astype(np.float64)[..., None, None]
     axis = np.array([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
     rotation = np.cos(angle) * np.eye(3) + (1 - np.cos(angle)) / 3 + np.sin(angle) * axis
-    (before, weights_before), (after, weights_after) = colour_maps(commands, "before"), colour_maps(commands, "after")
+    (before, weights_before), (after, weights_after) = color_maps(commands, "before"), color_maps(commands, "after")
     offset_before = weights_before.sum(-1) * mean
-    # A grey mean passes a rotation about the grey axis, and the first map scales it by its row sum and adds the offset.
+    # A gray mean passes a rotation about the gray axis, and the first map scales it by its row sum and adds the offset.
     mean_after = before[..., 0, :].sum(-1) * mean + offset_before
     matrix = np.empty((*commands.top.shape, 3, 4))
     matrix[..., :3] = after @ rotation @ before
@@ -111,16 +111,16 @@ def colour_matrices(commands: Commands, mean: float = 0.5) -> NDArray[np.float64
     return matrix
 
 
-def relative_colours(
+def relative_colors(
     commands: Commands, *, from_view: int = 0, to_view: int = 1, mean: float = 0.5
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The colour change from one view to the other: [N, 3, 4] float32, and where there is one, [N] bool.
+    """The color change from one view to the other: [N, 3, 4] float32, and where there is one, [N] bool.
 
-    ``matrix @ (r, g, b, 1)`` turns the first view's colours into the second's, clamping and rounding aside, as far as
-    both are invertible; where one is not (grey, or a factor near 0) the matrix holds NaN. ``mean`` as in
-    ``colour_matrices``.
+    ``matrix @ (r, g, b, 1)`` turns the first view's colors into the second's, clamping and rounding aside, as far as
+    both are invertible; where one is not (gray, or a factor near 0) the matrix holds NaN. ``mean`` as in
+    ``color_matrices``.
     """
-    matrices = colour_matrices(commands, mean)
+    matrices = color_matrices(commands, mean)
     first, second = matrices[:, from_view], matrices[:, to_view]
     # Determinants are products of factors of about 1; float32 factors leave a few parts in 10 million.
     valid = (np.abs(np.linalg.det(first[..., :3])) > 1e-5) & (np.abs(np.linalg.det(second[..., :3])) > 1e-5)

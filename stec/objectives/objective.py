@@ -1,4 +1,5 @@
-"""The objective: NT-Xent across processes, the inverse model's loss, the probe's loss, and their weighted sum.
+"""The objective: NT-Xent across processes, the inverse model's loss, the online classifier's loss, and their weighted
+sum.
 
 Each process computes a loss whose *mean over processes* is the loss of the global batch, since that is what gradient
 averaging in data-parallel training makes of it.
@@ -72,7 +73,7 @@ class _NTXent(torch.autograd.Function):
 
         sum_m (p_nm + p_mn - 2 [m = partner(n)]) z_m / (M temperature)
 
-    so a process finds the gradient of its own rows from its own stretch of s and everyone's softmax normalisers, which
+    so a process finds the gradient of its own rows from its own stretch of s and everyone's softmax normalizers, which
     are gathered going forward; nothing is exchanged going backward. (Every process must weigh its loss alike.)
     """
 
@@ -87,9 +88,9 @@ class _NTXent(torch.autograd.Function):
         columns = torch.stack([at_i, at_i + total])
 
         loss, accuracy, contrast_accuracy, contrast_entropy = torch.zeros(4, device=z_i.device).unbind()
-        # A row's normaliser in two parts, subtracted one after the other as softmax does it: the largest entry, and
+        # A row's normalizer in two parts, subtracted one after the other as softmax does it: the largest entry, and
         # the logarithm of the sum of exponentials after that.
-        normalisers = torch.empty(count, 2, 2, device=z_i.device)
+        normalizers = torch.empty(count, 2, 2, device=z_i.device)
         for view in (0, 1):
             itself, partner = columns[view], columns[1 - view]
             for rows, logits in _similarities(own[view], everyone, itself, temperature):
@@ -104,9 +105,9 @@ class _NTXent(torch.autograd.Function):
                 accuracy += (best == partner[rows]).sum()
                 log_p = logits.log_softmax(1)
                 loss -= log_p.gather(1, partner[rows, None]).sum()
-                normalisers[rows, view] = torch.stack([largest, -log_p.gather(1, best[:, None])[:, 0]], 1)
+                normalizers[rows, view] = torch.stack([largest, -log_p.gather(1, best[:, None])[:, 0]], 1)
 
-        ctx.save_for_backward(own, everyone, columns, normalisers, gather(normalisers))
+        ctx.save_for_backward(own, everyone, columns, normalizers, gather(normalizers))
         ctx.temperature, ctx.dtype = temperature, z_i.dtype
         results = loss / (2 * count), accuracy / (2 * count), contrast_accuracy / count, contrast_entropy / count
         ctx.mark_non_differentiable(*results[1:])
@@ -114,13 +115,13 @@ class _NTXent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
-        own, everyone, columns, normalisers, all_normalisers = ctx.saved_tensors
-        of_columns = all_normalisers.movedim(0, 2).transpose(0, 1).flatten(1)  # [2 parts, 2 P N]
+        own, everyone, columns, normalizers, all_normalizers = ctx.saved_tensors
+        of_columns = all_normalizers.movedim(0, 2).transpose(0, 1).flatten(1)  # [2 parts, 2 P N]
         share = gradient / (2 * own.shape[1])
         gradients = torch.empty_like(own)
         for view in (0, 1):
             for rows, logits in _similarities(own[view], everyone, columns[view], ctx.temperature):
-                of_rows = normalisers[rows, view].T[:, :, None]
+                of_rows = normalizers[rows, view].T[:, :, None]
                 at_partner = torch.zeros_like(logits)
                 at_partner.scatter_(1, columns[1 - view, rows, None], -share.expand(len(logits), 1))
                 log_p = (logits - of_rows[0]).sub_(of_rows[1])
@@ -165,7 +166,7 @@ def command_bins(command: Tensor, n_bins: int) -> Tensor:
     return torch.clamp(torch.round(share * n_bins - 0.5), 0, n_bins - 1).long()
 
 
-def bin_centres(bins: Tensor, n_bins: int) -> Tensor:
+def bin_centers(bins: Tensor, n_bins: int) -> Tensor:
     """The middles of bins: commands [N, 2, 3] float32 of int64 [N, 2, 3], as ``command_bins`` counts them."""
     high = torch.tensor(COMMAND_REACH, device=bins.device)
     return ((bins + 0.5) / n_bins * 2 - 1) * high
@@ -219,7 +220,7 @@ class Objective:
                 manipulation, manipulation_accuracy = inverse_loss(outputs.command_logits, command, valid)
 
         if outputs.class_logits is not None:
-            with part("probe loss"):
+            with part("classifier loss"):
                 logits = outputs.class_logits.flatten(0, 1)
                 logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
                 targets = labels.repeat_interleave(outputs.class_logits.shape[1])

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and checked before they are believed."""
+"""Checkpoints: written whole or not at all, and checked before they are predicted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import IO, Any
 import torch
 
 from pipelines.errors import UserError
-from pipelines.files import unwritable, write_whole
+from pipelines.files import atomic_write, unwritable
+from stec.compatibility import with_current_parameter_names
 
 FORMAT_VERSION = 2
 KEYS = frozenset(
@@ -81,7 +82,7 @@ def save(run_folder: Path, step: int, state: dict[str, Any], *, keep: int, keep_
             raise
         file.write(MARK + hashing.sha256.digest())
 
-    write_whole(checkpoint_path(run_folder, step), write)
+    atomic_write(checkpoint_path(run_folder, step), write)
     for old, path in list(checkpoints(run_folder).items())[:-keep]:
         if keep_every_steps is None or old % keep_every_steps != 0:
             try:
@@ -108,7 +109,7 @@ def load(path: Path) -> dict[str, Any]:
     state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION or KEYS - state.keys():
         raise UserError(f"The checkpoint {path} is not of format {FORMAT_VERSION}; use the version that wrote it.")
-    return state
+    return {**state, "model": with_current_parameter_names(state["model"])}
 
 
 def load_newest(run_folder: Path) -> tuple[dict[str, Any] | None, dict[Path, str]]:

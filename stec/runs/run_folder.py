@@ -19,8 +19,8 @@ from stec.runs import checkpoint
 DEFAULT_PARENT = Path("runs")
 RESULTS = {
     "knn20": "kNN (k = 20) top-1",
-    "linear_fit": "probe top-1, fitted afresh",
-    "probe": "probe top-1, trained online",
+    "linear_probing": "linear probing top-1",
+    "online_classifier": "online linear classifier top-1",
 }
 """The shares of the test images in ``results.json``, before and after training, and what they are called."""
 WRITING_METRICS = threading.Lock()

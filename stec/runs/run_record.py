@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.files import read_object
+from stec.compatibility import RENAMED_METRICS, RENAMED_RESULTS, with_current_names
 from stec.config import TrainConfig, with_settings
 from stec.runs import checkpoint
 from stec.runs.run_folder import RunFolder
@@ -91,10 +92,12 @@ def read_run(path: Path) -> RunRecord:
         # What a killed process left behind after its last checkpoint stands twice once the run goes on.
         while record.metrics and record.metrics[-1]["step"] >= values["step"]:
             record.metrics.pop()
-        record.metrics.append(values)
+        record.metrics.append(with_current_names(values, RENAMED_METRICS))
     if folder.results.exists():
         results = _read_object(folder.results, say)
-        record.results = {name: value for name, value in results.items() if _is_number(value)}
+        record.results = with_current_names(
+            {name: value for name, value in results.items() if _is_number(value)}, RENAMED_RESULTS
+        )
     else:
         say("There is no results.json: the run is not finished.")
     checkpoints = list(checkpoint.checkpoints(path).values())

@@ -34,7 +34,7 @@ from stec.runs.run_folder import RunFolder
 from stec.training.optim import learning_rate_factor, make_optimizer
 from stec.training.step import Step
 from stec.training.stops import StopRequests, exit_code
-from stec.weights.export import lasting, load_weights, read_weights, write_safetensors
+from stec.weights.export import load_weights, portable, read_weights, write_safetensors
 
 T = TypeVar("T")
 
@@ -47,11 +47,11 @@ class Data:
     """Everything the engine is fed with."""
 
     training: TwoViewLoader
-    labelled: PlainLoader | None
+    labeled: PlainLoader | None
     """What evaluation learns from; None, as ``test``, where nothing has labels."""
     test: PlainLoader | None
     classes: int
-    """0 where nothing has labels: then there is no probe and no evaluation."""
+    """0 where nothing has labels: then there is no online linear classifier and no evaluation."""
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -93,13 +93,13 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
     if config.ckpt_path is not None:
         state = read_weights(config.ckpt_path)
         if config.reinitialize_supervised_head:
-            state = {name: tensor for name, tensor in state.items() if not name.startswith("probe.")}
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
         load_weights(model, state, config.ckpt_path, required=("encoder",))
     return model
 
 
 def optimizer_of(config: TrainConfig, model: Model) -> torch.optim.Optimizer:
-    """The optimiser that the settings name, over what of the model is trained."""
+    """The optimizer that the settings name, over what of the model is trained."""
     return make_optimizer(
         model,
         config.optimizer,
@@ -141,7 +141,7 @@ def train(
     steps_per_epoch = data.training.steps_per_epoch
     total_steps = config.max_epochs * steps_per_epoch
 
-    # --- Model, objective, optimiser ---
+    # --- Model, objective, optimizer ---
     step, train_seconds, wait_seconds = 0, 0.0, 0.0
     if resumed is not None:
         try:
@@ -200,7 +200,7 @@ def train(
             **_means(rows),
             "learning_rate": learning_rate(step - 1),
             "images_per_second": len(rows) * global_batch_size / seconds,
-            "wait_share": waited / seconds,
+            "wait_fraction": waited / seconds,
         }
         if accelerator.is_main_process:
             folder.append_metrics(values)
@@ -299,7 +299,7 @@ def train(
             since_log_wait += _seconds_since(started_waiting)
 
             unlogged.append(backward(batch))
-            with part("optimiser"):
+            with part("optimizer"):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step)
                 optimizer.step()
@@ -334,7 +334,7 @@ def train(
         "config": config.identity(),
         "step": step,
         "classes": data.classes,
-        "environment": lasting(environment),
+        "environment": portable(environment),
     }
 
     def export() -> None:
@@ -349,7 +349,7 @@ def train(
     if model.inverse_model is not None:
         results["inverse_model_accuracy"] = last_epoch["manipulation_accuracy"]
     results["images_per_second"] = total_steps * global_batch_size / train_seconds
-    results["wait_share"] = wait_seconds / train_seconds
+    results["wait_fraction"] = wait_seconds / train_seconds
     if accelerator.is_main_process:
         write_json(folder.results, results)
     accelerator.log({f"results/{name}": value for name, value in results.items()}, step=step)
@@ -401,17 +401,19 @@ def _seconds_since(start: float) -> float:
 
 
 def _evaluate(config: TrainConfig, data: Data, trained: Model, accelerator: Accelerator) -> dict[str, float]:
-    """Nearest neighbours, linear fit and probe for the trained model and for the one that training started from."""
-    if data.test is None or data.labelled is None:
+    """kNN, linear probing and online classifier for the trained model and for the one that training started from."""
+    if data.test is None or data.labeled is None:
         return {}
     started = initial_model(config, data.classes).to(accelerator.device)
-    measures: tuple[Measure, ...] = ("probe",) if config.stop_gradient == 2 else ("probe", "linear_fit", "knn")
+    measures: tuple[Measure, ...] = (
+        ("online_classifier",) if config.stop_gradient == 2 else ("online_classifier", "linear_probing", "knn")
+    )
     results: dict[str, float] = {}
     for when, model in (("before", started), ("after", trained)):
         scores = evaluate(
             model.encoder,
-            model.probe,
-            labelled=data.labelled,
+            model.classifier,
+            labeled=data.labeled,
             test=data.test,
             classes=data.classes,
             measures=measures,

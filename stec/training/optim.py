@@ -19,7 +19,7 @@ class Lars(torch.optim.Optimizer):
     In groups with ``adapt`` the gradient, weight decay included, is scaled by
     ``trust |w| / (|g| + weight_decay |w| + eps)``; where either norm is 0, or without weight decay, the plain gradient
     is taken, as there. Other groups get SGD with momentum. Runs on multi-tensor operations: a few launches per group
-    and no host synchronisation.
+    and no host synchronization.
     """
 
     def __init__(
@@ -82,9 +82,10 @@ class Lars(torch.optim.Optimizer):
 def make_optimizer(
     model: nn.Module, name: OptimizerName, *, learning_rate: float, weight_decay: float, nesterov: bool
 ) -> torch.optim.Optimizer:
-    """The optimiser over the trainable parameters of a ``stec.models.model.Model``.
+    """The optimizer over the trainable parameters of a ``stec.models.model.Model``.
 
-    LARS has the official groups: names that contain ``bias`` or ``bn`` get SGD without decay, the probe's weight SGD
+    LARS has the official groups: names that contain ``bias`` or ``bn`` get SGD without decay, the online classifier's
+    weight SGD
     with decay, everything else LARS. (A shortcut's batch-norm scale is called ``downsample.1.weight``, so it is under
     LARS, as in the official code.) SGD and Adam treat all parameters alike, as the official code does.
     """
@@ -101,13 +102,13 @@ def make_optimizer(
     if name == "adam":
         return torch.optim.Adam([p for _, p in named], lr=learning_rate, weight_decay=weight_decay, foreach=True)
     plain = [p for name, p in named if "bias" in name or "bn" in name]
-    probe = [p for name, p in named if name == "probe.weight"]
-    taken = {id(p) for p in plain + probe}
+    classifier = [p for name, p in named if name == "classifier.weight"]
+    taken = {id(p) for p in plain + classifier}
     adapted = [p for _, p in named if id(p) not in taken]
     groups: list[dict[str, Any]] = [
         {"params": adapted},
         {"params": plain, "adapt": False, "weight_decay": 0.0},
-        {"params": probe, "adapt": False},
+        {"params": classifier, "adapt": False},
     ]
     return Lars(
         [group for group in groups if group["params"]],

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipelines.batch import Batch
-from stec.models.batch_norm import synchronise, untracked
+from stec.models.batch_norm import synchronize, untracked
 from stec.models.model import Model, encode
 from stec.objectives.geometry import Convention, relative_windows
 from stec.objectives.objective import Objective
@@ -30,7 +30,7 @@ class Step:
     """
 
     def __init__(self, model: Model, objective: Objective, accelerator: Accelerator, *, affine: Convention) -> None:
-        synchronise(model, accelerator.device)
+        synchronize(model, accelerator.device)
         self.model, self.objective, self.accelerator, self.affine = model, objective, accelerator, affine
         # A module without anything to train must not be wrapped for training.
         self.encoder: nn.Module = accelerator.prepare_model(
@@ -42,7 +42,9 @@ class Step:
         """The values of ``METRICS`` for this process's share."""
         passes = [(chunk.views, self.model.views_train_encoder) for chunk in chunks]
         passes += [
-            (chunk.probe_views, self.model.probe_trains_encoder) for chunk in chunks if chunk.probe_views is not None
+            (chunk.labeled_views, self.model.classifier_trains_encoder)
+            for chunk in chunks
+            if chunk.labeled_views is not None
         ]
         cached = len(chunks) > 1
         with torch.set_grad_enabled(not cached), part("encoder"):

@@ -29,7 +29,7 @@ def exit_code(number: int, stop_exit_code: int) -> int:
 
 
 @contextmanager
-def at_once(
+def immediately(
     stop_exit_code: int, how_to_go_on: str = "a run goes on from its last checkpoint by --resume auto"
 ) -> Iterator[None]:
     """While open, signals raise Interrupted wherever the program is; of Ctrl-C, it comes out as that.

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from pipelines.errors import UserError
-from pipelines.files import write_whole
+from pipelines.files import atomic_write
 from stec.runs.run_folder import RunFolder
 
 PROJECT = "stec"
@@ -201,7 +201,7 @@ def _wandb(_name: str, folder: RunFolder, _after_step: int) -> GeneralTracker:
     kept = folder.path / "wandb" / "run-id"
     if not kept.exists():
         kept.parent.mkdir(exist_ok=True)
-        write_whole(kept, uuid.uuid4().hex.encode())
+        atomic_write(kept, uuid.uuid4().hex.encode())
     return WandBTracker(
         os.environ.get("WANDB_PROJECT", PROJECT),
         dir=str(folder.path),

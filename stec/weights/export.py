@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
-from pipelines.files import write_whole
+from pipelines.files import atomic_write
+from stec.compatibility import with_current_parameter_names
 from stec.runs import checkpoint
 from stec.runs.checkpoint import FORMAT_VERSION
 from stec.weights.inert_pickle import read_torch_file
 
-PARTS = ("encoder", "projection", "inverse_model", "probe")
+PARTS = ("encoder", "projection", "inverse_model", "classifier")
 
-LASTING = ("stec", "torch", "python", "training_images", "data_fingerprint")
+PORTABLE = ("stec", "torch", "python", "training_images", "data_fingerprint")
 """Of the environment of a run, what its weights tell."""
 OBJECTS = ("config", "environment", "encoder", "results")
 """Of a file's metadata, what is a JSON object where it is there."""
@@ -31,7 +32,7 @@ OFFICIAL_PREFIXES = {
     "binned_prediction_model.model.linear_0.": "inverse_model.hidden.",
     "binned_prediction_model.model.bn_0.": "inverse_model.bn_hidden.",
     "binned_prediction_model.model.linear_final.": "inverse_model.output.",
-    "supervised_head.linear_layer.": "probe.",
+    "supervised_head.linear_layer.": "classifier.",
 }
 """How names in an official state dict begin, and how ours do."""
 
@@ -68,10 +69,10 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping
     The metadata is one JSON text under the key ``stec``: safetensors stores several keys in random order, and equal
     runs must give equal files.
     """
-    write_whole(path, save(portable(state), {"stec": json.dumps(metadata, sort_keys=True)}))
+    atomic_write(path, save(on_cpu(state), {"stec": json.dumps(metadata, sort_keys=True)}))
 
 
-def portable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same on the CPU, laid out as anyone expects it."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
@@ -120,7 +121,7 @@ def _our_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     if "conv1.weight" in state:
         return {f"encoder.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
     if "encoder.conv1.weight" in state:
-        return state
+        return with_current_parameter_names(state)
     prefixes = _prefixes(state)
     if prefixes:
         raise UserError(
@@ -153,14 +154,14 @@ def _checkpoint_metadata(content: Mapping[str, Any], path: Path) -> dict[str, An
     said = {
         "config": content.get("identity"),
         "step": content.get("step"),
-        "environment": lasting(environment) if isinstance(environment, dict) else None,
+        "environment": portable(environment) if isinstance(environment, dict) else None,
     }
     return {name: value for name, value in said.items() if value is not None}
 
 
-def lasting(environment: Mapping[str, Any]) -> dict[str, Any]:
+def portable(environment: Mapping[str, Any]) -> dict[str, Any]:
     """What weights say of the environment that they were trained in: no machine, no path; equal runs say the same."""
-    return {name: environment[name] for name in LASTING if name in environment}
+    return {name: environment[name] for name in PORTABLE if name in environment}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

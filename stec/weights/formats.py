@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 from pipelines.errors import UserError
-from pipelines.files import write_folder_whole, write_whole
+from pipelines.files import atomic_write, atomic_write_folder
 from stec import __version__
 from stec.config import DATA_SETS, TrainConfig
-from stec.weights.export import PARTS, portable, write_safetensors
+from stec.weights.export import PARTS, on_cpu, write_safetensors
 from stec.weights.pretrained import Trained
 
 Format = Literal["torchvision", "timm", "huggingface", "full"]
@@ -48,7 +48,7 @@ def export(trained: Trained, out: Path, kind: Format, *, source: Path, license: 
         from stec.weights.hub import HubEncoder
 
         encoder = HubEncoder.of(trained, metadata)
-        write_folder_whole(out, encoder.save_pretrained)
+        atomic_write_folder(out, encoder.save_pretrained)
         return f'stec.load_encoder("{out}")'
     if kind == "full":
         if not any(name.startswith(part + ".") for name in trained.state for part in PARTS if part != "encoder"):
@@ -60,13 +60,13 @@ def export(trained: Trained, out: Path, kind: Format, *, source: Path, license: 
         return f'safetensors.torch.load_file("{out}")'
 
     _check_stem(trained, kind, source)
-    state = portable(trained.encoder.state_dict())
+    state = on_cpu(trained.encoder.state_dict())
     if out.suffix == ".safetensors":
         write_safetensors(state, out, metadata)
     else:
         content = io.BytesIO()
         torch.save(state, content)
-        write_whole(out, content.getvalue())
+        atomic_write(out, content.getvalue())
     if kind == "timm":
         return f'timm.create_model("{trained.arch}", num_classes=0, checkpoint_path="{out}")'
     load = f'safetensors.torch.load_file("{out}")' if out.suffix == ".safetensors" else f'torch.load("{out}")'

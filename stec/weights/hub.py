@@ -121,7 +121,10 @@ def _method(config: Mapping[str, Any]) -> tuple[str, str]:
     if not config:
         return "", "How it was trained is not known."
     if config.get("stop_gradient") == 2:
-        return "", f"Its weights are those of {config.get('ckpt_path')}, on which a probe was fitted."
+        return (
+            "",
+            f"Its weights are those of {config.get('ckpt_path')}, on which an online linear classifier was fitted.",
+        )
     with_labels = ", and by the labels" if config.get("stop_gradient") == 0 else ""
     if not config.get("manip_lambda"):
         return "SimCLR", f"It was trained by SimCLR{with_labels}."

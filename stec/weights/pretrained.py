@@ -17,7 +17,7 @@ from pipelines.errors import UserError
 from pipelines.files import read_object
 from stec.config import DATA_SETS
 from stec.models.encoder import STEMS, Encoder, Stem
-from stec.models.heads import COMMAND_SHAPE, InverseModel, make_probe
+from stec.models.heads import COMMAND_SHAPE, InverseModel, make_classifier
 from stec.models.model import Model
 from stec.objectives.geometry import Convention
 from stec.runs import checkpoint
@@ -53,20 +53,20 @@ class Trained:
         """In evaluation mode, on the CPU."""
         return self.model().encoder
 
-    def model(self, *heads: Literal["probe", "inverse_model"]) -> Model:
+    def model(self, *heads: Literal["classifier", "inverse_model"]) -> Model:
         """The encoder and those of ``heads`` that there are weights of, in evaluation mode, on the CPU.
 
         Raises UserError where the weights are of no model of ours.
         """
-        probe, output = (self.state.get(name) for name in ("probe.weight", "inverse_model.output.weight"))
+        classifier, output = (self.state.get(name) for name in ("classifier.weight", "inverse_model.output.weight"))
         required = ["encoder"]
         # On no device: neither time nor random numbers go into weights that are replaced at once.
         with torch.device("meta"):
             model = Model(arch=self.arch, stem=self.stem, classes=0, width=self.width, stop_gradient=2)
             feature_dim = model.encoder.feature_dim
-            if "probe" in heads and probe is not None:
-                model.probe = make_probe(feature_dim, len(probe))
-                required.append("probe")
+            if "classifier" in heads and classifier is not None:
+                model.classifier = make_classifier(feature_dim, len(classifier))
+                required.append("classifier")
             if "inverse_model" in heads and output is not None:
                 n_bins = len(output) // (COMMAND_SHAPE[0] * COMMAND_SHAPE[1])
                 model.inverse_model = InverseModel(feature_dim, output.shape[-1], n_bins)

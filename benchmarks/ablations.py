@@ -1,6 +1,6 @@
 """Alternatives within our CPU pipeline, each against what it does: threads, prefetching, hand-over, decoding, feeding.
 
-python -m benchmarks.tries --dataset cifar10 --data_dir DATA
+python -m benchmarks.ablations --dataset cifar10 --data_dir DATA
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.throughput import PipelineOptions, images_per_second
 from pipelines import loader
 from pipelines.datasets.images import ImageArray
 from pipelines.executors.graphs import training_pipeline
-from pipelines.order import Order, Share
+from pipelines.sampler import BatchPlan, Sampler
 from stec.console import Console
 
 CPU = torch.device("cpu")
@@ -37,31 +37,31 @@ class Options(PipelineOptions):
 class GatheringSource(loader._TrainingSource):
     """Feeds pixels, gathered from the data set, instead of their addresses."""
 
-    def __init__(self, order: Order, images: ImageArray) -> None:
-        super().__init__(order, 0, "compiled", CPU)
+    def __init__(self, sampler: Sampler, images: ImageArray) -> None:
+        super().__init__(sampler, 0, "compiled", CPU)
         self.array, self.form = images, images.layout
 
-    def _opening_and_arguments(self, share: Share, step: int) -> list[Any]:
-        where = np.zeros((len(share.image_ids), 3), np.int64)
-        where[:, 2] = self.order.policy.blur_window_px
-        return [self.array.pixels[share.image_ids], where]
+    def _opening_and_arguments(self, plan: BatchPlan, step: int) -> list[Any]:
+        where = np.zeros((len(plan.image_ids), 3), np.int64)
+        where[:, 2] = self.sampler.policy.blur_window_px
+        return [self.array.pixels[plan.image_ids], where]
 
 
-def by_loader(order: Order, threads: int) -> Iterator[Tensor]:
-    ours = loader.Loader(order, backend="dali", device=CPU, workers=threads)
+def by_loader(sampler: Sampler, threads: int) -> Iterator[Tensor]:
+    ours = loader.Loader(sampler, backend="dali", device=CPU, workers=threads)
     return (batch.views for batch in ours.batches(0))
 
 
-def by_gathering(order: Order, threads: int) -> Iterator[Tensor]:
-    assert isinstance(order.images, ImageArray)
-    source = GatheringSource(order, order.images)
+def by_gathering(sampler: Sampler, threads: int) -> Iterator[Tensor]:
+    assert isinstance(sampler.images, ImageArray)
+    source = GatheringSource(sampler, sampler.images)
     pipeline = training_pipeline(
         source,
-        order.policy,
+        sampler.policy,
         form=source.form,
-        views=order.views,
+        views=sampler.views,
         operators="compiled",
-        **loader._pipeline_options(order.batch_size, threads, CPU),
+        **loader._pipeline_options(sampler.batch_size, threads, CPU),
     )
     pipeline.build()
     while True:
@@ -69,8 +69,8 @@ def by_gathering(order: Order, threads: int) -> Iterator[Tensor]:
         yield torch.from_dlpack(views.as_tensor())
 
 
-def by_decoding(order: Order, part: decoding.Part, threads: int) -> Iterator[Tensor]:
-    made = decoding.batches(order, part, threads=threads, execute=True)
+def by_decoding(sampler: Sampler, part: decoding.Part, threads: int) -> Iterator[Tensor]:
+    made = decoding.batches(sampler, part, threads=threads, execute=True)
     return (torch.from_dlpack(views.as_tensor()) for views, *_ in made)
 
 
@@ -81,11 +81,11 @@ def turn(start: Callable[[], Iterator[Tensor]], options: PipelineOptions, depth:
 
 def measure(options: Options, console: Console) -> None:
     options.check()
-    order, threads = options.order(), options.workers
-    ours = partial(by_loader, order, threads)
+    sampler, threads = options.sampler(), options.workers
+    ours = partial(by_loader, sampler, threads)
     groups: dict[str, dict[str, Callable[[], float]]] = {
         "Threads": {
-            f"{count} thread(s)": partial(turn, partial(by_loader, order, count), replace(options, workers=count))
+            f"{count} thread(s)": partial(turn, partial(by_loader, sampler, count), replace(options, workers=count))
             for count in COUNTS
         },
         "Batches that DALI prepares ahead": {
@@ -96,16 +96,17 @@ def measure(options: Options, console: Console) -> None:
             "copied": partial(turn, lambda: (views.clone() for views in ours()), options),
         },
     }
-    if isinstance(order.images, ImageArray):
+    if isinstance(sampler.images, ImageArray):
         groups["Feeding pixels"] = {
             "by their addresses": partial(turn, ours, options),
-            "gathered into a batch": partial(turn, partial(by_gathering, order, threads), options),
+            "gathered into a batch": partial(turn, partial(by_gathering, sampler, threads), options),
         }
     else:
         groups["Decoding"] = {
-            part: partial(turn, partial(by_decoding, order, part, threads), options) for part in get_args(decoding.Part)
+            part: partial(turn, partial(by_decoding, sampler, part, threads), options)
+            for part in get_args(decoding.Part)
         }
-    title = f"{options.dataset}, {order.policy.size} px, batch {order.batch_size}, {threads} thread(s) if not said"
+    title = f"{options.dataset}, {sampler.policy.size} px, batch {sampler.batch_size}, {threads} thread(s) if not said"
     figures = [
         report.Figures(
             title=f"{name} ({title})",
@@ -118,7 +119,7 @@ def measure(options: Options, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, prog="python -m benchmarks.tries", args=arguments, use_underscores=True)
+    options = tyro.cli(Options, prog="python -m benchmarks.ablations", args=arguments, use_underscores=True)
     return report.run(lambda: measure(options, Console(enabled=True)))
 
 

@@ -1,4 +1,4 @@
-"""A data set of one's own, trained with our loader, model and objective: ``python examples/own_images.py``.
+"""A data set of one's own, trained with our loader, model and objective: ``python examples/custom_dataset.py``.
 
 Anything that fits into memory, or into a memory-mapped file, is an ``ImageArray``: uint8 [N, H, W, 3] of any size. (For
 files in a folder there is ``open_data_set("folder", path)``.)
@@ -13,27 +13,27 @@ import torch
 from numpy.typing import NDArray
 
 import stec
-from pipelines import ImageArray, Loader, Order
+from pipelines import ImageArray, Loader, Sampler
 
 STEPS, BATCH, SIZE_PX, SEED = 8, 32, 32, 0
 
 
 def paint(count: int) -> NDArray[np.uint8]:
-    """[count, 48, 64, 3]: coloured waves; here one's own images are read."""
+    """[count, 48, 64, 3]: colored waves; here one's own images are read."""
     random = np.random.default_rng(SEED)
     y, x = np.mgrid[0:48, 0:64] / 8
-    angle, colour = random.uniform(0, np.pi, (count, 1, 1)), random.uniform(0, 1, (count, 1, 1, 3))
+    angle, color = random.uniform(0, np.pi, (count, 1, 1)), random.uniform(0, 1, (count, 1, 1, 3))
     wave = 0.5 + 0.5 * np.sin(np.cos(angle) * x + np.sin(angle) * y)
-    return (255 * wave[..., None] * colour).astype(np.uint8)
+    return (255 * wave[..., None] * color).astype(np.uint8)
 
 
 def main() -> list[float]:
     """Train for some steps; returns their losses."""
     torch.manual_seed(SEED)
-    # Without labels (-1) there is nothing for a probe to learn, hence ``classes=0`` below.
+    # Without labels (-1) there is nothing for an online linear classifier to learn, hence ``classes=0`` below.
     images = ImageArray(pixels=paint(256), labels=np.full(256, -1))
-    order = Order(images, stec.Policy(size=SIZE_PX), seed=SEED, batch_size=BATCH)
-    loader = Loader(order, backend="auto", device=torch.device("cpu"), workers=2)
+    sampler = Sampler(images, stec.Policy(size=SIZE_PX), seed=SEED, batch_size=BATCH)
+    loader = Loader(sampler, backend="auto", device=torch.device("cpu"), workers=2)
 
     model = stec.Model(arch="resnet18", stem="cifar", classes=0, width=8, feat_dim=64)
     objective = stec.Objective(stec.Weights(manipulation=1.0), temperature=0.2)

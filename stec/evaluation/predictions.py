@@ -1,4 +1,4 @@
-"""What an inverse model believes about pairs of views: bins, commands and windows, beside the true ones.
+"""What an inverse model predicts about pairs of views: bins, commands and windows, beside the true ones.
 
 Shapes: N pairs of views, K bins.
 """
@@ -18,37 +18,38 @@ from pipelines.commands import Commands
 from stec.models.heads import COMMAND_SHAPE
 from stec.models.model import Model, encode
 from stec.objectives.geometry import Convention, following_windows, relative_windows, window_matrices, windows_of
-from stec.objectives.objective import bin_centres, command_bins
+from stec.objectives.objective import bin_centers, command_bins
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beliefs:
-    """What an inverse model believes the commands from view i to view j to be, and where it so believes j's window."""
+class Predictions:
+    """What an inverse model predicts the commands from view i to view j to be, and where it so predicts j's window."""
 
     true_bins: NDArray[np.int64]
     """[N, 2, 3]: the bins that the executed commands fall into."""
-    believed_bins: NDArray[np.int64]
+    predicted_bins: NDArray[np.int64]
     """[N, 2, 3]: the bins with the largest logits."""
     windows: NDArray[np.float64]
-    """[N, 4]: left, top, width and height of the believed windows, as shares of the image; they may reach beyond it."""
+    """[N, 4]: left, top, width and height of the predicted windows, as shares of the image; they may reach beyond
+    it."""
     flips: NDArray[np.bool_]
-    """[N]: whether they are believed to be flipped."""
+    """[N]: whether they are predicted to be flipped."""
     best_windows: NDArray[np.float64]
-    """[N, 4]: where the true bins lead, which is as near as any belief in bins can come."""
+    """[N, 4]: where the true bins lead, which is as near as any prediction in bins can come."""
 
 
 @torch.no_grad()
-def beliefs(model: Model, views: Tensor, commands: Commands, convention: Convention) -> Beliefs:
+def predictions(model: Model, views: Tensor, commands: Commands, convention: Convention) -> Predictions:
     """Ask an inverse model, in evaluation mode, about the pairs ``views`` [N, 2, 3, H, W] that ``commands`` made."""
-    assert model.inverse_model is not None, "only an inverse model believes anything"
+    assert model.inverse_model is not None, "only an inverse model predicts anything"
     n_bins = model.inverse_model.n_bins
     pairs = encode(model.encoder, views.float(), trained=False)
-    believed = model.inverse_model(pairs[:, 0], pairs[:, 1]).argmax(1).cpu()
+    predicted = model.inverse_model(pairs[:, 0], pairs[:, 1]).argmax(1).cpu()
     true = command_bins(torch.from_numpy(relative_windows(commands, convention=convention)), n_bins)
-    windows, flips = _windows(believed, n_bins, commands, convention)
-    return Beliefs(
+    windows, flips = _windows(predicted, n_bins, commands, convention)
+    return Predictions(
         true_bins=true.numpy(),
-        believed_bins=believed.numpy(),
+        predicted_bins=predicted.numpy(),
         windows=windows,
         flips=flips,
         best_windows=_windows(true, n_bins, commands, convention)[0],
@@ -58,7 +59,7 @@ def beliefs(model: Model, views: Tensor, commands: Commands, convention: Convent
 def _windows(
     bins: Tensor, n_bins: int, commands: Commands, convention: Convention
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    command = bin_centres(bins, n_bins).numpy()
+    command = bin_centers(bins, n_bins).numpy()
     # Windows have no shear, but the middle of its bin need not be 0, and would displace them.
     command[:, 0, 1] = command[:, 1, 0] = 0
     return windows_of(following_windows(window_matrices(commands)[:, 0], command, convention))
@@ -72,16 +73,16 @@ def overlap(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 
 def confusion(model: Model, batches: Iterable[Batch], convention: Convention) -> NDArray[np.int64]:
-    """[2, 3, K, K]: how often, entry by entry, a true bin (row) was believed to be which (column).
+    """[2, 3, K, K]: how often, entry by entry, a true bin (row) was predicted to be which (column).
 
     Pairs with a solarized view, which an inverse model is not trained on, are left out.
     """
-    assert model.inverse_model is not None, "only an inverse model believes anything"
+    assert model.inverse_model is not None, "only an inverse model predicts anything"
     n_bins = model.inverse_model.n_bins
     counts = np.zeros((*COMMAND_SHAPE, n_bins, n_bins), np.int64)
     row, column = np.indices(COMMAND_SHAPE)
     for batch in batches:
-        asked = beliefs(model, batch.views, batch.commands, convention)
+        asked = predictions(model, batch.views, batch.commands, convention)
         plain = ~batch.commands.solarize.any(axis=1)
-        np.add.at(counts, (row, column, asked.true_bins[plain], asked.believed_bins[plain]), 1)
+        np.add.at(counts, (row, column, asked.true_bins[plain], asked.predicted_bins[plain]), 1)
     return counts

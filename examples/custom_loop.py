@@ -1,4 +1,5 @@
-"""S-TEC's objective in a plain PyTorch loop with torchvision's encoder and transforms: ``python examples/own_loop.py``.
+"""S-TEC's objective in a plain PyTorch loop with torchvision's encoder and transforms: ``python
+examples/custom_loop.py``.
 
 A view is made by whatever executes its command; the same commands then say what the inverse model has to recover.
 """

@@ -1,4 +1,4 @@
-"""The two-view loader, without anything of ``stec``, in another trainer: ``python examples/own_trainer.py``."""
+"""The two-view loader, without anything of ``stec``, in another trainer: ``python examples/custom_trainer.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from pipelines import Loader, Order, Policy, open_data_set
+from pipelines import Loader, Policy, Sampler, open_data_set
 
 STEPS, BATCH, SEED = 8, 32, 0
 
@@ -25,8 +25,8 @@ def main() -> list[float]:
     """Train for some steps; returns their losses."""
     torch.manual_seed(SEED)
     policy = Policy(size=32, jitter_strength=1.0, p_blur=0.5)
-    order = Order(open_data_set("demo", None).train, policy, seed=SEED, batch_size=BATCH)
-    loader = Loader(order, backend="auto", device=torch.device("cpu"), workers=2)
+    sampler = Sampler(open_data_set("demo", None).train, policy, seed=SEED, batch_size=BATCH)
+    loader = Loader(sampler, backend="auto", device=torch.device("cpu"), workers=2)
 
     encoder = resnet18(num_classes=64)
     model = nn.Sequential(encoder, nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64))

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.bad_images import BadImages
-from pipelines.commands import COMMAND_STREAM, ORDER_STREAM, VIEWS, Commands, Policy, draw, generator
+from pipelines.commands import COMMAND_STREAM, IMAGE_STREAM, VIEWS, Commands, Policy, draw, generator
 from pipelines.datasets.images import ImageFiles, Images
 from pipelines.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class BatchPlan:
     """What one process does in one forward pass: N images, their positions in the epoch, and the commands for them."""
 
     epoch: int
@@ -26,7 +26,7 @@ class Share:
     """What the commands were drawn from; its size is that of the views."""
 
 
-class Order:
+class Sampler:
     """A permutation of the images per epoch, cut into global batches of ``accumulate`` chunks, each cut into one
     stretch per process.
 
@@ -37,7 +37,7 @@ class Order:
     window after the other, so that an epoch reads long stretches of few files at a time. 0 shuffles all images.
 
     ``epoch_length`` is for images that accompany those of another, longer order: an epoch has so many positions, at
-    which the images are repeated. (STL-10's labelled images accompany the unlabelled ones like this.)
+    which the images are repeated. (STL-10's labeled images accompany the unlabeled ones like this.)
 
     ``view_size_at`` gives views another size in px, epoch by epoch, than that of ``policy``.
 
@@ -91,7 +91,7 @@ class Order:
         return self._permutations[epoch]
 
     def _permute(self, epoch: int) -> NDArray[np.int64]:
-        random = generator(ORDER_STREAM, self.seed, epoch)
+        random = generator(IMAGE_STREAM, self.seed, epoch)
         if self.shuffle_window:
             return self._permute_windows(random)[: self.epoch_length]
         # As many positions as either needs: a short epoch must draw from all images, a long one repeats them.
@@ -128,7 +128,7 @@ class Order:
             return self.policy
         return replace(self.policy, size=self.view_size_at(chunk // self.chunks_per_epoch))
 
-    def share(self, chunk: int) -> Share:
+    def plan(self, chunk: int) -> BatchPlan:
         """This process's share of chunk ``chunk``, counted from the start of training."""
         epoch, positions, planned = self._planned(chunk)
         image_ids = self.bad.replace(planned, seed=self.seed, epoch=epoch, positions=positions)
@@ -142,4 +142,4 @@ class Order:
             views=self.views,
             stream=self.command_stream,
         )
-        return Share(epoch=epoch, positions=positions, image_ids=image_ids, commands=commands, policy=policy)
+        return BatchPlan(epoch=epoch, positions=positions, image_ids=image_ids, commands=commands, policy=policy)

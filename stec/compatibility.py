@@ -1,0 +1,31 @@
+"""Names that version 0.1.0 wrote to files, and what they are called now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+RENAMED_SETTINGS = {"max_bad_share": "max_bad_fraction"}
+RENAMED_RESULTS = {
+    "linear_fit_before": "linear_probing_before",
+    "linear_fit_after": "linear_probing_after",
+    "probe_before": "online_classifier_before",
+    "probe_after": "online_classifier_after",
+    "wait_share": "wait_fraction",
+}
+RENAMED_METRICS = {"wait_share": "wait_fraction"}
+
+
+def with_current_names(values: Mapping[str, T], renamed: Mapping[str, str]) -> dict[str, T]:
+    """``values`` with the keys of 0.1.0 replaced, in the same order."""
+    return {renamed.get(name, name): value for name, value in values.items()}
+
+
+def with_current_parameter_names(state: Mapping[str, T]) -> dict[str, T]:
+    """A state dict in which 0.1.0's ``probe`` is the ``classifier``, in the same order."""
+    return {
+        f"classifier.{name.removeprefix('probe.')}" if name.startswith("probe.") else name: value
+        for name, value in state.items()
+    }
