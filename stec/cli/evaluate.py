@@ -143,8 +143,10 @@ def why_no_classifier(config: EvalConfig, classifier: nn.Linear | None, trained_
         )
     known = classifier.out_features
     if known != classes:
-        return f"The online linear classifier of {config.ckpt_path} has {known} classes, but "
-            f"{config.dataset} has {classes}."
+        return (
+            f"The online linear classifier of {config.ckpt_path} has {known} classes, but {config.dataset} has "
+            f"{classes}."
+        )
     return ""
 
 
