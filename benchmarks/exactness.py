@@ -239,7 +239,7 @@ def measure(options: Options, console: Console) -> None:
     for name, data_dir in (given or {"demo": None}).items():
         images = open_data_set(name, data_dir).train
         switch: Literal[0, 1] = 0 if name == "cifar10" else 1
-        full = policy_of(TrainConfig(dataset=name, use_gaussian_blur=switch, use_solarization=switch))
+        full = policy_of(TrainConfig().updated(dataset=name, use_gaussian_blur=switch, use_solarization=switch))
         found[name] = []
         with console.waiting(f"{name}: comparing"):
             for row, pairs in compare(images, full, options):

@@ -12,7 +12,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -75,10 +75,10 @@ class PipelineOptions(report.Output):
 
     def sampler(self, batch_size: int | None = None) -> Sampler:
         """The data set's images with the policy of its recipe."""
-        config = TrainConfig(dataset=self.dataset)
+        config = TrainConfig().updated(dataset=self.dataset)
         # Of the recipes, those with jitter 1 on real images blur and solarize, too.
         if self.dataset != "demo" and DATA_SETS[self.dataset].jitter_strength == 1:
-            config = replace(config, use_gaussian_blur=1, use_solarization=1)
+            config = config.updated(use_gaussian_blur=1, use_solarization=1)
         policy = policy_of(config)
         default = 64 if policy.size == 224 else 256
         return Sampler(

@@ -1,7 +1,7 @@
 """Data pipelines: they execute commands on images and hand both on as a batch.
 
 They need nothing of ``stec``. For use in your programs (``examples/``): ``open_data_set`` opens a data set by its name;
-``ImageArray`` and ``ImageFiles`` are your images; an ``Order`` says which of them stands where, with which ``Commands``
+``ImageArray`` and ``ImageFiles`` are your images; an ``Sampler`` says which of them stands where, with which ``Commands``
 of a ``Policy``; a ``Loader`` makes each ``Batch`` of it, and an ``EvaluationLoader`` batches without augmentation. Each
 is imported when it is first used.
 """
@@ -18,7 +18,7 @@ _MODULES = {
     "ImageArray": "pipelines.datasets.images",
     "ImageFiles": "pipelines.datasets.images",
     "Loader": "pipelines.loader",
-    "Order": "pipelines.sampler",
+    "Sampler": "pipelines.sampler",
     "Policy": "pipelines.commands",
     "UserError": "pipelines.errors",
     "draw": "pipelines.commands",

@@ -11,8 +11,8 @@ def policy_of(config: TrainConfig) -> Policy:
     return Policy(
         size=config.view_size_px,
         jitter_strength=config.traits.jitter_strength,
-        p_color_jitter=config.p_color_jitter,
-        p_grayscale=config.p_grayscale,
-        p_blur=0.5 if config.use_gaussian_blur else 0.0,
-        p_solarize=0.2 if config.use_solarization else 0.0,
+        p_color_jitter=config.augmentation.p_color_jitter,
+        p_grayscale=config.augmentation.p_grayscale,
+        p_blur=0.5 if config.augmentation.use_gaussian_blur else 0.0,
+        p_solarize=0.2 if config.augmentation.use_solarization else 0.0,
     )

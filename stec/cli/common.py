@@ -16,17 +16,17 @@ import tyro
 
 from pipelines.errors import UserError
 from stec.cli.launcher import choose_precision, is_main_process, started_one_of_several
+from stec.compatibility import RENAMED_SETTINGS
 from stec.config import (
     DATA_SETS,
     LARGEST_VIEW_PX,
     SMALLEST_VIEW_PX,
     DataSetName,
+    DataSettings,
     DataSetTraits,
-    Switch,
     TrainConfig,
-    as_path,
-    check_ranges,
 )
+from stec.settings import Switch, as_path, check_ranges, fields_of, setting
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +60,11 @@ class EncoderConfig:
     """1: fetch CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
     backend: Literal["auto", "dali", "torchvision"] = "auto"
     """What prepares the images; auto is DALI where it is installed."""
-    num_workers: int | None = None
+    num_workers: int | None = setting(None, at_least=0)
     """DALI threads or torchvision worker processes, per process; default: this process's share of the CPUs."""
     exif_orientation: Switch = 0
     """1: turn image files upright as EXIF says, as the encoder saw them if it was trained with this."""
-    view_size: int | None = None
+    view_size: int | None = setting(None, at_least=SMALLEST_VIEW_PX, at_most=LARGEST_VIEW_PX)
     """Height and width in px at which the encoder sees an image; default: the data set's own."""
     trained_on: DataSetName | None = None
     """Data set that the encoder was trained on, which decides its first layers and whether its online classifier can
@@ -72,21 +72,16 @@ class EncoderConfig:
     default: what the weights say, else that of --dataset."""
     arch: Literal["resnet18", "resnet50"] | None = None
     """Architecture that the encoder must have; the weights tell it."""
-    width: int | None = None
+    width: int | None = setting(None, at_least=1)
     """Channels that the encoder's first stage must have; the weights tell it."""
-    batch_size: int = 256
+    batch_size: int = setting(256, at_least=1)
     """Images per process and step."""
     mixed_precision: Literal["no", "auto", "fp16", "bf16"] = "no"
     """Precision of the encoder; no is float32."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
-        limits: dict[str, tuple[int, int | None]] = {
-            "batch_size": (1, None),
-            "width": (1, None),
-            "num_workers": (0, None),
-        }
-        check_ranges(self, {**limits, "view_size": (SMALLEST_VIEW_PX, LARGEST_VIEW_PX)})
+        check_ranges(self)
 
     @property
     def traits(self) -> DataSetTraits:
@@ -175,9 +170,16 @@ ALIASES = {
 """What other trainers call our flags."""
 
 
+def _current_flag(argument: str) -> str:
+    """The argument with a flag of 0.1.0 replaced by its present name."""
+    flag, equals, value = argument.partition("=")
+    name = flag.removeprefix("--")
+    return f"--{RENAMED_SETTINGS[name]}{equals}{value}" if name in RENAMED_SETTINGS else argument
+
+
 def _check_aliases(kind: type, arguments: Sequence[str]) -> None:
     """Raise UserError for a flag that ``kind`` has under another name."""
-    known = {field.name for field in dataclasses.fields(kind)}
+    known = {field.name for field in fields_of(kind)}
     for argument in arguments:
         flag = argument.split("=")[0]
         alias = flag.lstrip("-").replace("-", "_")
@@ -206,6 +208,7 @@ def parse(
     kind: type[C], arguments: list[str], *, name: str, default: C | None = None, epilogue: str = "", **options: Any
 ) -> C:
     """A configuration from flags; on a mistake tyro explains it and exits with code 2. ``options`` are tyro's."""
+    arguments = [_current_flag(argument) for argument in arguments]
     _check_aliases(kind, arguments)
     if default is not None:
         options["default"] = default
@@ -217,6 +220,7 @@ def parse(
         use_underscores=True,
         console_outputs=is_main_process(),
         registry=PATHS,
+        config=(tyro.conf.OmitArgPrefixes,),
         **options,
     )
 
@@ -290,9 +294,9 @@ def own_cpus() -> int:
     return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def workers(config: TrainConfig | EncoderConfig) -> int:
-    """DALI's threads or torchvision's worker processes of this process."""
-    return own_cpus() if config.num_workers is None else config.num_workers
+def workers(data: DataSettings | EncoderConfig) -> int:
+    """Number of DALI threads or torchvision worker processes of this process."""
+    return own_cpus() if data.num_workers is None else data.num_workers
 
 
 def training_loader(
@@ -316,15 +320,15 @@ def training_loader(
 
     policy = policy_of(config)
     sharing: dict[str, Any] = {
-        "seed": config.seed,
-        "batch_size": config.batch_size,
+        "seed": config.run.seed,
+        "batch_size": config.optimization.batch_size,
         "process_index": process_index,
         "num_processes": num_processes,
-        "accumulate": config.accumulate,
-        "view_size_at": config.view_size_at if config.resolution_schedule is not None else None,
+        "accumulate": config.optimization.accumulate,
+        "view_size_at": config.view_size_at if config.augmentation.resolution_schedule is not None else None,
     }
-    bad = BadImages(data_set.train, max_fraction=config.max_bad_fraction)
-    sampler = Sampler(data_set.train, policy, **sharing, bad=bad, shuffle_window=config.shuffle_window)
+    bad = BadImages(data_set.train, max_fraction=config.data.max_bad_fraction)
+    sampler = Sampler(data_set.train, policy, **sharing, bad=bad, shuffle_window=config.data.shuffle_window)
     labeled_sampler = None
     if data_set.labeled is not None and data_set.labeled is not data_set.train:
         # As in the official code: one view of a labeled image beside each unlabeled one, not blurred or solarized.
@@ -336,13 +340,13 @@ def training_loader(
             command_stream=LABELED_STREAM,
             epoch_length=len(data_set.train),
         )
-        if config.stop_gradient == 2:
+        if config.objective.stop_gradient == 2:
             sampler, labeled_sampler = labeled_sampler, None
     return Loader(
         sampler,
-        backend=config.backend,
+        backend=config.data.backend,
         device=device,
-        workers=workers(config),
+        workers=workers(config.data),
         labeled_sampler=labeled_sampler,
         # DALI knows no bfloat16; float16 holds [0, 1] more finely.
         half=device.type == "cuda" and precision != "no",
@@ -350,19 +354,24 @@ def training_loader(
 
 
 def evaluation_loader(
-    config: TrainConfig | EncoderConfig, images: Images, accelerator: Accelerator
+    images: Images,
+    data: DataSettings | EncoderConfig,
+    *,
+    traits: DataSetTraits,
+    batch_size: int,
+    device: torch.device,
 ) -> EvaluationLoader:
-    """Images as an encoder sees them in evaluation, prepared as the settings say."""
+    """Images as an encoder sees them in evaluation, prepared as the settings require."""
     from pipelines.loader import EvaluationLoader
 
     return EvaluationLoader(
         images,
-        size=config.traits.view_size_px,
-        resize_px=config.traits.resize_px,
-        batch_size=config.batch_size,
-        backend=config.backend,
-        device=accelerator.device,
-        workers=workers(config),
+        size=traits.view_size_px,
+        resize_px=traits.resize_px,
+        batch_size=batch_size,
+        backend=data.backend,
+        device=device,
+        workers=workers(data),
     )
 
 

@@ -74,7 +74,9 @@ def embed_split(config: EmbedConfig) -> None:
                 progress=progress,
             ),
         )
-        loader = evaluation_loader(config, images, accelerator)
+        loader = evaluation_loader(
+            images, config, traits=config.traits, batch_size=config.batch_size, device=accelerator.device
+        )
         about = {
             "dataset": config.dataset,
             "split": config.split,

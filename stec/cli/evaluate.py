@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -103,12 +104,15 @@ def run(arguments: list[str]) -> None:
     console.say(f"{config.ckpt_path} on the {len(test)} test images of {config.dataset}, precision {precision}")
     for measure, reason in left_out:
         console.say(f"Not measured: {measure}. {reason}")
+    loader_of = partial(
+        evaluation_loader, data=config, traits=config.traits, batch_size=config.batch_size, device=accelerator.device
+    )
     with console.waiting("evaluating"):
         scores = evaluate(
             model.encoder,
             model.classifier,
-            labeled=None if labeled is None else evaluation_loader(config, labeled, accelerator),
-            test=evaluation_loader(config, test, accelerator),
+            labeled=None if labeled is None else loader_of(labeled),
+            test=loader_of(test),
             classes=len(classes),
             measures=measures,
             accelerator=accelerator,

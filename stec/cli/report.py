@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ import tyro
 
 from pipelines.errors import UserError
 from stec.cli.common import evaluation_loader, parse, start, training_loader
-from stec.config import TrainConfig, check_ranges
+from stec.config import TrainConfig
+from stec.settings import check_ranges, setting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +36,7 @@ class ReportConfig:
     """Folders of runs."""
     out: Path = Path("report.html")
     """The page to write."""
-    images: int = 1024
+    images: int = setting(1024, at_least=1)
     """Pairs of training views that an inverse model is asked about, and images that neighbors are sought among."""
     data_dir: Path | None = None
     """Folder that holds the data set, if it is no longer the one that the runs name."""
@@ -44,7 +45,7 @@ class ReportConfig:
         """Raise UserError for the first setting that is out of its range."""
         if not self.runs:
             raise UserError("launch.py report needs the folder of a run: launch.py report RUN [RUN ...].")
-        check_ranges(self, {"images": (1, None)})
+        check_ranges(self)
         if self.out.suffix.lower() not in (".html", ".htm") or self.out.is_dir() or not self.out.parent.is_dir():
             raise UserError(f"--out {self.out} cannot be written; name an .html file in an existing folder.")
         if importlib.util.find_spec("plotly") is None:
@@ -88,30 +89,31 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
     look = Look()
     if record.config is None:
         return look
-    settings = dataclasses.replace(record.config, data_dir=wanted.data_dir or record.config.data_dir, accumulate=1)
+    settings = record.config.updated(data_dir=wanted.data_dir or record.config.data.data_dir, accumulate=1)
     asked = None
     try:
         if record.weights is not None:
             trained = read_trained(
                 record.weights, otherwise=settings.traits.stem, stem_set_by="the dataset in config.json"
             )
-            asked = trained.model("inverse_model").to(accelerator.device), trained.convention or settings.affine
+            asked = (
+                trained.model("inverse_model").to(accelerator.device),
+                trained.convention or settings.objective.affine,
+            )
         else:
             look.remarks.append("There are no weights yet: what the model predicts and finds similar is left out.")
     except UserError as error:
         look.remarks.append(f"{error} What the model predicts and finds similar is left out.")
     try:
         data_set = open_data_set(
-            settings.dataset,
-            settings.data_dir,
-            limit_train=settings.limit_train,
-            exif_orientation=bool(settings.exif_orientation),
+            settings.data.dataset,
+            settings.data.data_dir,
+            limit_train=settings.data.limit_train,
+            exif_orientation=bool(settings.data.exif_orientation),
         )
         batch_size = min(BATCH_SIZE, len(data_set.train), wanted.images)
         one_by_one, batches = (
-            training_loader(
-                dataclasses.replace(settings, batch_size=size), data_set, device=accelerator.device, precision="no"
-            )
+            training_loader(settings.updated(batch_size=size), data_set, device=accelerator.device, precision="no")
             for size in (1, batch_size)
         )
         for loader in (one_by_one, batches):
@@ -143,11 +145,17 @@ def neighbors(
 
     if data_set.test is None or data_set.labeled is None:
         return []
-    settings = dataclasses.replace(settings, batch_size=BATCH_SIZE)
+    loader_of = partial(
+        evaluation_loader,
+        data=settings.data,
+        traits=settings.traits,
+        batch_size=BATCH_SIZE,
+        device=accelerator.device,
+    )
     bank_ids = evenly_spread(len(data_set.labeled), limit)
     query_ids = evenly_spread(len(data_set.test), QUERIES)
     bank, queries = (
-        extract_features(model.encoder, evaluation_loader(settings, images, accelerator), accelerator, image_ids)
+        extract_features(model.encoder, loader_of(images), accelerator, image_ids)
         for images, image_ids in ((data_set.labeled, bank_ids), (data_set.test, query_ids))
     )
     similarity, rows = nearest(bank, queries, NEIGHBORS, accelerator.device)

@@ -13,8 +13,9 @@ from pipelines.files import read_object
 from stec import __version__
 from stec.cli.common import evaluation_loader, parse, start, training_loader
 from stec.cli.next_steps import next_steps
-from stec.config import TrainConfig, as_path, with_settings
+from stec.config import TrainConfig, with_settings
 from stec.recipes import RECIPES, recipe
+from stec.settings import as_path
 
 if TYPE_CHECKING:
     from stec.console import Console
@@ -57,16 +58,16 @@ def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
 
 def check_processes(config: TrainConfig, processes: int) -> None:
     """Raise UserError with the right launch line where Accelerate started other processes than the flags say."""
-    if config.gpus is None and config.num_nodes is None:
+    if config.run.gpus is None and config.run.num_nodes is None:
         return
-    nodes = config.num_nodes or 1
-    wanted = (config.gpus or 1) * nodes
+    nodes = config.run.num_nodes or 1
+    wanted = (config.run.gpus or 1) * nodes
     if wanted != processes:
         machines = f" --num_machines {nodes}" if nodes > 1 else ""
         several = " --multi_gpu" if wanted > 1 else ""
         flags_given = shlex.join(sys.argv[1:])
         raise UserError(
-            f"--gpus {config.gpus or 1} on {nodes} machine(s) means {wanted} process(es), but {processes} started; "
+            f"--gpus {config.run.gpus or 1} on {nodes} machine(s) means {wanted} process(es), but {processes} started; "
             f"launch with: accelerate launch{several} --num_processes {wanted}{machines} launch.py {flags_given}"
         )
 
@@ -77,14 +78,14 @@ def run(arguments: list[str]) -> None:
     if only_print:
         print(json.dumps(config.to_json(), indent=2))
         return
-    if config.stop_gradient == 2 and config.ckpt_path is None:
+    if config.objective.stop_gradient == 2 and config.model.ckpt_path is None:
         raise UserError(
             "--stop_gradient 2 trains the online classifier of a trained encoder; name its weights by --ckpt_path."
         )
 
     from stec.training import stops
 
-    with stops.immediately(config.stop_exit_code):
+    with stops.immediately(config.run.stop_exit_code):
         run_training(config)
 
 
@@ -96,7 +97,7 @@ def warn(text: str) -> None:
 def run_training(config: TrainConfig) -> None:
     """From a configuration to a run's files."""
     accelerator, console, precision = start(
-        config.mixed_precision, config.process_timeout_s, bool(config.deterministic)
+        config.run.mixed_precision, config.run.process_timeout_s, bool(config.run.deterministic)
     )
     check_processes(config, accelerator.num_processes)
 
@@ -104,7 +105,7 @@ def run_training(config: TrainConfig) -> None:
 
     from stec.training import trackers
 
-    trackers.check_installed(config.trackers)
+    trackers.check_installed(config.run.trackers)
 
     from pipelines.datasets.fingerprint import fingerprint
     from pipelines.datasets.index import open_data_set
@@ -117,17 +118,17 @@ def run_training(config: TrainConfig) -> None:
         data_set = processes.main_process_first(
             accelerator,
             lambda: open_data_set(
-                config.dataset,
-                config.data_dir,
-                limit_train=config.limit_train,
-                download=bool(config.download) and accelerator.is_main_process,
-                exif_orientation=bool(config.exif_orientation),
+                config.data.dataset,
+                config.data.data_dir,
+                limit_train=config.data.limit_train,
+                download=bool(config.data.download) and accelerator.is_main_process,
+                exif_orientation=bool(config.data.exif_orientation),
                 progress=progress,
             ),
         )
-    if config.stop_gradient == 2 and not data_set.classes:
+    if config.objective.stop_gradient == 2 and not data_set.classes:
         raise UserError(
-            f"--stop_gradient 2 trains an online linear classifier, but --dataset {config.dataset} has no labels."
+            f"--stop_gradient 2 trains an online linear classifier, but --dataset {config.data.dataset} has no labels."
         )
     loader = training_loader(
         config,
@@ -139,7 +140,11 @@ def run_training(config: TrainConfig) -> None:
     )
     sampler, bad = loader.sampler, loader.sampler.bad
     labeled, test = (
-        None if images is None else evaluation_loader(config, images, accelerator)
+        None
+        if images is None
+        else evaluation_loader(
+            images, config.data, traits=config.traits, batch_size=config.optimization.batch_size, device=device
+        )
         for images in (data_set.labeled, data_set.test)
     )
     data = engine.Data(
@@ -168,20 +173,25 @@ def run_training(config: TrainConfig) -> None:
         [
             (
                 "data",
-                f"{config.dataset}: {len(data_set.train)} training images"
+                f"{config.data.dataset}: {len(data_set.train)} training images"
                 + (f" ({bad.count} of them bad)" if bad.count else "")
                 + (f", {len(data_set.test)} test images" if data_set.test is not None else ", no labels"),
             ),
-            ("encoder", f"{config.arch}, width {config.width}"),
+            ("encoder", f"{config.model.arch}, width {config.model.width}"),
             (
                 "training",
-                f"{config.max_epochs} epochs of {sampler.steps_per_epoch} steps of {sampler.global_batch_size} images",
+                f"{config.optimization.max_epochs} epochs of {sampler.steps_per_epoch} steps of "
+                f"{sampler.global_batch_size} images",
             ),
             ("machine", f"{accelerator.num_processes} process(es) on {environment['device']}, precision {precision}"),
             (
                 "views",
                 f"{config.view_size_px} px"
-                + (f", {config.view_size_at(0)} px at first" if config.resolution_schedule is not None else ""),
+                + (
+                    f", {config.view_size_at(0)} px at first"
+                    if config.augmentation.resolution_schedule is not None
+                    else ""
+                ),
             ),
             ("pipeline", f"{loader.backend}, {loader.workers} thread(s) or worker(s) per process"),
             ("files", str(folder.path.resolve())),
@@ -195,7 +205,7 @@ def run_training(config: TrainConfig) -> None:
         accelerator,
         lambda: trackers.start(
             accelerator,
-            config.trackers,
+            config.run.trackers,
             folder,
             config.to_json(),
             after_step=resumed["step"] if resumed is not None else 0,
@@ -224,9 +234,9 @@ def run_training(config: TrainConfig) -> None:
 
 def title(config: TrainConfig) -> str:
     """What a run is called."""
-    if config.stop_gradient == 2:
+    if config.objective.stop_gradient == 2:
         return "Linear probing (only the online linear classifier is trained: --stop_gradient is 2)"
-    return "S-TEC" if config.manip_lambda > 0 else "SimCLR (no inverse model: --manip_lambda is 0)"
+    return "S-TEC" if config.objective.manip_lambda > 0 else "SimCLR (no inverse model: --manip_lambda is 0)"
 
 
 def show_results(console: Console, results: dict[str, float]) -> None:

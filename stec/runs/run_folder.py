@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pipelines.errors import UserError
 from pipelines.files import lock, remove_leftovers, sign, unwritable, write_json, write_text
-from stec.config import FIXED, TrainConfig
+from stec.config import TrainConfig, rule_on_resume
 from stec.runs import checkpoint
 
 DEFAULT_PARENT = Path("runs")
@@ -128,7 +128,7 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
     cannot be written. What was in it is then untouched.
     """
     try:
-        path = config.results_path or _default_path(config)
+        path = config.run.results_path or _default_path(config)
         path.mkdir(parents=True, exist_ok=True)
         folder = RunFolder(path)
         held = lock(
@@ -138,7 +138,7 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
                 f"--results_path."
             ),
         )
-        if config.resume == "no" and (folder.config.exists() or folder.model.exists() or folder.written()):
+        if config.run.resume == "no" and (folder.config.exists() or folder.model.exists() or folder.written()):
             raise UserError(
                 f"{path} already holds a run; go on with it by --resume auto, or name another folder by --results_path."
             )
@@ -170,7 +170,7 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
         folder.add_start({"after_step": step, **environment, "notes": notes})
     except OSError as error:
         raise UserError(
-            f"The run folder {config.results_path or DEFAULT_PARENT} cannot be written ({error.strerror}); "
+            f"The run folder {config.run.results_path or DEFAULT_PARENT} cannot be written ({error.strerror}); "
             f"name another one by --results_path."
         ) from error
     return Opened(folder, resumed, notes)
@@ -178,14 +178,16 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
 
 def _default_path(config: TrainConfig) -> Path:
     """The newest numbered folder of the data set to resume, else the next free one, which is made."""
-    numbers = (path.name.removeprefix(f"{config.dataset}-") for path in DEFAULT_PARENT.glob(f"{config.dataset}-*"))
+    numbers = (
+        path.name.removeprefix(f"{config.data.dataset}-") for path in DEFAULT_PARENT.glob(f"{config.data.dataset}-*")
+    )
     newest = max((int(number) for number in numbers if number.isdecimal()), default=0)
-    if config.resume == "auto" and newest:
-        return DEFAULT_PARENT / f"{config.dataset}-{newest:03d}"
+    if config.run.resume == "auto" and newest:
+        return DEFAULT_PARENT / f"{config.data.dataset}-{newest:03d}"
     DEFAULT_PARENT.mkdir(exist_ok=True)
     while True:
         newest += 1
-        path = DEFAULT_PARENT / f"{config.dataset}-{newest:03d}"
+        path = DEFAULT_PARENT / f"{config.data.dataset}-{newest:03d}"
         try:
             path.mkdir()
         except FileExistsError:  # another run was faster
@@ -211,11 +213,11 @@ def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping
     """
     # Batch size per process and number of processes may change, as long as their product does not.
     processes = environment["processes"]
-    global_batch_size = config.accumulate * config.batch_size * processes
+    global_batch_size = config.optimization.accumulate * config.optimization.batch_size * processes
     if state["global_batch_size"] != global_batch_size:
         raise UserError(
             f"The run in {path} has a global batch of {state['global_batch_size']}, but --batch_size "
-            f"{config.batch_size} on {processes} process(es) makes {global_batch_size}; "
+            f"{config.optimization.batch_size} on {processes} process(es) makes {global_batch_size}; "
             f"choose the two so that their product stays the same."
         )
     # A setting that is newer than the checkpoint had the effect of its default.
@@ -229,13 +231,13 @@ def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping
     images_before, images_now = state["environment"].get("training_images"), environment["training_images"]
     if images_before != images_now and "limit_train" not in differing:
         changes.append(f"--data_dir held {images_before} training images and now holds {images_now}")
-    fixed = [f"--{k}" for k in differing if k in FIXED]
-    if fixed and config.allow_changes:
+    fixed = [f"--{k}" for k in differing if rule_on_resume().get(k) == "never"]
+    if fixed and config.run.allow_changes:
         raise UserError(
             f"The run in {path} was started differently: {', '.join(changes)}; not even --allow_changes 1 allows that "
             f"of {', '.join(fixed)}, so name another folder by --results_path."
         )
-    if changes and not config.allow_changes:
+    if changes and not config.run.allow_changes:
         raise UserError(
             f"The run in {path} was started differently: {', '.join(changes)}; go on with its own settings by "
             f"--config {path / 'config.json'}, accept the changes by --allow_changes 1, or name another folder by "

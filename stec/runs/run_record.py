@@ -10,8 +10,8 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.files import read_object
-from stec.compatibility import RENAMED_METRICS, RENAMED_RESULTS, with_current_names
-from stec.config import TrainConfig, with_settings
+from stec.compatibility import RENAMED_METRICS, RENAMED_RESULTS, RENAMED_SETTINGS, with_current_names
+from stec.config import TrainConfig, group_of_settings, with_settings
 from stec.runs import checkpoint
 from stec.runs.run_folder import RunFolder
 
@@ -42,7 +42,7 @@ class RunRecord:
         processes = self.environment.get("processes")
         if self.config is None or not isinstance(processes, int) or processes < 1:
             return None
-        return self.config.accumulate * self.config.batch_size * processes
+        return self.config.optimization.accumulate * self.config.optimization.batch_size * processes
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -58,7 +58,7 @@ class RunRecord:
         step = int(self.metrics[-1]["step"])
         if self.config is None or self.steps_per_epoch is None:
             return f"step {step}"
-        total = self.config.max_epochs * self.steps_per_epoch
+        total = self.config.optimization.max_epochs * self.steps_per_epoch
         return f"{'finished, ' if self.results else ''}step {step} of {total}"
 
 
@@ -74,7 +74,7 @@ def read_run(path: Path) -> RunRecord:
     say = record.remarks.append
     record.settings = _read_object(folder.config, say)
     if record.settings:
-        unknown = sorted(record.settings.keys() - TrainConfig.__dataclass_fields__.keys())
+        unknown = sorted(with_current_names(record.settings, RENAMED_SETTINGS).keys() - group_of_settings().keys())
         try:
             record.config = with_settings(TrainConfig(), record.settings, folder.config.name)
             record.config.validate()
