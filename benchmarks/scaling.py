@@ -34,14 +34,14 @@ from benchmarks.report import Figures, Output
 from pipelines.batch import Batch
 from pipelines.commands import VIEWS, draw
 from pipelines.errors import UserError
-from stec.augmentation import policy_of
-from stec.cli.common import start
 from stec.config import TrainConfig
 from stec.console import Console
 from stec.distributed.processes import gather
+from stec.loaders import policy_of
 from stec.objectives import objective
 from stec.objectives.objective import nt_xent
 from stec.recipes import recipe
+from stec.startup import start
 from stec.training.engine import initial_model, objective_of, optimizer_of
 from stec.training.step import Step
 

@@ -38,14 +38,14 @@ from pipelines.batch import Batch
 from pipelines.datasets.index import DataSet, open_data_set
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
-from stec.augmentation import policy_of
-from stec.cli.common import start
 from stec.config import TrainConfig
 from stec.console import Console
+from stec.loaders import policy_of
 from stec.models.model import Model
 from stec.objectives.objective import inverse_loss
 from stec.profiling import WARM_UP_STEPS
 from stec.runs.run_folder import RunFolder
+from stec.startup import start
 from stec.training import engine
 from stec.training.optim import MOMENTUM, learning_rate_factor, make_optimizer
 from tests.plain import plain_nt_xent

@@ -22,10 +22,10 @@ import torchvision
 
 import launch
 from pipelines.errors import UserError
-from stec.cli.common import ALIASES, parse
 from stec.cli.embed import EmbedConfig
 from stec.cli.evaluate import EvalConfig
 from stec.cli.export import ExportConfig
+from stec.cli.flags import ALIASES, parse
 from stec.cli.import_checkpoint import ImportConfig
 from stec.cli.index import IndexConfig
 from stec.cli.preview import PreviewConfig
@@ -412,13 +412,13 @@ def test_one_process_needs_no_environment(
 
 FOLLOWER = """
 import os, pathlib, signal, sys, time
-from stec.cli.launcher import end_with_launcher
+from stec.distributed.launcher import exit_with_launcher
 folder = pathlib.Path(sys.argv[1])
 def stop(*_):
     (folder / "stopped").touch()
     sys.exit()
 signal.signal(signal.SIGTERM, stop)
-end_with_launcher()
+exit_with_launcher()
 (folder / "started").write_text(str(os.getpid()))
 time.sleep(60)
 """

@@ -282,7 +282,7 @@ from dataclasses import replace
 import numpy as np, torch
 from pipelines import ImageArray, Loader, Sampler
 from pipelines.executors import kernels, reference
-from stec.augmentation import policy_of
+from stec.loaders import policy_of
 from stec.config import TrainConfig
 from stec.objectives.geometry import window_matrices
 from stec.cli.train import parse_train

@@ -21,11 +21,11 @@ from pipelines.datasets.bad_list import BadList
 from pipelines.datasets.images import ImageArray, ImageFiles
 from pipelines.datasets.index import DataSet
 from pipelines.executors.reference import execute
-from stec.cli.common import training_loader
 from stec.config import TrainConfig
 from stec.evaluation.examples import examples
 from stec.evaluation.predictions import confusion, overlap, predictions
 from stec.evaluation.preview import COLORS, PANEL_PX, Example, in_words, panels, sheet
+from stec.loaders import training_loader
 from stec.models.model import Model
 from stec.objectives.geometry import (
     Convention,

@@ -61,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_run_leaves_everything_behind(finished: tuple[Path, str]) -> None:
     folder, out = finished
-    for expected in ("kNN (k = 20) top-1", "inverse model", "share of time waiting for data", str(folder)):
+    for expected in ("kNN (k = 20) top-1", "inverse model", "fraction of time waiting for data", str(folder)):
         assert expected in out
     assert out.count("epoch 1/2 ") == out.count("epoch 2/2 ") == 1
     assert sorted(path.name for path in folder.iterdir()) == [
