@@ -505,7 +505,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(whole: Path, tmp_path: Pat
     said = resume(folder)
     assert "checkpoint-00000008.pt is damaged (its checksum does not fit its content)" in said
     assert "checkpoint-00000007.pt is damaged (its end is missing)" in said
-    assert "Going on after step 6." in said
+    assert "Resuming after step 6." in said
     assert_same_outcome(folder, whole)
     assert (folder / "checkpoint-00000008.pt.damaged").exists()
 
@@ -642,7 +642,7 @@ def test_clocks_that_jump_change_nothing(whole: Path, tmp_path: Path) -> None:
     folder = cut(whole, tmp_path / "run", 7, 8)
     os.utime(checkpoint.checkpoint_path(folder, 7), (2**32, 2**32))
     said = resume(folder, prepare=mad_clocks)
-    assert "Going on after step 8." in said
+    assert "Resuming after step 8." in said
     assert_same_outcome(folder, whole)
     for line in metrics(folder):
         assert all(math.isfinite(value) for value in line.values())

@@ -119,7 +119,7 @@ def test_ctrl_c_saves_and_resuming_changes_nothing(finished: tuple[Path, str], t
     assert not list(interrupted.glob(".*.tmp"))
 
     out, _ = run("--results_path", interrupted, "--resume", "auto")
-    assert "Going on after step" in out
+    assert "Resuming after step" in out
     assert (interrupted / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert sum(line["steps"] for line in metrics(interrupted)) == 10
 
@@ -173,7 +173,7 @@ def test_a_run_goes_on_with_another_number_of_processes(finished: tuple[Path, st
     assert {path: path.read_bytes() for path in resumed.iterdir()} == before
     assert "has a global batch of 32, but --batch_size 16 on 1 process(es) makes 16" in err
     out = run_on(2, *SMALL, "--results_path", resumed, "--resume", "auto", "--batch_size", "16")
-    assert "Going on after step 5." in out
+    assert "Resuming after step 5." in out
     assert [line["step"] for line in metrics(resumed)] == [2, 4, 5, 6, 8, 10]
 
 
