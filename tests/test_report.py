@@ -103,19 +103,18 @@ def test_a_finished_run_is_read_whole(tmp_path: Path) -> None:
     ("file", "content", "remark"),
     [
         ("metrics.jsonl", '{"step": 2, "loss": 1}\n{"step": 4, "lo\n[]\n{"step": "x"}\n{"step": 6, "loss": null}\n',
-         "4 of 5 lines of metrics.jsonl are damaged and left out."),
+         "4 of 5 lines of metrics.jsonl are damaged and ignored."),
         ("metrics.jsonl", "", "metrics.jsonl is empty."),
-        ("metrics.jsonl", '{"step": 1e999, "loss": 1}\n', "1 of 1 lines of metrics.jsonl are damaged and left out."),
+        ("metrics.jsonl", '{"step": 1e999, "loss": 1}\n', "1 of 1 lines of metrics.jsonl are damaged and ignored."),
         ("config.json", '{"batch_size": 16, "color_space": "lab", "zoom": 2}',
-         "config.json has settings that this version does not know (color_space, zoom), as a newer one writes them; "
-         "what depends on them is left out."),
+         "config.json has settings that this version does not know (color_space, zoom)"),
         ("config.json", '{"batch_size": "many"}',
-         "config.json: batch_size is 'many'; give a value of type int. What depends on the settings is left out."),
-        ("config.json", "[]", "config.json holds no JSON object; what depends on it is left out."),
+         "config.json: batch_size is 'many'; give a value of type int. What depends on the settings is omitted."),
+        ("config.json", "[]", "config.json holds no JSON object; what depends on it is omitted."),
         ("results.json", "{", "results.json is not valid JSON ("),
         ("results.json", None, "There is no results.json: the run is not finished."),
         ("starts.jsonl", None, "starts.jsonl cannot be read (No such file or directory)."),
-        ("starts.jsonl", "\x00\xff", "1 of 1 lines of starts.jsonl are damaged and left out."),
+        ("starts.jsonl", "\x00\xff", "1 of 1 lines of starts.jsonl are damaged and ignored."),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_damaged_is_said_and_the_rest_is_shown(

@@ -159,7 +159,7 @@ def test_a_resumed_run_keeps_precision_and_metrics(finished: tuple[Path, str], t
     _, err = run("--results_path", resumed, code=2)
     assert "already holds a run" in err
     _, err = run("--results_path", resumed, "--resume", "auto", code=2)
-    assert "--mixed_precision came out as fp8 and now comes out as" in err
+    assert "--mixed_precision was resolved to fp8 and is now resolved to" in err
 
 
 def test_a_run_goes_on_with_another_number_of_processes(finished: tuple[Path, str], tmp_path: Path) -> None:
