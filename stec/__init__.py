@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.lazy import lazily
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULES = {
     "Batch": "pipelines.batch",

@@ -472,7 +472,7 @@ SMALL += ["--warmup_epochs", "0"]
 def test_the_launchers_precision(
     launchers: str, flags: list[str], precision: str, printed: str, tmp_path: Path
 ) -> None:
-    """It applies if no flag is given; otherwise a line reports that it is ignored. Missing processes are reported, too."""
+    """Used if no flag is given; otherwise a line reports that it is ignored. Missing processes are reported, too."""
     environment = {"ACCELERATE_MIXED_PRECISION": launchers, "MASTER_ADDR": "127.0.0.1"}
     output = Run(*SMALL, *flags, "--results_path", tmp_path / "run", environment=environment).end()
     assert json.loads((tmp_path / "run" / "starts.jsonl").read_text())["precision"] == precision
