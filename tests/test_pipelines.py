@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import Pipeline
-from nvidia.dali.backend import TryGetSchema
+from nvidia.dali.backend import TryGetSchema  # type: ignore[attr-defined]  # the stubs lack it
 from PIL import Image
 from torchvision import transforms
 
