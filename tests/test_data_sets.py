@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 from pipelines import splits
 from pipelines.datasets import demo
 from pipelines.datasets.images import ImageArray, ImageFiles
-from pipelines.datasets.index import open_data_set, open_split
+from pipelines.datasets.registry import open_data_set, open_split
 from pipelines.errors import UserError
 from tests.conftest import smooth_image
 
@@ -226,7 +226,7 @@ def test_folders_are_read_like_torchvision_reads_them(photographs: Path) -> None
 
 def test_a_changed_folder_is_noticed(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_data_set("imagenet", photographs)
-    monkeypatch.setattr(splits, "_look", lambda *_: pytest.fail("the cache was not used"))
+    monkeypatch.setattr(splits, "_scan", lambda *_: pytest.fail("the cache was not used"))
     open_data_set("imagenet", photographs)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(photographs.parent / "cache"))

@@ -27,11 +27,12 @@ from pipelines import splits
 from pipelines.datasets.bad_list import BadList, remember
 from pipelines.datasets.cache import cache_file
 from pipelines.datasets.headers import MAX_PIXELS
+from pipelines.datasets.image_folders import check_labels
 from pipelines.datasets.images import UNLABELED, ImageFiles, Names
-from pipelines.datasets.index import check_labels, open_data_set, open_split
+from pipelines.datasets.registry import open_data_set, open_split
 from pipelines.datasets.shards import sample_key
 from pipelines.errors import BadImage, UserError
-from pipelines.splits import read_split, verified
+from pipelines.splits import read_split, verify_split
 from tests.conftest import smooth_image
 
 ROOT = Path(__file__).parents[1]
@@ -210,7 +211,7 @@ def test_shards_are_read_like_webdataset_reads_them(tmp_path: Path) -> None:
     for _ in range(2):
         split = read_split(root, "class folders")
         images = split.images
-        assert split.layout == "shards" and split.classes == ("0", "1", "2", "3") and not split.remarks
+        assert split.layout == "shards" and split.classes == ("0", "1", "2", "3") and not split.notes
         assert len(images) == len(theirs) == 15 and images.in_shards and not images.faults
         for n, (sample, encoded) in enumerate(zip(theirs, raw)):
             extension = next(name for name in ("jpg", "png", "jpeg") if name in sample)
@@ -320,7 +321,7 @@ def test_a_shard_that_was_cut_off(tmp_path: Path) -> None:
         (cut_root / "train-000.tar").write_bytes(content[:cut])
         split = read_split(cut_root, "class folders")
         images = split.images
-        assert "train-000.tar is cut off" in split.remarks[0]
+        assert "train-000.tar is cut off" in split.notes[0]
         good = [n for n in range(len(images)) if n not in images.faults]
         assert len(good) == intact
         for n in good:
@@ -417,7 +418,7 @@ def test_what_a_pass_left_behind_is_not_taken_for_another_data_set(tmp_path: Pat
 def test_a_shard_that_was_written_anew_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_shards(tmp_path / "train", shards=2)
     before = read_split(root, "class folders").images
-    monkeypatch.setattr(splits, "_look", lambda *_: pytest.fail("the cache was not used"))
+    monkeypatch.setattr(splits, "_scan", lambda *_: pytest.fail("the cache was not used"))
     assert_same(read_split(root, "class folders").images, before)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -635,7 +636,7 @@ def test_verifying_finds_what_headers_do_not_show(tmp_path: Path, count: int) ->
     file = damaged(root)
     split = read_split(root, "class folders")
     assert not split.images.faults
-    checked = verified(split)
+    checked = verify_split(split)
     (n,) = checked.images.faults
     assert checked.images.path(n) == file
     assert_same(read_split(root, "class folders").images, checked.images)
@@ -649,7 +650,7 @@ def test_verifying_corrects_what_runs_remembered(tmp_path: Path) -> None:
     remember(images, [images.bad(3, "memory ran out")])
     split = read_split(root, "class folders")
     assert split.images.faults.keys() == {3}
-    assert not verified(split).images.faults
+    assert not verify_split(split).images.faults
     assert not read_split(root, "class folders").images.faults
 
 

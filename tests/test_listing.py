@@ -18,14 +18,15 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import launch
-from pipelines.datasets import folders
-from pipelines.datasets.cache import Split
+from pipelines.datasets import listing
+from pipelines.datasets.cache import SplitIndex
 from pipelines.datasets.headers import read_header, to_rgb
+from pipelines.datasets.image_folders import check_classes, splits_below
 from pipelines.datasets.images import UNLABELED
-from pipelines.datasets.index import check_classes, open_data_set, splits_below
-from pipelines.datasets.remarks import LARGE_PIXELS, remarks
+from pipelines.datasets.notes import LARGE_PIXELS, notes_on
+from pipelines.datasets.registry import open_data_set
 from pipelines.errors import UserError
-from pipelines.splits import read_split, verified
+from pipelines.splits import read_split, verify_split
 from tests.runs import Run
 from tests.test_index import encode, picture
 
@@ -44,17 +45,17 @@ def fill(folder: Path, *names: str, content: bytes = JPEG) -> Path:
     return folder
 
 
-def names_of(split: Split) -> list[str]:
+def names_of(split: SplitIndex) -> list[str]:
     """Names relative to the root, or of members."""
     images = split.images
     return [images.name(n).removeprefix(f"{images.root}/") for n in range(len(images))]
 
 
-def loose(root: Path) -> Split:
+def loose(root: Path) -> SplitIndex:
     """The split as read from the files, equal to what is then read from the cache."""
     fresh = read_split(root, "loose images")
     cached = read_split(root, "loose images")
-    assert remarks(cached) == remarks(fresh) and dict(cached.left_out) == dict(fresh.left_out)
+    assert notes_on(cached) == notes_on(fresh) and dict(cached.skipped) == dict(fresh.skipped)
     assert names_of(cached) == names_of(fresh)
     return cached
 
@@ -77,7 +78,7 @@ def test_links_that_lead_back_end(tmp_path: Path) -> None:
     split = loose(root)
     assert names_of(split) == ["a/1.jpg", "a/self.jpg", "b/2.jpg"]
     assert list(split.images.faults) == [1]
-    assert split.left_out == {folders.AGAIN: 4, folders.BROKEN: 1}
+    assert split.skipped == {listing.LISTED_TWICE: 4, listing.BROKEN: 1}
     # Of the class a only what is in it: neither b's images nor those of a folder beside the classes.
     fill(tmp_path, "beside/3.jpg")
     (root / "c").symlink_to("..")
@@ -110,7 +111,7 @@ def test_links_to_folders_elsewhere_keep_imagefolders_order(tmp_path: Path) -> N
     (root / "B.jpg" / "b.jpg").symlink_to(tmp_path / "elsewhere" / "2.jpg")
     split = read_split(root, "class folders")
     theirs = ImageFolder(str(root))
-    assert list(split.classes) == theirs.classes and not split.left_out
+    assert list(split.classes) == theirs.classes and not split.skipped
     assert [(str(split.images.path(n)), label) for n, label in enumerate(split.images.labels)] == theirs.samples
 
 
@@ -128,7 +129,7 @@ def test_only_regular_files_are_images(tmp_path: Path) -> None:
     split = loose(root)
     assert names_of(split) == ["broken.jpg", "good.jpg", "folder.jpg/inside.jpg"]
     assert "No such file" in split.images.faults[0] and len(split.images.faults) == 1
-    assert split.left_out == {folders.SPECIAL: 5, folders.BROKEN: 1}
+    assert split.skipped == {listing.SPECIAL: 5, listing.BROKEN: 1}
 
 
 @pytest.mark.parametrize("kind", ["class folders", "loose images"])
@@ -136,7 +137,7 @@ def test_a_disk_that_comes_back_is_noticed(kind: str, tmp_path: Path) -> None:
     """What links to it was broken."""
     root = fill(tmp_path / "data", "a/0.jpg")
     (root / "b").symlink_to(tmp_path / "disk")
-    assert read_split(root, kind).left_out == {folders.BROKEN: 1}
+    assert read_split(root, kind).skipped == {listing.BROKEN: 1}
     fill(tmp_path / "disk", "1.jpg")
     assert names_of(read_split(root, kind)) == ["a/0.jpg", "b/1.jpg"]
 
@@ -153,10 +154,10 @@ def test_hidden_and_system_files_are_neither_classes_nor_images(name: str, tmp_p
     fill(root, name)
     split = read_split(root, "class folders")
     assert split.classes == ("a", "b") and names_of(split) == ["a/0.jpg", "b/0.jpg"]
-    assert split.left_out == {folders.HIDDEN: 1}
+    assert split.skipped == {listing.HIDDEN: 1}
     assert names_of(loose(root)) == ["a/0.jpg", "b/0.jpg"]
-    (remark,) = remarks(split)
-    assert str(root) in remark and "1 hidden" in remark
+    (note,) = notes_on(split)
+    assert str(root) in note and "1 hidden" in note
 
 
 def test_hidden_folders_make_no_split(tmp_path: Path) -> None:
@@ -177,20 +178,20 @@ def test_other_kinds_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
     fill(root, "README", "a.b c")
     split = loose(root)
     assert names_of(split) == ["a.JPG", "b.JPEG", "c.jfif", "d.JPE", "e.Png"] and not split.images.faults
-    assert split.left_out == {**{f".{kind.lower()}": count for kind, count in kinds.items()}, folders.UNNAMED: 2}
+    assert split.skipped == {**{f".{kind.lower()}": count for kind, count in kinds.items()}, listing.NO_SUFFIX: 2}
     for _ in range(2):
         assert launch.main(["index", str(root)]) == 0
         out = capsys.readouterr().out
         assert "3 .heic" in out and "2 .gif" in out and "1 .tar.gz" in out
-    assert any("3 .heic" in remark for remark in open_data_set("folder", root).remarks)
+    assert any("3 .heic" in note for note in open_data_set("folder", root).notes)
     fill(root, "new.heic")
-    assert loose(root).left_out[".heic"] == 4
+    assert loose(root).skipped[".heic"] == 4
 
 
 def test_many_kinds_are_summed_up() -> None:
-    text = folders.counted({f".k{n}": n for n in range(1, 100)})
+    text = listing.format_counts({f".k{n}": n for n in range(1, 100)})
     counts = [int(part.split()[0]) for part in text.split(", ")]
-    assert sum(counts) == 99 * 100 // 2 and len(counts) == folders.KINDS_SHOWN + 1 and "99 .k99" in text
+    assert sum(counts) == 99 * 100 // 2 and len(counts) == listing.KINDS_SHOWN + 1 and "99 .k99" in text
 
 
 @pytest.mark.parametrize("kind", ["class folders", "loose images"])
@@ -203,7 +204,7 @@ def test_a_folder_of_other_kinds_alone(kind: str, tmp_path: Path) -> None:
 
 def test_images_outside_class_folders_are_counted(tmp_path: Path) -> None:
     split = read_split(fill(tmp_path / "data", "a/0.jpg", "x.jpg", "y.png", "z.txt"), "class folders")
-    assert split.left_out == {folders.OUTSIDE: 2, ".txt": 1}
+    assert split.skipped == {listing.OUTSIDE: 2, ".txt": 1}
 
 
 @pytest.mark.parametrize("kind", ["class folders", "loose images"])
@@ -214,7 +215,7 @@ def test_an_archive_beside_its_images(kind: str, name: str, tmp_path: Path) -> N
     with pytest.raises(UserError, match=rf"{name} .*unpack it"):
         read_split(root, kind)
     split = read_split(fill(root, "images/0.jpg"), kind)
-    assert len(split.images) == 1 and list(split.left_out.values()) == [1]
+    assert len(split.images) == 1 and list(split.skipped.values()) == [1]
     # Whether the .tar holds the same images or others is for the user to say.
     write_tar(root / "images.tar", {"0.jpg": JPEG})
     (root / name).unlink()
@@ -227,7 +228,7 @@ def test_the_next_shard_of_a_mac_is_none(tmp_path: Path) -> None:
     fill(root, "._0.tar", content=b"\0\5\x16\7")
     fill(root, "0.idx", "index.json", content=b"")
     split = loose(root)
-    assert len(split.images) == 1 and split.left_out == {folders.HIDDEN: 1, ".idx": 1, ".json": 1}
+    assert len(split.images) == 1 and split.skipped == {listing.HIDDEN: 1, ".idx": 1, ".json": 1}
 
 
 def webdatasets(shard: Path) -> list[dict[str, bytes]]:
@@ -252,7 +253,7 @@ def test_names_with_dots_are_images(tmp_path: Path) -> None:
         split = read_split(shard.parent, "class folders")
         found = {name.partition(": ")[2]: label for name, label in zip(names_of(split), split.images.labels.tolist())}
         assert found == {name: n for n, name in enumerate(DOTTED)}
-        assert not split.left_out and not split.images.faults
+        assert not split.skipped and not split.images.faults
 
 
 def test_parts_of_samples_are_no_images(tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_parts_of_samples_are_no_images(tmp_path: Path) -> None:
     theirs = [sample for sample in webdatasets(shard) if "jpg" in sample or "png" in sample]
     assert [split.images.encoded(n).tobytes() for n in range(2)] == [members["a.jpg"], members["c.png"]]
     assert split.images.labels.tolist() == [int(sample["cls"]) for sample in theirs] == [1, 0]
-    assert list(split.left_out.values()) == [2] and "KEY.PART.jpg" in next(iter(split.left_out))
+    assert list(split.skipped.values()) == [2] and "KEY.PART.jpg" in next(iter(split.skipped))
     alone = write_tar(tmp_path / "alone" / "0.tar", {"b.left.jpg": JPEG, "b.right.jpg": JPEG}).parent
     for _ in range(2):
         with pytest.raises(UserError, match=r"holds no image that can be read.*2 image\(s\) named KEY\.PART\.jpg"):
@@ -292,9 +293,9 @@ def test_members_that_are_no_images_are_counted(tmp_path: Path) -> None:
             archive.addfile(info)
     split = loose(shard.parent)
     assert names_of(split) == ["0.tar: a.jpg"]
-    left_out = dict(split.left_out)
-    assert left_out.pop("link(s) in shards") == 2
-    assert left_out == {".heic": 1, ".gif": 1, folders.HIDDEN: 4, folders.UNNAMED: 1}
+    skipped = dict(split.skipped)
+    assert skipped.pop("link(s) in shards") == 2
+    assert skipped == {".heic": 1, ".gif": 1, listing.HIDDEN: 4, listing.NO_SUFFIX: 1}
 
 
 def test_labels_that_do_not_lie_beside_their_images(tmp_path: Path) -> None:
@@ -303,7 +304,7 @@ def test_labels_that_do_not_lie_beside_their_images(tmp_path: Path) -> None:
     labels = {f"{key}.cls": b"%d" % (n % 3) for n, key in enumerate(keys)}
     for name, members in {"after": images | labels, "before": labels | images}.items():
         split = read_split(write_tar(tmp_path / name / "0.tar", members).parent, "class folders")
-        assert split.images.labels.tolist() == [0, 1, 2, 0, 1, 2] and not split.left_out
+        assert split.images.labels.tolist() == [0, 1, 2, 0, 1, 2] and not split.skipped
         assert [split.images.encoded(n).tobytes() for n in range(6)] == list(images.values())
 
 
@@ -330,8 +331,8 @@ def labeled_shard(root: Path, labels: list[int]) -> Path:
 def test_labels_with_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = read_split(labeled_shard(tmp_path / "few", [0, 1, 4, 1]), "class folders")
     check_classes(few)
-    (remark,) = remarks(few)
-    assert "2 of 5 classes" in remark and "0.tar: 002.jpg (4)" in remark
+    (note,) = notes_on(few)
+    assert "2 of 5 classes" in note and "0.tar: 002.jpg (4)" in note
     # A part of a larger data set keeps its labels.
     check_classes(read_split(labeled_shard(tmp_path / "part", [0, 99] * 60), "class folders"))
     labeled_shard(tmp_path / "data" / "train", [0, 1, 999_999, 1])
@@ -353,7 +354,7 @@ def test_a_shard_that_was_cut_off_is_reported_where_training_starts(tmp_path: Pa
     shard = write_tar(tmp_path / "data" / "0.tar", {f"{n}.jpg": JPEG for n in range(4)})
     os.truncate(shard, shard.stat().st_size // 2)
     for _ in range(2):
-        assert any("0.tar is cut off" in remark for remark in open_data_set("folder", shard.parent).remarks)
+        assert any("0.tar is cut off" in note for note in open_data_set("folder", shard.parent).notes)
 
 
 def tiff_of_12_bits(pixels: bytes) -> bytes:
@@ -456,7 +457,7 @@ def test_a_folder_whose_images_are_all_bad(tmp_path: Path, capsys: pytest.Captur
     root = fill(tmp_path / "data", *(f"{n}.jpg" for n in range(4)), content=bytes(damaged))
     split = loose(root)
     with pytest.raises(UserError, match="no image that can be read"):
-        verified(split)
+        verify_split(split)
     for arguments in ([], ["--verify", "full", "--bad", str(tmp_path / "bad.tsv")]):
         assert launch.main(["index", str(root), *arguments]) == 2
         err = capsys.readouterr().err
@@ -471,5 +472,5 @@ def test_large_images_are_reported(tmp_path: Path) -> None:
             tmp_path / name, *(f"{n}.png" for n in range(count)), content=encode(Image.new("L", (side, height)), "PNG")
         )
         fill(root, "small.jpg")
-        found = [remark for remark in remarks(loose(root)) if "megapixels" in remark]
+        found = [note for note in notes_on(loose(root)) if "megapixels" in note]
         assert len(found) == (name == "above"), name

@@ -18,8 +18,8 @@ from pipelines.batch import Batch
 from pipelines.commands import Policy
 from pipelines.datasets.headers import ORIENTATION
 from pipelines.datasets.images import ImageFiles
-from pipelines.datasets.index import open_data_set
-from pipelines.datasets.remarks import remarks
+from pipelines.datasets.notes import notes_on
+from pipelines.datasets.registry import open_data_set
 from pipelines.errors import UserError
 from pipelines.loader import Backend, EvaluationLoader, Loader
 from pipelines.sampler import Sampler
@@ -127,9 +127,9 @@ def test_rotated_photographs_are_reported(photographs: tuple[Path, Path], capsys
     stored, turned = photographs
     for _ in range(2):
         # Orientations 2 to 8 in three formats, and one in XMP; what Pillow turns by itself is none of them.
-        assert any("22 of 34 " in remark for remark in open_data_set("folder", stored).remarks)
-    assert not open_data_set("folder", stored, exif_orientation=True).remarks
-    assert not remarks(read_split(turned, "loose images"))
+        assert any("22 of 34 " in note for note in open_data_set("folder", stored).notes)
+    assert not open_data_set("folder", stored, exif_orientation=True).notes
+    assert not notes_on(read_split(turned, "loose images"))
     assert launch.main(["index", str(stored)]) == 0
     assert "--exif_orientation 1" in capsys.readouterr().out
     assert launch.main(["index", str(stored), "--exif_orientation", "1"]) == 0

@@ -19,7 +19,7 @@ from pipelines.commands import Commands, Policy, draw
 from pipelines.datasets import demo
 from pipelines.datasets.bad_list import BadList
 from pipelines.datasets.images import ImageArray, ImageFiles
-from pipelines.datasets.index import DataSet
+from pipelines.datasets.registry import DataSet
 from pipelines.executors.reference import execute
 from stec.cli.common import training_loader
 from stec.config import TrainConfig

@@ -14,26 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 
+from pipelines.cpus import available_cpus
+from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.errors import UserError
 from stec.cli.launcher import choose_precision, is_main_process, started_one_of_several
-from stec.config import (
-    DATA_SETS,
-    LARGEST_VIEW_PX,
-    SMALLEST_VIEW_PX,
-    DataSetName,
-    DataSetTraits,
-    Switch,
-    TrainConfig,
-    as_path,
-    check_ranges,
-)
+from stec.config import LARGEST_VIEW_PX, SMALLEST_VIEW_PX, Switch, TrainConfig, as_path, check_ranges
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
     from pipelines.datasets.images import Images
-    from pipelines.datasets.index import DataSet
+    from pipelines.datasets.registry import DataSet
     from pipelines.loader import EvaluationLoader, Loader
     from stec.console import Console
     from stec.weights.pretrained import Trained
@@ -286,8 +278,7 @@ def start(
 
 def own_cpus() -> int:
     """This process's share of the CPUs that may be used."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def workers(config: TrainConfig | EncoderConfig) -> int:

@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> None:
     config.validate()
     accelerator, console, precision = start(config.mixed_precision)
 
-    from pipelines.datasets.index import open_split
+    from pipelines.datasets.registry import open_split
     from pipelines.files import write_json
     from stec.distributed import processes
     from stec.evaluation.evaluate import MEASURES, evaluate

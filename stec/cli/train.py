@@ -107,7 +107,7 @@ def run_training(config: TrainConfig) -> None:
     trackers.check_installed(config.trackers)
 
     from pipelines.datasets.fingerprint import fingerprint
-    from pipelines.datasets.index import open_data_set
+    from pipelines.datasets.registry import open_data_set
     from stec.distributed import failures, processes
     from stec.runs.run_folder import open_run_folder
     from stec.training import engine
@@ -187,7 +187,7 @@ def run_training(config: TrainConfig) -> None:
             ("files", str(folder.path.resolve())),
         ],
     )
-    for note in (*data_set.remarks, *notes):
+    for note in (*data_set.notes, *notes):
         console.say(note)
     if resumed is not None:
         console.say(f"Going on after step {resumed['step']}.")
