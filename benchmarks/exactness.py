@@ -31,9 +31,9 @@ from pipelines.executors import reference
 from pipelines.files import atomic_write, write_json
 from pipelines.loader import Loader
 from pipelines.sampler import BatchPlan, Sampler
-from stec.augmentation import policy_of
 from stec.config import TrainConfig
 from stec.console import Console
+from stec.loaders import policy_of
 
 BATCH_SIZE = 50
 CPU = torch.device("cpu")
@@ -240,7 +240,7 @@ def measure(options: Options, console: Console) -> None:
     for name, data_dir in (given or {"demo": None}).items():
         images = open_data_set(name, data_dir).train
         switch: Literal[0, 1] = 0 if name == "cifar10" else 1
-        full = policy_of(TrainConfig(dataset=name, use_gaussian_blur=switch, use_solarization=switch))
+        full = policy_of(TrainConfig().updated(dataset=name, use_gaussian_blur=switch, use_solarization=switch))
         found[name] = []
         with console.waiting(f"{name}: comparing"):
             for row, pairs in compare(images, full, options):

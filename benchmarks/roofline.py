@@ -173,7 +173,7 @@ def other_parts(name: str, batch_size: int) -> dict[str, list[Part]]:
         ],
         "NT-Xent": [
             Part(
-                flops=SIMILARITY_PRODUCTS * 2 * entries * config.feat_dim,
+                flops=SIMILARITY_PRODUCTS * 2 * entries * config.model.feat_dim,
                 moved=SIMILARITY_PASSES * FLOAT * entries,
                 fp32=True,
             )
@@ -191,11 +191,11 @@ def batch_norm_collectives_ms(name: str, batch_size: int, step_ms: float) -> flo
 def show(options: Options, console: Console) -> None:
     report.check_positive(options, "batch_size")
     for name in options.recipes:
-        if recipe(name).stop_gradient == 2:
+        if recipe(name).objective.stop_gradient == 2:
             raise UserError(f"--recipes {name} does not train its encoder; name recipes that do.")
     console.say("Counted, and divided by the vendors' peaks: upper bounds, which nobody measured.")
     for name in options.recipes:
-        show_recipe(name, options.batch_size or recipe(name).batch_size, console)
+        show_recipe(name, options.batch_size or recipe(name).optimization.batch_size, console)
 
 
 def show_recipe(name: str, batch_size: int, console: Console) -> None:
@@ -206,7 +206,7 @@ def show_recipe(name: str, batch_size: int, console: Console) -> None:
     )
     flops, moved = (forward[k] + backward[k] for k in (0, 1))
     console.facts(
-        f"{config.arch}, {config.view_size_px} px: the encoder, for the two views of an image",
+        f"{config.model.arch}, {config.view_size_px} px: the encoder, for the two views of an image",
         [
             ("forward", f"{forward[0] / 1e9:,.2f} GFLOP, {forward[1] / 1e6:,.1f} MB"),
             ("backward", f"{backward[0] / 1e9:,.2f} GFLOP, {backward[1] / 1e6:,.1f} MB"),

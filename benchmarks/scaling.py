@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
 from unittest.mock import patch
@@ -35,14 +35,14 @@ from pipelines.batch import Batch
 from pipelines.commands import VIEWS, draw
 from pipelines.cpus import available_cpus
 from pipelines.errors import UserError
-from stec.augmentation import policy_of
-from stec.cli.common import start
 from stec.config import TrainConfig
 from stec.console import Console
 from stec.distributed.processes import gather
+from stec.loaders import policy_of
 from stec.objectives import objective
 from stec.objectives.objective import nt_xent
 from stec.recipes import recipe
+from stec.startup import start
 from stec.training.engine import initial_model, objective_of, optimizer_of
 from stec.training.step import Step
 
@@ -92,7 +92,7 @@ class Options(Output):
                     raise UserError(f"--views {views} must be a multiple of {VIEWS * count}, two for each process.")
 
     def config(self, local_batch: int) -> TrainConfig:
-        return replace(recipe(self.recipe), width=self.width, batch_size=local_batch, learning_rate=LEARNING_RATE)
+        return recipe(self.recipe).updated(width=self.width, batch_size=local_batch, learning_rate=LEARNING_RATE)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def settled() -> None:
 
 def synthetic_batch(config: TrainConfig, device: torch.device) -> Batch:
     """Noise, with commands and labels as if it came from images."""
-    count, size = config.batch_size, config.view_size_px
+    count, size = config.optimization.batch_size, config.view_size_px
     generator = torch.Generator().manual_seed(0)
     views = torch.rand(count * VIEWS, 3, size, size, generator=generator).to(device, memory_format=torch.channels_last)
     return Batch(
@@ -142,7 +142,7 @@ def trainer(place: Place, local_batch: int, options: Options) -> Callable[[], No
     """A function that makes one step of training."""
     accelerator, config = join(place, options.mixed_precision), options.config(local_batch)
     model = initial_model(config, CLASSES)
-    step = Step(model, objective_of(config), accelerator, affine=config.affine)
+    step = Step(model, objective_of(config), accelerator, affine=config.objective.affine)
     optimizer = accelerator.prepare_optimizer(optimizer_of(config, model))
     batch = synthetic_batch(config, accelerator.device)
     model.train()
@@ -169,7 +169,7 @@ def steps_turn(place: Place, local_batch: int, options: Options) -> float:
 def features(rows: int, options: Options, device: torch.device) -> Tensor:
     """Unit vectors [rows, F] float32."""
     generator = torch.Generator().manual_seed(0)
-    return F.normalize(torch.randn(rows, options.config(1).feat_dim, generator=generator), dim=1).to(device)
+    return F.normalize(torch.randn(rows, options.config(1).model.feat_dim, generator=generator), dim=1).to(device)
 
 
 def gather_turn(place: Place, views: int, options: Options) -> float:
@@ -203,7 +203,7 @@ def share_turn(place: Place, views: int, processes: int, options: Options) -> fl
     settled()
     started = time.perf_counter()
     with copies_as_others(processes):
-        nt_xent(z_i, z_j, options.config(1).temperature)[0].backward()
+        nt_xent(z_i, z_j, options.config(1).objective.temperature)[0].backward()
     settled()
     return 1000 * (time.perf_counter() - started)
 

@@ -39,14 +39,14 @@ from pipelines.cpus import available_cpus
 from pipelines.datasets.registry import DataSet, DataSetName, open_data_set
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
-from stec.augmentation import policy_of
-from stec.cli.common import start
 from stec.config import TrainConfig
 from stec.console import Console
+from stec.loaders import policy_of
 from stec.models.model import Model
 from stec.objectives.objective import inverse_loss
 from stec.profiling import WARM_UP_STEPS
 from stec.runs.run_folder import RunFolder
+from stec.startup import start
 from stec.training import engine
 from stec.training.optim import MOMENTUM, learning_rate_factor, make_optimizer
 from tests.plain import plain_nt_xent
@@ -95,7 +95,7 @@ class Options(Output):
 
     def config(self, **more: Any) -> TrainConfig:
         """The run that is measured."""
-        return TrainConfig(
+        return TrainConfig().updated(
             dataset=self.dataset,
             data_dir=self.data_dir,
             arch=self.arch,
@@ -237,9 +237,9 @@ def plain_optimizers(model: Model, config: TrainConfig) -> list[torch.optim.Opti
     small = [p for name, p in others if "bias" in name or "bn" in name]
     weights = [p for name, p in others if not ("bias" in name or "bn" in name)]
     return [
-        OfficialLars(weights, config.learning_rate, config.weight_decay),
-        torch.optim.SGD(small, config.learning_rate, MOMENTUM, foreach=False),
-        torch.optim.SGD(classifier, config.learning_rate, MOMENTUM, foreach=False),
+        OfficialLars(weights, config.optimization.learning_rate, config.optimization.weight_decay),
+        torch.optim.SGD(small, config.optimization.learning_rate, MOMENTUM, foreach=False),
+        torch.optim.SGD(classifier, config.optimization.learning_rate, MOMENTUM, foreach=False),
     ]
 
 
@@ -270,12 +270,12 @@ def baseline_turn(options: Options) -> float:
         outputs = model(torch.stack([views.to(device) for views in next(batches)], 1))
         assert outputs.command_logits is not None and outputs.class_logits is not None
         z_i, z_j = outputs.projections.unbind(1)
-        contrast, accuracy, contrast_accuracy, entropy = plain_nt_xent(z_i, z_j, config.temperature)
+        contrast, accuracy, contrast_accuracy, entropy = plain_nt_xent(z_i, z_j, config.objective.temperature)
         inverse, inverse_accuracy = inverse_loss(outputs.command_logits, command, valid)
         logits, targets = outputs.class_logits.flatten(0, 1), labels.repeat_interleave(2)
         classifier = F.cross_entropy(logits, targets)
-        loss = config.discrimination_lambda * contrast + config.manip_lambda * inverse + classifier
-        rate = config.learning_rate * learning_rate_factor(next(steps), warmup_steps=0, total_steps=10**6)
+        loss = config.objective.discrimination_lambda * contrast + config.objective.manip_lambda * inverse + classifier
+        rate = config.optimization.learning_rate * learning_rate_factor(next(steps), warmup_steps=0, total_steps=10**6)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
@@ -319,7 +319,7 @@ def workers_mib() -> float:
 
 def optimizer_turn(kind: Literal["sgd", "lars"], options: Options) -> float:
     """Milliseconds of an optimizer's step on the parameters of ResNet-50 and its heads; the median of some."""
-    config = replace(options.config(), arch="resnet50", width=64)
+    config = options.config().updated(arch="resnet50", width=64)
     model = engine.initial_model(config, CLASSES).to(DEVICE)
     optimizer = make_optimizer(model, kind, learning_rate=0.1, weight_decay=1e-4, nesterov=False)
     for p in model.parameters():

@@ -104,7 +104,7 @@ def sizes_of(options: Options) -> Sizes:
     return Sizes(
         gradients=FLOAT * sum(p.numel() for p in model.parameters() if p.requires_grad),
         channels=[m.num_features for m in model.modules() if isinstance(m, _BatchNorm)],
-        feat_dim=config.feat_dim,
+        feat_dim=config.model.feat_dim,
     )
 
 
@@ -133,7 +133,7 @@ def gathered_bytes(sizes: Sizes, batch_size: int) -> int:
 def model(options: Options) -> None:
     options.check()
     sizes = sizes_of(options)
-    batch_size = options.batch_size or recipe(options.recipe).batch_size
+    batch_size = options.batch_size or recipe(options.recipe).optimization.batch_size
     console = Console(enabled=True)
     console.say(f"{options.recipe}, {batch_size} images per GPU; modeled, with the rates given:")
     console.facts(

@@ -12,7 +12,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -36,9 +36,9 @@ from pipelines.datasets.registry import DATA_SETS, DataSetName, open_data_set
 from pipelines.errors import UserError
 from pipelines.loader import Loader, resolve_backend
 from pipelines.sampler import Sampler
-from stec.augmentation import policy_of
 from stec.config import TrainConfig
 from stec.console import Console
+from stec.loaders import policy_of
 
 Contender = Literal["official", "v2", "torchvision", "dali", "compiled"]
 NAMES: dict[Contender, str] = {
@@ -76,9 +76,9 @@ class PipelineOptions(report.Output):
 
     def sampler(self, batch_size: int | None = None) -> Sampler:
         """The data set's images with the policy of its recipe."""
-        config = TrainConfig(dataset=self.dataset)
+        config = TrainConfig().updated(dataset=self.dataset)
         if DATA_SETS[self.dataset].blur_and_solarize:
-            config = replace(config, use_gaussian_blur=1, use_solarization=1)
+            config = config.updated(use_gaussian_blur=1, use_solarization=1)
         policy = policy_of(config)
         default = 64 if policy.size == 224 else 256
         return Sampler(

@@ -6,5 +6,5 @@ import os
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use; ``taskset`` and batch systems limit them."""
+    """CPUs in this process's affinity mask, or all of the machine's if the system has no such masks."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

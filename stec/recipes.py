@@ -18,7 +18,7 @@ def demo() -> TrainConfig:
 
     accelerate launch launch.py
     """
-    return TrainConfig(
+    return TrainConfig().updated(
         dataset="demo",
         # A quarter of the cost of 32 px. Windows are smaller than images, so objects keep about the size that they
         # have in evaluation, which sees the images as they are.
@@ -41,7 +41,7 @@ def cifar(dataset: Literal["cifar10", "cifar100"], arch: Arch) -> TrainConfig:
 
     accelerate launch launch.py --recipe cifar10-resnet18 --data_dir DATA
     """
-    return TrainConfig(
+    return TrainConfig().updated(
         dataset=dataset,
         arch=arch,
         temperature=0.5,
@@ -57,7 +57,7 @@ def stl10(arch: Arch) -> TrainConfig:
 
     accelerate launch --num_processes 2 launch.py --recipe stl10-resnet18 --data_dir DATA
     """
-    return TrainConfig(
+    return TrainConfig().updated(
         dataset="stl10",
         arch=arch,
         temperature=0.2,
@@ -75,7 +75,7 @@ def stl10_linear_probing(arch: Arch) -> TrainConfig:
 
     accelerate launch launch.py --recipe stl10-resnet18-linear-probing --data_dir DATA --ckpt_path RUN/model.safetensors
     """
-    return TrainConfig(
+    return TrainConfig().updated(
         dataset="stl10",
         arch=arch,
         batch_size=1024,
@@ -95,7 +95,7 @@ def imagenet_resnet50() -> TrainConfig:
 
     accelerate launch --num_processes 8 launch.py --recipe imagenet-resnet50 --data_dir DATA
     """
-    return TrainConfig(
+    return TrainConfig().updated(
         dataset="imagenet",
         arch="resnet50",
         temperature=0.1,

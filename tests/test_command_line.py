@@ -22,16 +22,17 @@ import torchvision
 
 import launch
 from pipelines.errors import UserError
-from stec.cli.common import ALIASES, parse
 from stec.cli.embed import EmbedConfig
 from stec.cli.evaluate import EvalConfig
 from stec.cli.export import ExportConfig
+from stec.cli.flags import ALIASES, parse
 from stec.cli.import_checkpoint import ImportConfig
 from stec.cli.index import IndexConfig
 from stec.cli.preview import PreviewConfig
 from stec.cli.report import ReportConfig
-from stec.config import TrainConfig, check_ranges, with_settings
+from stec.config import TrainConfig, with_settings
 from stec.recipes import RECIPES, recipe
+from stec.settings import check_ranges, fields_of, settings_of
 from tests.runs import Prepare, Run
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def printed_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[
 
 def test_without_flags_it_is_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed_config(capsys) == recipe("demo").to_json()
-    assert printed_config(capsys, "--max_epochs", "2") == dataclasses.replace(recipe("demo"), max_epochs=2).to_json()
+    assert printed_config(capsys, "--max_epochs", "2") == recipe("demo").updated(max_epochs=2).to_json()
 
 
 def test_a_data_set_without_recipe_has_the_official_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +99,7 @@ WRONG = {
     ),
     "views that outgrow": (
         ["--resolution_schedule", "16:64"],
-        "does not end at the size of the views, 16 px; let it",
+        "does not end at the size of the views, 16 px",
     ),
     "views that stay small": (["--resolution_schedule", "16:24"], "or change that size by --view_size 24"),
     "unknown tracker": (
@@ -171,7 +172,7 @@ def test_help_imports_nothing_heavy() -> None:
     code = "import sys, launch\ntry: launch.main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("False")
-    for field in dataclasses.fields(TrainConfig):
+    for field in fields_of(TrainConfig):
         assert f"--{field.name}" in done.stdout
 
 
@@ -209,10 +210,16 @@ NEEDED: dict[type, list[str]] = {
     ReportConfig: ["~/a", "~/b"],
 }
 """The arguments that each command's configuration needs; those with a tilde are its positional ones."""
+
+
+def value_of(config: Any, name: str) -> Any:
+    return {field.name: value for field, value in settings_of(config)}[name]
+
+
 PATH_FLAGS = [
     (kind, field.name)
     for kind in NEEDED
-    for field in dataclasses.fields(kind)
+    for field in fields_of(kind)
     if "Path" in str(field.type) and "Positional" not in str(field.type)
 ]
 
@@ -225,8 +232,8 @@ def test_a_path_flag_knows_the_home_folder_and_is_not_empty(
     config: Any
     for argument in ([f"--{name}=~/x"], [f"--{name}", "~/x"]):
         config = parse(kind, [*NEEDED[kind], *argument], name="")
-        assert getattr(config, name) == Path("/home/me/x")
-    assert getattr(parse(kind, [*NEEDED[kind], f"--{name}", "."], name=""), name) == Path()
+        assert value_of(config, name) == Path("/home/me/x")
+    assert value_of(parse(kind, [*NEEDED[kind], f"--{name}", "."], name=""), name) == Path()
     with pytest.raises(SystemExit) as stop:
         parse(kind, [*NEEDED[kind], f"--{name}", ""], name="")
     assert stop.value.code == 2
@@ -249,23 +256,23 @@ def test_positional_paths_too(kind: type, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("name", [name for kind, name in PATH_FLAGS if kind is TrainConfig])
 def test_paths_in_config_files_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert getattr(with_settings(TrainConfig(), {name: "~/x"}, "c.json"), name) == Path("/home/me/x")
+    assert value_of(with_settings(TrainConfig(), {name: "~/x"}, "c.json"), name) == Path("/home/me/x")
     for empty in ("", "  ", "\0"):
         with pytest.raises(UserError, match=name):
             with_settings(TrainConfig(), {name: empty}, "c.json")
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig) if field.type == "float"])
+@pytest.mark.parametrize("name", [field.name for field in fields_of(TrainConfig) if field.type == "float"])
 def test_numbers_are_finite(name: str) -> None:
     for value in (math.inf, -math.inf, math.nan):
         with pytest.raises(UserError, match=f"--{name} "):
-            dataclasses.replace(TrainConfig(), **{name: value}).validate()
+            TrainConfig().updated(**{name: value}).validate()
         with pytest.raises(UserError, match=f"--{name} "):
-            check_ranges(with_settings(TrainConfig(), json.loads(json.dumps({name: value})), "c.json"), {})
+            check_ranges(with_settings(TrainConfig(), json.loads(json.dumps({name: value})), "c.json"))
 
 
 def test_names_of_other_trainers_lead_to_ours() -> None:
-    known = {kind: {field.name for field in dataclasses.fields(kind)} for kind in NEEDED}
+    known = {kind: {field.name for field in fields_of(kind)} for kind in NEEDED}
     for alias, ours in ALIASES.items():
         kinds = [kind for kind in NEEDED if ours in known[kind] and alias not in known[kind]]
         assert kinds
@@ -405,13 +412,13 @@ def test_one_process_needs_no_environment(
 
 FOLLOWER = """
 import os, pathlib, signal, sys, time
-from stec.cli.launcher import end_with_launcher
+from stec.distributed.launcher import exit_with_launcher
 folder = pathlib.Path(sys.argv[1])
 def stop(*_):
     (folder / "stopped").touch()
     sys.exit()
 signal.signal(signal.SIGTERM, stop)
-end_with_launcher()
+exit_with_launcher()
 (folder / "started").write_text(str(os.getpid()))
 time.sleep(60)
 """

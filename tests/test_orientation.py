@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -150,8 +149,8 @@ def test_a_preview_shows_upright_images(photographs: tuple[Path, Path], tmp_path
 
 def test_the_flag_is_part_of_what_a_run_is(tmp_path: Path) -> None:
     """And a checkpoint or a config.json from before there was one is that of 0."""
-    config = TrainConfig(results_path=tmp_path / "run", resume="auto")
-    upright = dataclasses.replace(config, exif_orientation=1)
+    config = TrainConfig().updated(results_path=tmp_path / "run", resume="auto")
+    upright = config.updated(exif_orientation=1)
     assert config.identity() != upright.identity()
     asked = [words for _, words in next_steps(upright, tmp_path, classes=2, processes=1) if "eval" in words]
     assert "--exif_orientation" in asked[0]
@@ -161,7 +160,13 @@ def test_the_flag_is_part_of_what_a_run_is(tmp_path: Path) -> None:
     folder.mkdir()
     environment = {"processes": 1, "precision": "no", "backend": "dali", "training_images": 5}
     before = {name: value for name, value in config.identity().items() if name != "exif_orientation"}
-    given = {"identity": before, "environment": environment, "step": 1, "global_batch_size": config.batch_size}
+    given = {
+        "model": {},
+        "identity": before,
+        "environment": environment,
+        "step": 1,
+        "global_batch_size": config.optimization.batch_size,
+    }
     state = {**dict.fromkeys(checkpoint.KEYS, 0), **given}
     checkpoint.save(folder, 1, state, keep=1, keep_every_steps=None)
     with pytest.raises(UserError, match="--exif_orientation was 0 and is now 1"):

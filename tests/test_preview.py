@@ -21,11 +21,11 @@ from pipelines.datasets.bad_list import BadList
 from pipelines.datasets.images import ImageArray, ImageFiles
 from pipelines.datasets.registry import DataSet
 from pipelines.executors.reference import execute
-from stec.cli.common import training_loader
 from stec.config import TrainConfig
 from stec.evaluation.examples import examples
 from stec.evaluation.predictions import confusion, overlap, predictions
 from stec.evaluation.preview import COLORS, PANEL_PX, Example, in_words, panels, sheet
+from stec.loaders import training_loader
 from stec.models.model import Model
 from stec.objectives.geometry import (
     Convention,
@@ -138,7 +138,7 @@ def test_confusion_counts_what_was_believed() -> None:
 
 # --- What is shown is what was trained on ---
 
-SETTINGS = TrainConfig(dataset="demo", batch_size=8, accumulate=2, num_workers=1, seed=7, use_gaussian_blur=1,
+SETTINGS = TrainConfig().updated(dataset="demo", batch_size=8, accumulate=2, num_workers=1, seed=7, use_gaussian_blur=1,
                        use_solarization=1, warmup_epochs=1, max_epochs=4, resolution_schedule="16:32")  # fmt: skip
 
 
@@ -153,9 +153,9 @@ def test_views_are_the_bits_that_were_trained_on(
 ) -> None:
     """Also of the second process, and where views are smaller than in the end."""
     for images in (demo_test_images.limited(40), photographs):
-        settings = replace(SETTINGS, backend=backend)
+        settings = SETTINGS.updated(backend=backend)
         trained = loader_of(settings, images, process_index=1, num_processes=2)
-        shown_by = loader_of(replace(settings, batch_size=1, accumulate=1), images)
+        shown_by = loader_of(settings.updated(batch_size=1, accumulate=1), images)
         chunk = 2 * trained.sampler.chunks_per_epoch + 1
         batch = next(trained.batches(chunk))
         assert batch.epoch == 2 and batch.positions[0] == 24
@@ -173,7 +173,7 @@ def test_views_are_the_bits_that_were_trained_on(
 
 
 def test_a_bad_image_is_replaced_as_in_training(photographs: ImageFiles, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, accumulate=1, max_bad_fraction=0.5, resolution_schedule=None)
+    settings = SETTINGS.updated(accumulate=1, max_bad_fraction=0.5, resolution_schedule=None)
     first = next(loader_of(settings, photographs).batches(0)).image_ids
     listed = tmp_path / "bad-images.tsv"
     BadList(listed).add(photographs, [photographs.bad(int(first[3]), "it was bad")])
@@ -181,7 +181,7 @@ def test_a_bad_image_is_replaced_as_in_training(photographs: ImageFiles, tmp_pat
     trained.sampler.bad.know(listed)
     batch = next(trained.batches(0))
     assert batch.image_ids[3] != first[3]
-    shown_by = loader_of(replace(settings, batch_size=1), photographs)
+    shown_by = loader_of(settings.updated(batch_size=1), photographs)
     shown_by.sampler.bad.know(listed)
     shown = examples(shown_by, epoch=0, position=3, count=1, classes=())[0]
     assert shown.source.tobytes() == photographs.open(int(batch.image_ids[3])).tobytes()
@@ -189,7 +189,7 @@ def test_a_bad_image_is_replaced_as_in_training(photographs: ImageFiles, tmp_pat
 
 
 def test_the_end_of_an_epoch_is_not_passed(demo_test_images: ImageArray) -> None:
-    loader = loader_of(replace(SETTINGS, batch_size=1, accumulate=1), demo_test_images.limited(40))
+    loader = loader_of(SETTINGS.updated(batch_size=1, accumulate=1), demo_test_images.limited(40))
     assert len(examples(loader, epoch=1, position=38, count=5, classes=())) == 2
 
 
@@ -278,7 +278,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
-    settings = replace(SETTINGS, resolution_schedule=None, width=4)
+    settings = SETTINGS.updated(resolution_schedule=None, width=4)
     (folder / "config.json").write_text(json.dumps(settings.to_json()))
     (folder / "starts.jsonl").write_text(json.dumps({"processes": 3, "training_images": 256}) + "\n")
     return folder

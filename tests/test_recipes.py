@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 
 import pytest
@@ -79,5 +78,5 @@ def test_recipes_are_valid(name: str) -> None:
 
 
 def test_defaults_are_the_official_ones() -> None:
-    ours = dataclasses.asdict(TrainConfig())
+    ours = TrainConfig().to_json()
     assert {name: ours[name] for name in OFFICIAL_DEFAULTS} == OFFICIAL_DEFAULTS

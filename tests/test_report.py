@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,14 +26,23 @@ from tests.runs import SMALL_DEMO
 
 pytest.importorskip("plotly")
 
-SETTINGS = TrainConfig(width=4, manip_hidden_mlp=8, manip_lambda=1.0, batch_size=16, warmup_epochs=0, max_epochs=4,
-                       num_workers=1, feat_dim=8, hidden_mlp=8)  # fmt: skip
+SETTINGS = TrainConfig().updated(
+    width=4,
+    manip_hidden_mlp=8,
+    manip_lambda=1.0,
+    batch_size=16,
+    warmup_epochs=0,
+    max_epochs=4,
+    num_workers=1,
+    feat_dim=8,
+    hidden_mlp=8,
+)
 
 
 def write_run(folder: Path, *, steps: int = 40, finished: bool = True, **changed: object) -> Path:
     """A run's files as training leaves them, without the training."""
     folder.mkdir()
-    settings = replace(SETTINGS, **changed)
+    settings = SETTINGS.updated(**changed)
     (folder / "config.json").write_text(json.dumps(settings.to_json()))
     (folder / "starts.jsonl").write_text(
         json.dumps({"after_step": 0, "processes": 1, "device": "cpu", "training_images": 256, "stec": "0"}) + "\n"
@@ -49,8 +57,8 @@ def write_run(folder: Path, *, steps: int = 40, finished: bool = True, **changed
                 "loss": 9 - step / 10,
                 "discrimination": 4 - step / 20,
                 "discrimination_accuracy": step / 100,
-                "manipulation": 1.8 * (settings.manip_lambda > 0),
-                "manipulation_accuracy": step / 80 * (settings.manip_lambda > 0),
+                "manipulation": 1.8 * (settings.objective.manip_lambda > 0),
+                "manipulation_accuracy": step / 80 * (settings.objective.manip_lambda > 0),
                 "supervised": 2.3,
                 "supervised_accuracy": 0.1,
                 "learning_rate": 0.001,
@@ -70,7 +78,7 @@ def write_run(folder: Path, *, steps: int = 40, finished: bool = True, **changed
             feat_dim=8,
             hidden_mlp=8,
             manip_hidden_mlp=8,
-            with_inverse_model=settings.manip_lambda > 0,
+            with_inverse_model=settings.objective.manip_lambda > 0,
         )
         write_safetensors(model.state_dict(), folder / "model.safetensors", {"config": settings.identity()})
     return folder
@@ -95,19 +103,18 @@ def test_a_finished_run_is_read_whole(tmp_path: Path) -> None:
     ("file", "content", "remark"),
     [
         ("metrics.jsonl", '{"step": 2, "loss": 1}\n{"step": 4, "lo\n[]\n{"step": "x"}\n{"step": 6, "loss": null}\n',
-         "4 of 5 lines of metrics.jsonl are damaged and left out."),
+         "4 of 5 lines of metrics.jsonl are damaged and ignored."),
         ("metrics.jsonl", "", "metrics.jsonl is empty."),
-        ("metrics.jsonl", '{"step": 1e999, "loss": 1}\n', "1 of 1 lines of metrics.jsonl are damaged and left out."),
+        ("metrics.jsonl", '{"step": 1e999, "loss": 1}\n', "1 of 1 lines of metrics.jsonl are damaged and ignored."),
         ("config.json", '{"batch_size": 16, "color_space": "lab", "zoom": 2}',
-         "config.json has settings that this version does not know (color_space, zoom), as a newer one writes them; "
-         "what depends on them is left out."),
+         "config.json has settings that this version does not know (color_space, zoom)"),
         ("config.json", '{"batch_size": "many"}',
-         "config.json: batch_size is 'many'; give a value of type int. What depends on the settings is left out."),
-        ("config.json", "[]", "config.json holds no JSON object; what depends on it is left out."),
+         "config.json: batch_size is 'many'; give a value of type int. What depends on the settings is omitted."),
+        ("config.json", "[]", "config.json holds no JSON object; what depends on it is omitted."),
         ("results.json", "{", "results.json is not valid JSON ("),
         ("results.json", None, "There is no results.json: the run is not finished."),
         ("starts.jsonl", None, "starts.jsonl cannot be read (No such file or directory)."),
-        ("starts.jsonl", "\x00\xff", "1 of 1 lines of starts.jsonl are damaged and left out."),
+        ("starts.jsonl", "\x00\xff", "1 of 1 lines of starts.jsonl are damaged and ignored."),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_damaged_is_said_and_the_rest_is_shown(

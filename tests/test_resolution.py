@@ -29,7 +29,7 @@ from stec.training.step import Step
 from tests.runs import Run
 
 POLICY = Policy(size=64, p_blur=0.5, p_solarize=0.2)
-CONFIG = TrainConfig(view_size=64, max_epochs=4, resolution_schedule="32:64")
+CONFIG = TrainConfig().updated(view_size=64, max_epochs=4, resolution_schedule="32:64")
 SIZES = [32, 40, 48, 64]
 """What ``CONFIG`` makes of them, epoch by epoch."""
 EXECUTORS: list[tuple[str, Operators | None, float]] = [
@@ -57,12 +57,14 @@ def images(request: pytest.FixtureRequest, demo_test_images: ImageArray, photogr
 
 def test_sizes_grow_to_the_full_one() -> None:
     """Three sizes of 32 px apart for ImageNet, in equal shares but for the last quarter; never down."""
-    imagenet = dataclasses.replace(recipe("imagenet-resnet50"), resolution_schedule="160:224", max_epochs=80)
+    imagenet = recipe("imagenet-resnet50").updated(resolution_schedule="160:224", max_epochs=80)
     sizes = [imagenet.view_size_at(epoch) for epoch in range(100)]
     assert sizes == [160] * 30 + [192] * 30 + [224] * 40
     assert [CONFIG.view_size_at(epoch) for epoch in range(4)] == SIZES
     for first, last, epochs in itertools.product((16, 17, 100), (127, 128, 225), (1, 2, 7, 90)):
-        config = TrainConfig(view_size=last, max_epochs=epochs, warmup_epochs=0, resolution_schedule=f"{first}:{last}")
+        config = TrainConfig().updated(
+            view_size=last, max_epochs=epochs, warmup_epochs=0, resolution_schedule=f"{first}:{last}"
+        )
         config.validate()
         sizes = [config.view_size_at(epoch) for epoch in range(epochs)]
         assert sizes == sorted(sizes) and sizes[0] == (first if epochs > 1 else last)
@@ -169,7 +171,7 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     folder = tmp_path / "resumed"
     folder.mkdir()
     shutil.copy(checkpoint.checkpoint_path(whole, 10), folder)
-    assert "Going on after step 10." in Run(*RUN, folder).end()
+    assert "Resuming after step 10." in Run(*RUN, folder).end()
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     said = Run(*RUN, folder, "--resolution_schedule", "24:32").end(2)
     assert "--resolution_schedule was 16:32 and is now 24:32" in said

@@ -61,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_run_leaves_everything_behind(finished: tuple[Path, str]) -> None:
     folder, out = finished
-    for expected in ("kNN (k = 20) top-1", "inverse model", "share of time waiting for data", str(folder)):
+    for expected in ("kNN (k = 20) top-1", "inverse model", "fraction of time waiting for data", str(folder)):
         assert expected in out
     assert out.count("epoch 1/2 ") == out.count("epoch 2/2 ") == 1
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -119,7 +119,7 @@ def test_ctrl_c_saves_and_resuming_changes_nothing(finished: tuple[Path, str], t
     assert not list(interrupted.glob(".*.tmp"))
 
     out, _ = run("--results_path", interrupted, "--resume", "auto")
-    assert "Going on after step" in out
+    assert "Resuming after step" in out
     assert (interrupted / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert sum(line["steps"] for line in metrics(interrupted)) == 10
 
@@ -159,7 +159,7 @@ def test_a_resumed_run_keeps_precision_and_metrics(finished: tuple[Path, str], t
     _, err = run("--results_path", resumed, code=2)
     assert "already holds a run" in err
     _, err = run("--results_path", resumed, "--resume", "auto", code=2)
-    assert "--mixed_precision came out as fp8 and now comes out as" in err
+    assert "--mixed_precision was resolved to fp8 and is now resolved to" in err
 
 
 def test_a_run_goes_on_with_another_number_of_processes(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_run_goes_on_with_another_number_of_processes(finished: tuple[Path, st
     assert {path: path.read_bytes() for path in resumed.iterdir()} == before
     assert "has a global batch of 32, but --batch_size 16 on 1 process(es) makes 16" in err
     out = run_on(2, *SMALL, "--results_path", resumed, "--resume", "auto", "--batch_size", "16")
-    assert "Going on after step 5." in out
+    assert "Resuming after step 5." in out
     assert [line["step"] for line in metrics(resumed)] == [2, 4, 5, 6, 8, 10]
 
 

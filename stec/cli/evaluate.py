@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.errors import UserError
-from stec.cli.common import EncoderConfig, check_place, evaluation_loader, parse, read_encoder, start
+from stec.cli.encoder import EncoderConfig, read_encoder
+from stec.cli.flags import parse
+from stec.cli.outputs import check_place
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,12 +53,14 @@ def run(arguments: list[str]) -> None:
     line is its accuracy."""
     config = parse(EvalConfig, arguments, name="eval")
     config.validate()
-    accelerator, console, precision = start(config.mixed_precision)
-
     from pipelines.datasets.registry import open_split
     from pipelines.files import write_json
     from stec.distributed import processes
     from stec.evaluation.evaluate import MEASURES, evaluate
+    from stec.loaders import evaluation_loader
+    from stec.startup import start
+
+    accelerator, console, precision = start(config.mixed_precision)
 
     trained, trained_on = read_encoder(config)
     model = trained.model("classifier")
@@ -103,12 +108,15 @@ def run(arguments: list[str]) -> None:
     console.say(f"{config.ckpt_path} on the {len(test)} test images of {config.dataset}, precision {precision}")
     for measure, reason in left_out:
         console.say(f"Not measured: {measure}. {reason}")
+    loader_of = partial(
+        evaluation_loader, data=config, traits=config.traits, batch_size=config.batch_size, device=accelerator.device
+    )
     with console.waiting("evaluating"):
         scores = evaluate(
             model.encoder,
             model.classifier,
-            labeled=None if labeled is None else evaluation_loader(config, labeled, accelerator),
-            test=evaluation_loader(config, test, accelerator),
+            labeled=None if labeled is None else loader_of(labeled),
+            test=loader_of(test),
             classes=len(classes),
             measures=measures,
             accelerator=accelerator,

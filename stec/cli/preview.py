@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from pipelines.errors import UserError
-from stec.cli.common import check_place, parse_some, training_loader
-from stec.cli.launcher import is_main_process
+from stec.cli.flags import parse_some
+from stec.cli.outputs import check_place
 from stec.cli.train import parse_train, title
-from stec.config import check_ranges
+from stec.distributed.launcher import is_main_process
+from stec.settings import check_ranges, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +23,18 @@ class PreviewConfig:
     """The picture to write, ending in .png."""
     config: Path | None = None
     """A run's config.json: show what that run trained on."""
-    epoch: int = 0
+    epoch: int = setting(0, at_least=0)
     """Epoch, counted from 0 as in metrics.jsonl."""
-    position: int = 0
+    position: int = setting(0, at_least=0)
     """First position in the epoch, counted from 0."""
-    count: int = 4
+    count: int = setting(4, at_least=1, at_most=100)
     """Images to show."""
     ckpt_path: Path | None = None
     """Also show where the inverse model of this run's folder or file predicts view j's window to be."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
-        check_ranges(self, {"epoch": (0, None), "position": (0, None), "count": (1, 100)})
+        check_ranges(self)
         if self.out.suffix.lower() != ".png":
             raise UserError(f"{self.out} does not end in .png, the format that is written.")
 
@@ -47,9 +47,11 @@ def run(arguments: list[str]) -> None:
     config, rest = parse_some(PreviewConfig, arguments, name="preview")
     config.validate()
     settings, _ = parse_train([*(["--config", str(config.config)] if config.config else []), *rest])
-    check_place(config.out, inputs=(settings.data_dir,))
-    if config.epoch >= settings.max_epochs:
-        raise UserError(f"--epoch {config.epoch} is beyond the last one; give 0 to {settings.max_epochs - 1}.")
+    check_place(config.out, inputs=(settings.data.data_dir,))
+    if config.epoch >= settings.optimization.max_epochs:
+        raise UserError(
+            f"--epoch {config.epoch} is beyond the last one; give 0 to {settings.optimization.max_epochs - 1}."
+        )
 
     import torch
 
@@ -58,6 +60,7 @@ def run(arguments: list[str]) -> None:
     from stec.console import Console
     from stec.evaluation.examples import examples
     from stec.evaluation.preview import png, sheet
+    from stec.loaders import training_loader
     from stec.runs.run_record import read_run
     from stec.training.engine import resolve_precision
     from stec.weights.pretrained import read_trained
@@ -67,7 +70,7 @@ def run(arguments: list[str]) -> None:
     asked = None
     if config.ckpt_path is not None:
         trained = read_trained(config.ckpt_path, otherwise=settings.traits.stem)
-        asked = trained.model("inverse_model").to(device), trained.convention or settings.affine
+        asked = trained.model("inverse_model").to(device), trained.convention or settings.objective.affine
         if asked[0].inverse_model is None:
             raise UserError(
                 f"{config.ckpt_path} holds no inverse model (SimCLR, an encoder alone and a linear probing have none); "
@@ -75,23 +78,26 @@ def run(arguments: list[str]) -> None:
             )
     with console.counting() as progress:
         data_set = open_data_set(
-            settings.dataset,
-            settings.data_dir,
-            limit_train=settings.limit_train,
-            exif_orientation=bool(settings.exif_orientation),
+            settings.data.dataset,
+            settings.data.data_dir,
+            limit_train=settings.data.limit_train,
+            exif_orientation=bool(settings.data.exif_orientation),
             progress=progress,
         )
     loader = training_loader(
-        dataclasses.replace(settings, batch_size=1, accumulate=1),
+        settings.updated(batch_size=1, accumulate=1),
         data_set,
         device=device,
-        precision=resolve_precision(settings.mixed_precision, device) if device.type == "cuda" else "no",
+        precision=resolve_precision(settings.run.mixed_precision, device) if device.type == "cuda" else "no",
     )
     # A run leaves out what does not fill its last batch.
     positions, where = loader.sampler.epoch_length, ""
     if config.config is not None and (config.config.parent / "starts.jsonl").is_file():
         loader.sampler.bad.know(config.config.parent / "bad-images.tsv")
-        batch = read_run(config.config.parent).global_batch_size or settings.batch_size * settings.accumulate
+        batch = (
+            read_run(config.config.parent).global_batch_size
+            or settings.optimization.batch_size * settings.optimization.accumulate
+        )
         positions -= positions % batch
         where = f" · step {config.epoch * (positions // batch) + config.position // batch + 1} of the run"
     if config.position >= positions:
@@ -105,8 +111,8 @@ def run(arguments: list[str]) -> None:
         asked=asked,
     )
     picture = sheet(
-        f"{title(settings).split(' (')[0]} on {settings.dataset}",
-        f"epoch {config.epoch}, position {config.position} and on{where} · seed {settings.seed} · views of "
+        f"{title(settings).split(' (')[0]} on {settings.data.dataset}",
+        f"epoch {config.epoch}, position {config.position} and on{where} · seed {settings.run.seed} · views of "
         f"{shown[0].views.shape[1]} px, made by {loader.backend}",
         shown,
     )

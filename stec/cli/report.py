@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
 from pipelines.errors import UserError
-from stec.cli.common import evaluation_loader, parse, start, training_loader
-from stec.config import TrainConfig, check_ranges
+from stec.cli.flags import parse
+from stec.config import TrainConfig
+from stec.settings import check_ranges, setting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +36,7 @@ class ReportConfig:
     """Folders of runs."""
     out: Path = Path("report.html")
     """The page to write."""
-    images: int = 1024
+    images: int = setting(1024, at_least=1)
     """Pairs of training views that an inverse model is asked about, and images that neighbors are sought among."""
     data_dir: Path | None = None
     """Folder that holds the data set, if it is no longer the one that the runs name."""
@@ -44,7 +45,7 @@ class ReportConfig:
         """Raise UserError for the first setting that is out of its range."""
         if not self.runs:
             raise UserError("launch.py report needs the folder of a run: launch.py report RUN [RUN ...].")
-        check_ranges(self, {"images": (1, None)})
+        check_ranges(self)
         if self.out.suffix.lower() not in (".html", ".htm") or self.out.is_dir() or not self.out.parent.is_dir():
             raise UserError(f"--out {self.out} cannot be written; name an .html file in an existing folder.")
         if importlib.util.find_spec("plotly") is None:
@@ -58,6 +59,7 @@ def run(arguments: list[str]) -> None:
 
     from pipelines.files import atomic_write
     from stec.runs.run_record import read_run
+    from stec.startup import start
 
     records = [read_run(path) for path in config.runs]
     accelerator, console, _ = start("no")
@@ -83,35 +85,37 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
     from stec.evaluation.examples import examples
     from stec.evaluation.predictions import confusion
     from stec.evaluation.report import Look
+    from stec.loaders import training_loader
     from stec.weights.pretrained import read_trained
 
     look = Look()
     if record.config is None:
         return look
-    settings = dataclasses.replace(record.config, data_dir=wanted.data_dir or record.config.data_dir, accumulate=1)
+    settings = record.config.updated(data_dir=wanted.data_dir or record.config.data.data_dir, accumulate=1)
     asked = None
     try:
         if record.weights is not None:
             trained = read_trained(
                 record.weights, otherwise=settings.traits.stem, stem_set_by="the dataset in config.json"
             )
-            asked = trained.model("inverse_model").to(accelerator.device), trained.convention or settings.affine
+            asked = (
+                trained.model("inverse_model").to(accelerator.device),
+                trained.convention or settings.objective.affine,
+            )
         else:
             look.remarks.append("There are no weights yet: what the model predicts and finds similar is left out.")
     except UserError as error:
         look.remarks.append(f"{error} What the model predicts and finds similar is left out.")
     try:
         data_set = open_data_set(
-            settings.dataset,
-            settings.data_dir,
-            limit_train=settings.limit_train,
-            exif_orientation=bool(settings.exif_orientation),
+            settings.data.dataset,
+            settings.data.data_dir,
+            limit_train=settings.data.limit_train,
+            exif_orientation=bool(settings.data.exif_orientation),
         )
         batch_size = min(BATCH_SIZE, len(data_set.train), wanted.images)
         one_by_one, batches = (
-            training_loader(
-                dataclasses.replace(settings, batch_size=size), data_set, device=accelerator.device, precision="no"
-            )
+            training_loader(settings.updated(batch_size=size), data_set, device=accelerator.device, precision="no")
             for size in (1, batch_size)
         )
         for loader in (one_by_one, batches):
@@ -140,14 +144,21 @@ def neighbors(
     """Some test images, and what the encoder finds most similar among at most ``limit`` labeled images."""
     from stec.evaluation.evaluate import evenly_spread, extract_features, nearest
     from stec.evaluation.report import Neighbors
+    from stec.loaders import evaluation_loader
 
     if data_set.test is None or data_set.labeled is None:
         return []
-    settings = dataclasses.replace(settings, batch_size=BATCH_SIZE)
+    loader_of = partial(
+        evaluation_loader,
+        data=settings.data,
+        traits=settings.traits,
+        batch_size=BATCH_SIZE,
+        device=accelerator.device,
+    )
     bank_ids = evenly_spread(len(data_set.labeled), limit)
     query_ids = evenly_spread(len(data_set.test), QUERIES)
     bank, queries = (
-        extract_features(model.encoder, evaluation_loader(settings, images, accelerator), accelerator, image_ids)
+        extract_features(model.encoder, loader_of(images), accelerator, image_ids)
         for images, image_ids in ((data_set.labeled, bank_ids), (data_set.test, query_ids))
     )
     similarity, rows = nearest(bank, queries, NEIGHBORS, accelerator.device)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from stec.config import RUN_LOCAL
+from stec.config import rule_on_resume
 from stec.evaluation.page import page
 from stec.evaluation.preview import Example, panels, png
 from stec.objectives.objective import bin_centers
@@ -217,7 +217,7 @@ def _settings(records: Sequence[RunRecord], names: Sequence[str]) -> str:
         if all(value == values[0] for value in values):
             equal.append((name, cells, ""))
         else:
-            differing.append((name, cells, "" if name in RUN_LOCAL else "differs"))
+            differing.append((name, cells, "" if rule_on_resume().get(name) == "free" else "differs"))
     differing.sort(key=lambda row: row[2], reverse=True)
     explanation = "<p>Marked: settings that change what is learned.</p>"
     shown = explanation + _table(names, differing) if differing else ""

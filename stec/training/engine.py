@@ -77,24 +77,24 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
 
     Raises UserError where the weights cannot be read or do not fit.
     """
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.run.seed)
     model = Model(
-        arch=config.arch,
+        arch=config.model.arch,
         stem=config.traits.stem,
         classes=classes,
-        width=config.width,
-        hidden_mlp=config.hidden_mlp,
-        feat_dim=config.feat_dim,
-        manip_hidden_mlp=config.manip_hidden_mlp,
-        n_bins=config.n_bins,
-        with_inverse_model=config.manip_lambda > 0,
-        stop_gradient=config.stop_gradient,
+        width=config.model.width,
+        hidden_mlp=config.model.hidden_mlp,
+        feat_dim=config.model.feat_dim,
+        manip_hidden_mlp=config.model.manip_hidden_mlp,
+        n_bins=config.model.n_bins,
+        with_inverse_model=config.objective.manip_lambda > 0,
+        stop_gradient=config.objective.stop_gradient,
     )
-    if config.ckpt_path is not None:
-        state = read_weights(config.ckpt_path)
-        if config.reinitialize_supervised_head:
+    if config.model.ckpt_path is not None:
+        state = read_weights(config.model.ckpt_path)
+        if config.model.reinitialize_supervised_head:
             state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
-        load_weights(model, state, config.ckpt_path, required=("encoder",))
+        load_weights(model, state, config.model.ckpt_path, required=("encoder",))
     return model
 
 
@@ -102,10 +102,10 @@ def optimizer_of(config: TrainConfig, model: Model) -> torch.optim.Optimizer:
     """The optimizer that the settings name, over what of the model is trained."""
     return make_optimizer(
         model,
-        config.optimizer,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        nesterov=bool(config.nesterov),
+        config.optimization.optimizer,
+        learning_rate=config.optimization.learning_rate,
+        weight_decay=config.optimization.weight_decay,
+        nesterov=bool(config.optimization.nesterov),
     )
 
 
@@ -113,11 +113,11 @@ def objective_of(config: TrainConfig) -> Objective:
     """The objective with the weights and the temperature of the settings."""
     return Objective(
         Weights(
-            discrimination=config.discrimination_lambda,
-            manipulation=config.manip_lambda,
-            supervised=config.supervised_lambda,
+            discrimination=config.objective.discrimination_lambda,
+            manipulation=config.objective.manip_lambda,
+            supervised=config.objective.supervised_lambda,
         ),
-        temperature=config.temperature,
+        temperature=config.objective.temperature,
     )
 
 
@@ -137,9 +137,9 @@ def train(
     ``model`` is the ``initial_model``, ``resumed`` a checkpoint to go on from. Raises UserError on a non-finite
     loss and where the disk refuses, and Interrupted when a signal asked for it.
     """
-    global_batch_size = config.accumulate * config.batch_size * accelerator.num_processes
+    global_batch_size = config.optimization.accumulate * config.optimization.batch_size * accelerator.num_processes
     steps_per_epoch = data.training.steps_per_epoch
-    total_steps = config.max_epochs * steps_per_epoch
+    total_steps = config.optimization.max_epochs * steps_per_epoch
 
     # --- Model, objective, optimizer ---
     step, train_seconds, wait_seconds = 0, 0.0, 0.0
@@ -152,12 +152,12 @@ def train(
                 f"make; go on with the run's own, or name another folder by --results_path."
             ) from error
         step, train_seconds, wait_seconds = resumed["step"], resumed["train_seconds"], resumed["wait_seconds"]
-    if config.compile:
+    if config.run.compile:
         _check_compiler(accelerator.device)
         # Left to itself, the compiler makes narrow encoders channels-last, too, and they hang (see encoder.NARROW).
         model.encoder.compile(options={"layout_optimization": model.encoder.memory_format == torch.channels_last})
     optimizer = optimizer_of(config, model)
-    backward = Step(model, objective_of(config), accelerator, affine=config.affine)
+    backward = Step(model, objective_of(config), accelerator, affine=config.objective.affine)
     optimizer = accelerator.prepare_optimizer(optimizer)
     if resumed is not None:
         optimizer.load_state_dict(resumed["optimizer"])
@@ -167,10 +167,12 @@ def train(
         torch.set_rng_state(resumed["rng"])
 
     def learning_rate(at_step: int) -> float:
-        if config.lr_scheduler == "none":
-            return config.learning_rate
-        warmup_steps = config.warmup_epochs * steps_per_epoch
-        return config.learning_rate * learning_rate_factor(at_step, warmup_steps=warmup_steps, total_steps=total_steps)
+        if config.optimization.lr_scheduler == "none":
+            return config.optimization.learning_rate
+        warmup_steps = config.optimization.warmup_epochs * steps_per_epoch
+        return config.optimization.learning_rate * learning_rate_factor(
+            at_step, warmup_steps=warmup_steps, total_steps=total_steps
+        )
 
     # --- Logging and saving ---
     unlogged: list[Tensor] = []
@@ -212,7 +214,7 @@ def train(
             epoch_rows.clear()
         console.report(
             {**values, **last_epoch} if end_of_epoch else values,
-            epochs=config.max_epochs,
+            epochs=config.optimization.max_epochs,
             eta_seconds=(total_steps - step) * train_seconds / step,
             end_of_epoch=end_of_epoch,
         )
@@ -250,8 +252,8 @@ def train(
             folder.path,
             at_step,
             state,
-            keep=config.keep_checkpoints,
-            keep_every_steps=config.keep_every * steps_per_epoch if config.keep_every is not None else None,
+            keep=config.run.keep_checkpoints,
+            keep_every_steps=config.run.keep_every * steps_per_epoch if config.run.keep_every is not None else None,
         )
 
     def finish_saving(*, stopping: bool = False) -> None:
@@ -261,7 +263,7 @@ def train(
             try:
                 saving.finish()
             except UserError as error:
-                if config.on_save_error == "continue" and not stopping:
+                if config.run.on_save_error == "continue" and not stopping:
                     return f"warning: {error} Training goes on without this checkpoint."
                 raise UserError(
                     f"{error} Training stopped after step {step}; the checkpoints before are whole, so go on by adding "
@@ -274,28 +276,30 @@ def train(
             console.say(warning)
 
     def saving_failed() -> None:
-        if config.on_save_error == "stop":
+        if config.run.on_save_error == "stop":
             stops.ask()
 
     # --- The loop ---
     model.train()
-    if config.profile and total_steps - step < config.profile + profiling.WARM_UP_STEPS:
+    if config.run.profile and total_steps - step < config.run.profile + profiling.WARM_UP_STEPS:
         raise UserError(
-            f"--profile {config.profile} needs {config.profile + profiling.WARM_UP_STEPS} steps, some for warming up, "
-            f"but there are only {total_steps - step}; profile fewer or train longer."
+            f"--profile {config.run.profile} needs {config.run.profile + profiling.WARM_UP_STEPS} steps with its warm-"
+            f"up, but there are only {total_steps - step}; profile fewer or train longer."
         )
     profiled = (
-        StepProfile(config.profile, accelerator.device) if config.profile and accelerator.is_main_process else None
+        StepProfile(config.run.profile, accelerator.device)
+        if config.run.profile and accelerator.is_main_process
+        else None
     )
-    stops = StopRequests(timeout=timedelta(seconds=config.process_timeout_s))
+    stops = StopRequests(timeout=timedelta(seconds=config.run.process_timeout_s))
     saving = Background(saving_failed)
     with console.training(first_step=step, total_steps=total_steps), stops, saving:
-        chunks = data.training.batches(step * config.accumulate)
+        chunks = data.training.batches(step * config.optimization.accumulate)
         since_log = time.perf_counter()
         while step < total_steps:
             started_waiting = time.perf_counter()
             with part("wait for data"):
-                batch = [next(chunks) for _ in range(config.accumulate)]
+                batch = [next(chunks) for _ in range(config.optimization.accumulate)]
             since_log_wait += _seconds_since(started_waiting)
 
             unlogged.append(backward(batch))
@@ -306,7 +310,7 @@ def train(
                 optimizer.zero_grad()
             step += 1
 
-            if step % config.log_every == 0 or step % steps_per_epoch == 0:
+            if step % config.run.log_every == 0 or step % steps_per_epoch == 0:
                 with part("logging"):
                     log()
             with part("agreeing on stops"):
@@ -317,7 +321,7 @@ def train(
             if profiled is not None and profiled.after_step():
                 profiled.write(folder.trace, folder.profile)
                 console.table(
-                    f"{config.profile} steps; trace in {folder.trace}, for https://ui.perfetto.dev",
+                    f"{config.run.profile} steps; trace in {folder.trace}, for https://ui.perfetto.dev",
                     ["part", "ms", "of the step"],
                     profiling.table(profiled.milliseconds()),
                 )
@@ -325,7 +329,7 @@ def train(
                 raise Interrupted(
                     f"Stopped after step {step} of {total_steps}; go on by adding "
                     f"--results_path {folder.path} --resume auto.",
-                    exit_code=exit_code(stop, config.stop_exit_code),
+                    exit_code=exit_code(stop, config.run.stop_exit_code),
                 )
         del chunks
 
@@ -390,9 +394,9 @@ def _check_finite(
 def _checkpoint_due(config: TrainConfig, step: int, steps_per_epoch: int, total_steps: int) -> bool:
     epoch, step_in_epoch = divmod(step, steps_per_epoch)
     if step_in_epoch > 0:
-        return step_in_epoch % config.checkpoint_every_steps == 0
-    kept_for_good = config.keep_every is not None and epoch % config.keep_every == 0
-    return epoch % config.checkpoint_every == 0 or kept_for_good or step == total_steps
+        return step_in_epoch % config.run.checkpoint_every_steps == 0
+    kept_for_good = config.run.keep_every is not None and epoch % config.run.keep_every == 0
+    return epoch % config.run.checkpoint_every == 0 or kept_for_good or step == total_steps
 
 
 def _seconds_since(start: float) -> float:
@@ -406,7 +410,9 @@ def _evaluate(config: TrainConfig, data: Data, trained: Model, accelerator: Acce
         return {}
     started = initial_model(config, data.classes).to(accelerator.device)
     measures: tuple[Measure, ...] = (
-        ("online_classifier",) if config.stop_gradient == 2 else ("online_classifier", "linear_probing", "knn")
+        ("online_classifier",)
+        if config.objective.stop_gradient == 2
+        else ("online_classifier", "linear_probing", "knn")
     )
     results: dict[str, float] = {}
     for when, model in (("before", started), ("after", trained)):

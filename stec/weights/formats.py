@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 from pathlib import Path
@@ -14,7 +13,7 @@ from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, atomic_write_folder
 from stec import __version__
-from stec.config import TrainConfig
+from stec.config import group_of_settings
 from stec.weights.export import PARTS, on_cpu, write_safetensors
 from stec.weights.pretrained import Trained
 
@@ -80,7 +79,7 @@ def describe(trained: Trained, *, source: Path, license: str) -> dict[str, Any]:
     Raises UserError where a later version trained it, with settings that are not known here.
     """
     config = dict(trained.metadata.get("config", {}))
-    unknown = sorted(config.keys() - {field.name for field in dataclasses.fields(TrainConfig)})
+    unknown = sorted(config.keys() - group_of_settings().keys())
     if unknown:
         theirs = trained.metadata.get("environment", {}).get("stec", "of another version")
         raise UserError(
