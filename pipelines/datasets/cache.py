@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.datasets.headers import ROW_DTYPE, ScanResult
-from pipelines.datasets.images import ImageFiles, Names
+from pipelines.datasets.images import PER_IMAGE, ImageFiles, Names
 from pipelines.datasets.listing import Layout, Listing, Stamp, stamp
 
 CACHE_VERSION = 4
 """Increased when the content of an index changes, which it also does with DALI_DECODES."""
-ARRAYS = ("file_of", "offset", "size_bytes", "sizes", "labels", "needs_pillow", "orientation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ def read_cache(file: Path, root: Path) -> SplitIndex | None:
                 root=root,
                 files=Names(blob=arrays["blob"], offsets=arrays["offsets"]),
                 faults={int(image_id): fault for image_id, fault in about["faults"].items()},
-                **{name: arrays[name] for name in ARRAYS},
+                **{name: arrays[name] for name in PER_IMAGE},
             )
             return SplitIndex(
                 images=images,
@@ -101,7 +100,7 @@ def write_cache(file: Path, index: SplitIndex) -> bool:
         blob=images.files.blob,
         offsets=images.files.offsets,
         changed_ns=index.changed_ns,
-        **{name: getattr(images, name) for name in ARRAYS},
+        **{name: getattr(images, name) for name in PER_IMAGE},
     )
 
 

@@ -20,6 +20,8 @@ from pipelines.datasets.headers import open_lazily, read_header, read_orientatio
 from pipelines.errors import BadImage, UserError
 
 UNLABELED = -1
+PER_IMAGE = ("file_of", "offset", "size_bytes", "sizes", "labels", "needs_pillow", "orientation")
+"""The arrays of ``ImageFiles`` with an entry for each image."""
 OPEN_SHARDS = 256
 """The most shards that a process keeps open; it may have 1024 files open."""
 
@@ -253,13 +255,7 @@ class ImageFiles:
         new_ids = {int(old): new for new, old in enumerate(image_ids)} if self.faults else {}
         return replace(
             self,
-            file_of=self.file_of[image_ids],
-            offset=self.offset[image_ids],
-            size_bytes=self.size_bytes[image_ids],
-            sizes=self.sizes[image_ids],
-            labels=self.labels[image_ids],
-            needs_pillow=self.needs_pillow[image_ids],
-            orientation=self.orientation[image_ids],
+            **{name: getattr(self, name)[image_ids] for name in PER_IMAGE},
             faults={new_ids[old]: fault for old, fault in self.faults.items() if old in new_ids},
         )
 

@@ -22,19 +22,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 """Those of torchvision's ImageFolder, and two more of JPEG files."""
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 ARCHIVES = (*COMPRESSED_TAR, ".zip", ".7z", ".rar")
-SYSTEM = frozenset(
-    {
-        "#recycle",
-        "$recycle.bin",
-        "@eadir",
-        "__macosx",
-        "desktop.ini",
-        "ehthumbs.db",
-        "lost+found",
-        "system volume information",
-        "thumbs.db",
-    }
-)
+SYSTEM = frozenset(("#recycle", "$recycle.bin", "@eadir", "__macosx", "desktop.ini", "ehthumbs.db", "lost+found",
+                    "system volume information", "thumbs.db"))  # fmt: skip
 """Lower-case names of files and folders that operating systems create, apart from those that begin with a dot."""
 
 HIDDEN = "hidden"

@@ -164,17 +164,17 @@ def _runs(archive: tarfile.TarFile, skipped: Counter[str]) -> Iterator[tuple[str
         if any(is_hidden(part) for part in member.name.split("/") if part not in ("", ".", "..")):
             skipped[HIDDEN] += 1
         elif not member.isreg():
-            skipped[LINKS] += kind_of(member.name) in EXTENSIONS
+            if kind_of(member.name) in EXTENSIONS:
+                skipped[LINKS] += 1
         elif parts is None:
-            skipped[kind_of(member.name)] += re.match("__[^/]*__", member.name) is None
+            if not re.match("__[^/]*__", member.name):
+                skipped[kind_of(member.name)] += 1
         else:
             if parts[0] != key:
                 yield key, run
                 key, run = parts[0], []
             run.append((member, parts[1]))
     yield key, run
-    for kind in [kind for kind, count in skipped.items() if not count]:
-        del skipped[kind]
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -197,11 +197,11 @@ def _samples(key: str, run: _Run, archive: tarfile.TarFile, shard: Path, shard_b
     samples: dict[str, _Sample] = {}
     for member, suffix in run:
         word, dot, last = suffix.rpartition(".")
-        sample_name, sample_suffix = key, suffix
+        full_key = key
         if dot and not plain and not PART.fullmatch(word):
-            sample_name, sample_suffix = member.name.rpartition(".")[0], last
-        sample = samples.setdefault(sample_name, _Sample(key=sample_name))
-        _add(sample, member, sample_suffix, archive, shard, shard_bytes)
+            full_key, suffix = member.name.rpartition(".")[0], last
+        sample = samples.setdefault(full_key, _Sample(key=full_key))
+        _add(sample, member, suffix, archive, shard, shard_bytes)
     yield from samples.values()
 
 
