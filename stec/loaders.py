@@ -10,10 +10,10 @@ import torch
 from pipelines.bad_images import BadImages
 from pipelines.commands import LABELED_STREAM, Policy
 from pipelines.datasets.images import Images
-from pipelines.datasets.index import DataSet
+from pipelines.datasets.registry import DataSet, DataSetTraits
 from pipelines.loader import Backend, EvaluationLoader, Loader
 from pipelines.sampler import Sampler
-from stec.config import DataSetTraits, TrainConfig
+from stec.config import TrainConfig
 from stec.distributed.launcher import cpus_of_process
 
 

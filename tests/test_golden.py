@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from pipelines.commands import Commands, Policy
+from pipelines.datasets.registry import DATA_SETS
 from pipelines.executors import torchvision as reference
-from stec.config import DATA_SETS
 from stec.models.model import Model
 from stec.objectives.geometry import relative_windows, window_matrices
 from stec.objectives.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent

@@ -20,7 +20,7 @@ from stec.settings import as_path
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from pipelines.datasets.index import DataSet
+    from pipelines.datasets.registry import DataSet
     from pipelines.loader import Loader
     from stec.console import Console
 
@@ -124,7 +124,7 @@ def run_training(config: TrainConfig) -> None:
     folder, resumed, notes = processes.on_main_process(accelerator, lambda: open_run_folder(config, environment))
     loader.sampler.bad.list_in(folder.bad_images, say=print_error, main=accelerator.is_main_process)
     console.facts(title(config), facts(config, data_set, loader, environment, str(folder.path.resolve())))
-    for note in (*data_set.remarks, *notes):
+    for note in (*data_set.notes, *notes):
         console.say(note)
     if resumed is not None:
         console.say(f"Resuming after step {resumed['step']}.")
@@ -175,7 +175,7 @@ def check_processes(config: TrainConfig, num_processes: int) -> None:
 
 def open_training_data(config: TrainConfig, accelerator: Accelerator, console: Console) -> DataSet:
     """The data set, downloaded and indexed by the main process first. Raises UserError if it is missing or damaged."""
-    from pipelines.datasets.index import open_data_set
+    from pipelines.datasets.registry import open_data_set
     from stec.distributed import processes
 
     with console.counting() as progress:
