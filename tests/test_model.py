@@ -89,7 +89,7 @@ def test_the_inverse_model_sees_i_then_j_and_trains_the_encoder() -> None:
 
 
 @pytest.mark.parametrize("stop_gradient", [0, 1, 2])
-def test_what_the_probe_trains(stop_gradient: int) -> None:
+def test_what_the_classifier_trains(stop_gradient: int) -> None:
     """With images of its own: the encoder too (0), itself alone (1), or there is nothing else to train (2)."""
     model = small_model(stop_gradient=stop_gradient)
     views, labeled_views = torch.rand(4, 2, 3, 32, 32), torch.rand(4, 1, 3, 32, 32)
@@ -97,7 +97,7 @@ def test_what_the_probe_trains(stop_gradient: int) -> None:
     assert outputs.class_logits.shape == (4, 1, 3)
     outputs.class_logits.square().sum().backward()
     reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
-    assert reached == ({"encoder", "online_classifier"} if stop_gradient == 0 else {"online_classifier"})
+    assert reached == ({"encoder", "classifier"} if stop_gradient == 0 else {"classifier"})
     with torch.no_grad():
         features = model.eval().encoder(labeled_views[:, 0])
         logits = model(*((labeled_views,) if stop_gradient == 2 else (views, labeled_views))).class_logits
