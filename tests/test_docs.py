@@ -196,6 +196,14 @@ def test_links_resolve(page: str) -> None:
         assert not anchor or anchor in map(slug, headings), target
 
 
+def test_pages_named_in_the_code_exist() -> None:
+    """In messages, help texts and comments."""
+    for folder in ("stec", "pipelines", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for page in re.findall(r"\bdocs/[\w-]+\.md", path.read_text()):
+                assert (ROOT / page).is_file(), (path, page)
+
+
 def test_the_public_names_are_listed() -> None:
     table = [line.split(" | ")[0] for line in PAGES["docs/install.md"].splitlines() if line.startswith("| `")]
     names = {span for cell in table for span in re.findall(r"`((?:stec|pipelines)\.\w+)`", cell)}
