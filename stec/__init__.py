@@ -4,8 +4,8 @@ For use in programs of one's own (``examples/``; the loaders are in ``pipelines`
 
 * ``draw`` draws the ``Commands`` of a ``Policy``: what is done to each image to make its views;
 * ``relative_windows`` turns them into the command between two views, which the inverse model recovers;
-* ``nt_xent`` and ``inverse_loss`` are the two losses, ``Objective`` their sum, with ``Weights``;
-* ``Encoder``, ``Projection`` and ``InverseModel`` are networks, ``Model`` all of them together;
+* ``nt_xent`` and ``inverse_loss`` are the two losses, ``Objective`` their sum, with ``ObjectiveSettings``;
+* ``Encoder``, ``Projection`` and ``InverseModel`` are networks, ``Model`` all of them together, with ``ModelSettings``;
 * ``load_encoder`` loads a trained encoder from a file, an exported folder or the Hugging Face Hub.
 
 Each is imported when it is first used.
@@ -23,15 +23,16 @@ _MODULES = {
     "Encoder": "stec.models.encoder",
     "InverseModel": "stec.models.heads",
     "Model": "stec.models.model",
+    "ModelSettings": "stec.config",
     "Objective": "stec.objectives.objective",
+    "ObjectiveSettings": "stec.config",
     "Policy": "pipelines.commands",
     "Projection": "stec.models.heads",
     "UserError": "pipelines.errors",
-    "Weights": "stec.objectives.objective",
     "draw": "pipelines.commands",
-    "inverse_loss": "stec.objectives.objective",
+    "inverse_loss": "stec.objectives.inverse",
     "load_encoder": "stec.weights.pretrained",
-    "nt_xent": "stec.objectives.objective",
+    "nt_xent": "stec.objectives.simclr",
     "relative_windows": "stec.objectives.geometry",
 }
 
@@ -41,15 +42,16 @@ if TYPE_CHECKING:
     from pipelines.commands import Policy as Policy
     from pipelines.commands import draw as draw
     from pipelines.errors import UserError as UserError
+    from stec.config import ModelSettings as ModelSettings
+    from stec.config import ObjectiveSettings as ObjectiveSettings
     from stec.models.encoder import Encoder as Encoder
     from stec.models.heads import InverseModel as InverseModel
     from stec.models.heads import Projection as Projection
     from stec.models.model import Model as Model
     from stec.objectives.geometry import relative_windows as relative_windows
     from stec.objectives.objective import Objective as Objective
-    from stec.objectives.objective import Weights as Weights
-    from stec.objectives.objective import inverse_loss as inverse_loss
-    from stec.objectives.objective import nt_xent as nt_xent
+    from stec.objectives.inverse import inverse_loss as inverse_loss
+    from stec.objectives.simclr import nt_xent as nt_xent
     from stec.weights.pretrained import load_encoder as load_encoder
 else:
     __getattr__, __dir__ = lazily(__name__, _MODULES)

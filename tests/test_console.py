@@ -46,8 +46,8 @@ with console.counting() as show:
         show("headers", done, 10)
 console.facts("S-TEC", [("data", "demo: 128 training images"), ("files", "/a/folder/of/mine")])
 values = dict(
-    loss=14.077, discrimination=4.959, manipulation=1.849, manipulation_accuracy=0.17, supervised=1,
-    supervised_accuracy=0.05, learning_rate=0.00263, images_per_second=8176, wait_fraction=0.02,
+    loss=14.077, contrastive_loss=4.959, inverse_loss=1.849, inverse_accuracy=0.17, classifier_loss=1,
+    classifier_accuracy=0.05, learning_rate=0.00263, images_per_second=8176, wait_fraction=0.02,
 )
 with console.training(first_step=0, total_steps=30):
     for step in range(1, 31):

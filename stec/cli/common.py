@@ -241,7 +241,7 @@ def start(
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     from stec.console import Console
-    from stec.training.engine import resolve_precision
+    from stec.training.precision import resolve_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     asked, launchers = choose_precision(mixed_precision)

@@ -111,7 +111,9 @@ def run_training(config: TrainConfig) -> None:
     from pipelines.datasets.index import open_data_set
     from stec.distributed import failures, processes
     from stec.runs.run_folder import open_run_folder
-    from stec.training import engine
+    from stec.training import loop
+    from stec.training.data import Data
+    from stec.training.initial_model import initial_model
 
     device = accelerator.device
     with console.counting() as progress:
@@ -147,7 +149,7 @@ def run_training(config: TrainConfig) -> None:
         )
         for images in (data_set.labeled, data_set.test)
     )
-    data = engine.Data(
+    data = Data(
         training=loader,
         labeled=labeled,
         test=test,
@@ -165,7 +167,7 @@ def run_training(config: TrainConfig) -> None:
         "training_images": len(data_set.train),
         "data_fingerprint": fingerprint(data_set.train),
     }
-    model = engine.initial_model(config, data.classes)
+    model = initial_model(config, data.classes)
     folder, resumed, notes = processes.on_main_process(accelerator, lambda: open_run_folder(config, environment))
     bad.list_in(folder.bad_images, say=warn, main=accelerator.is_main_process)
     console.facts(
@@ -209,11 +211,11 @@ def run_training(config: TrainConfig) -> None:
             folder,
             config.to_json(),
             after_step=resumed["step"] if resumed is not None else 0,
-            say=console.say,
+            report=console.say,
         ),
     )
-    with failures.shared(), trackers.finished(accelerator):
-        results = engine.train(
+    with failures.shared(), trackers.finished(accelerator, console.say):
+        results = loop.train(
             config,
             data,
             model,

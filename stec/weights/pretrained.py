@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipelines.errors import UserError
 from pipelines.files import read_object
-from stec.config import DATA_SETS
+from stec.config import DATA_SETS, ModelSettings
 from stec.models.encoder import STEMS, Encoder, Stem
 from stec.models.heads import COMMAND_SHAPE, InverseModel, make_classifier
 from stec.models.model import Model
@@ -62,7 +62,8 @@ class Trained:
         required = ["encoder"]
         # On no device: neither time nor random numbers go into weights that are replaced at once.
         with torch.device("meta"):
-            model = Model(arch=self.arch, stem=self.stem, classes=0, width=self.width, stop_gradient=2)
+            settings = ModelSettings(arch=self.arch, width=self.width)
+            model = Model(settings, stem=self.stem, classes=0, stop_gradient=2)
             feature_dim = model.encoder.feature_dim
             if "classifier" in heads and classifier is not None:
                 model.classifier = make_classifier(feature_dim, len(classifier))
