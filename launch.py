@@ -9,8 +9,9 @@ import sys
 from pipelines.decoder_messages import decoder_messages_dropped
 from pipelines.errors import Interrupted, UserError
 from stec import __version__
-from stec.cli.launcher import check_environment, end_with_launcher, is_main_process
 from stec.cli.streams import make_robust
+from stec.distributed.launcher import check_environment, exit_with_launcher, is_main_process
+from stec.environment import set_library_defaults
 
 COMMANDS = {
     "train": "train",
@@ -23,11 +24,12 @@ COMMANDS = {
     "preview": "preview",
     "report": "report",
 }
-"""Names of commands, and of the modules of ``stec.cli`` whose ``run`` they call."""
+"""The commands, each with the module of ``stec.cli`` that runs it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that the first argument names (default: train); returns the exit code."""
+    """Run the command named by the first argument (default: train), and return the exit code."""
+    set_library_defaults()
     make_robust()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--version" in arguments:
@@ -36,9 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
     try:
         check_environment(os.environ)
-        end_with_launcher()
+        exit_with_launcher()
         if name not in COMMANDS:
-            raise UserError(f"{name} is no command; known are {', '.join(COMMANDS)}, and without one launch.py trains.")
+            raise UserError(f"{name} is no command; known are {', '.join(COMMANDS)}; without one it trains.")
         with decoder_messages_dropped():
             importlib.import_module(f"stec.cli.{COMMANDS[name]}").run(arguments)
     except UserError as error:
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.exit_code
     except KeyboardInterrupt:
         if is_main_process():
-            print("Stopped at once.", file=sys.stderr)
+            print("Stopped immediately.", file=sys.stderr)
         return 130
     return 0
 

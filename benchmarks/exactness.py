@@ -30,9 +30,9 @@ from pipelines.executors import reference
 from pipelines.files import atomic_write, write_json
 from pipelines.loader import Loader
 from pipelines.sampler import BatchPlan, Sampler
-from stec.augmentation import policy_of
 from stec.config import DataSetName, TrainConfig
 from stec.console import Console
+from stec.loaders import policy_of
 
 BATCH_SIZE = 50
 CPU = torch.device("cpu")

@@ -35,9 +35,9 @@ from pipelines.datasets.index import open_data_set
 from pipelines.errors import UserError
 from pipelines.loader import Loader, resolve_backend
 from pipelines.sampler import Sampler
-from stec.augmentation import policy_of
 from stec.config import DATA_SETS, DataSetName, TrainConfig
 from stec.console import Console
+from stec.loaders import policy_of
 
 Contender = Literal["official", "v2", "torchvision", "dali", "compiled"]
 NAMES: dict[Contender, str] = {

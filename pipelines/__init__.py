@@ -1,9 +1,9 @@
 """Data pipelines: they execute commands on images and hand both on as a batch.
 
 They need nothing of ``stec``. For use in your programs (``examples/``): ``open_data_set`` opens a data set by its name;
-``ImageArray`` and ``ImageFiles`` are your images; an ``Sampler`` says which of them stands where, with which ``Commands``
-of a ``Policy``; a ``Loader`` makes each ``Batch`` of it, and an ``EvaluationLoader`` batches without augmentation. Each
-is imported when it is first used.
+``ImageArray`` and ``ImageFiles`` are your images; a ``Sampler`` gives each position of an epoch an image and the
+``Commands`` drawn from a ``Policy``; a ``Loader`` makes each ``Batch``, and an ``EvaluationLoader`` batches without
+augmentation. Each is imported when it is first used.
 """
 
 from typing import TYPE_CHECKING

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.lazy import lazily
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULES = {
     "Batch": "pipelines.batch",
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from stec.models.heads import Projection as Projection
     from stec.models.model import Model as Model
     from stec.objectives.geometry import relative_windows as relative_windows
-    from stec.objectives.objective import Objective as Objective
     from stec.objectives.inverse import inverse_loss as inverse_loss
+    from stec.objectives.objective import Objective as Objective
     from stec.objectives.simclr import nt_xent as nt_xent
     from stec.weights.pretrained import load_encoder as load_encoder
 else:

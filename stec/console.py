@@ -90,8 +90,8 @@ class Console:
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A callback ``(description, done, total)`` that reports progress: as a bar on a terminal, elsewhere as one line
-        per description."""
+        """A callback ``(description, done, total)`` that reports progress: by a bar on a terminal, elsewhere by one
+        line per description."""
         if not self._on_terminal:
             printed: set[str] = set()
 

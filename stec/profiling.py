@@ -90,7 +90,7 @@ class StepProfile:
         atomic_write(summary, (json.dumps(self.milliseconds()) + "\n").encode())
 
     def milliseconds(self) -> dict[str, float]:
-        """Milliseconds per step: each part in the training thread, the exchange within the parts, and the whole step."""
+        """Milliseconds per step: of each part in the training thread, of the exchange within them, and of the step."""
         by_key = {event.key: event.cpu_time_total / 1000 / self.steps for event in self._profile.key_averages()}
         parts = {name: by_key.get(name, 0.0) for name in PARTS}
         exchange = sum(ms for key, ms in by_key.items() if key.startswith(EXCHANGES))

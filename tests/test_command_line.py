@@ -1,4 +1,4 @@
-"""Flags, recipes, config files, and what the user reads when one of them is wrong."""
+"""Flags, recipes and config files, valid and invalid."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ import torchvision
 
 import launch
 from pipelines.errors import UserError
-from stec.cli.common import ALIASES, parse
 from stec.cli.embed import EmbedConfig
 from stec.cli.evaluate import EvalConfig
 from stec.cli.export import ExportConfig
+from stec.cli.flags import ALIASES, parse
 from stec.cli.import_checkpoint import ImportConfig
 from stec.cli.index import IndexConfig
 from stec.cli.preview import PreviewConfig
@@ -114,13 +114,13 @@ WRONG = {
     "one image": (["--limit_train", "1"], "train on 2 images or more"),
     "huge batch": (["--batch_size", "9000"], "only 8192 training images; use --batch_size 8192 or less"),
     "fp16 on a CPU": (["--mixed_precision", "fp16"], "needs a CUDA GPU"),
-    "fewer processes than said": (["--gpus", "2"], "accelerate launch --multi_gpu --num_processes 2 launch.py"),
+    "fewer processes than output": (["--gpus", "2"], "accelerate launch --multi_gpu --num_processes 2 launch.py"),
     "more images than there are": (["--limit_train", "10000"], "more than the 8192"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_told_in_a_sentence(case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_invalid_input_ends_in_one_sentence(case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     if case == "fp16 on a CPU":
         torch = pytest.importorskip("torch")
         if torch.cuda.is_available():
@@ -132,9 +132,9 @@ def test_wrong_input_is_told_in_a_sentence(case: str, capsys: pytest.CaptureFixt
         code = launch.main(arguments)
     except SystemExit as stop:  # tyro's own errors
         code = int(stop.code or 0)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert code == 2
-    plain = re.sub(r"[\s│]+", " ", said.out + said.err)
+    plain = re.sub(r"[\s│]+", " ", output.out + output.err)
     assert sentence in plain
     assert "Traceback" not in plain
     assert not (tmp_path / "run").exists()
@@ -271,7 +271,7 @@ def test_numbers_are_finite(name: str) -> None:
             check_ranges(with_settings(TrainConfig(), json.loads(json.dumps({name: value})), "c.json"))
 
 
-def test_names_of_other_trainers_lead_to_ours() -> None:
+def test_flags_of_other_trainers_are_hinted_at() -> None:
     known = {kind: {field.name for field in fields_of(kind)} for kind in NEEDED}
     for alias, ours in ALIASES.items():
         kinds = [kind for kind in NEEDED if ours in known[kind] and alias not in known[kind]]
@@ -284,7 +284,7 @@ def test_names_of_other_trainers_lead_to_ours() -> None:
 
 @pytest.mark.parametrize("command", ["", *launch.COMMANDS])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_every_command_explains_itself(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         launch.main([*command.split(), flag])
     assert stop.value.code == 0
@@ -302,8 +302,8 @@ def flags_in(text: str) -> set[str]:
     return set(re.findall(r"--[a-z_]+", text))
 
 
-def refusals(tmp_path: Path) -> dict[str, list[str]]:
-    """Commands that are refused for their weights."""
+def rejected(tmp_path: Path) -> dict[str, list[str]]:
+    """Commands whose weights are rejected."""
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "torchvision.pth")
     run = tmp_path / "run"
     run.mkdir()
@@ -320,20 +320,20 @@ def refusals(tmp_path: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_advice_names_flags_that_the_command_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for case, arguments in refusals(tmp_path).items():
+def test_errors_name_flags_that_the_command_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for case, arguments in rejected(tmp_path).items():
         with pytest.raises(SystemExit):
             launch.main([arguments[0], "--help"])
         own = flags_in(capsys.readouterr().out)
         assert launch.main(arguments) == 2, case
-        said = capsys.readouterr().err
-        assert said.startswith("error: ") and flags_in(said) <= own, (case, said)
+        output = capsys.readouterr().err
+        assert output.startswith("error: ") and flags_in(output) <= own, (case, output)
 
 
-# --- Files that are read are not written ---
+# --- Inputs ---
 
 
-def test_inputs_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inputs_are_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     run.mkdir()
     for name in ("config.json", "results.json", "model.safetensors", "starts.jsonl", "checkpoint-00000004.pt"):
@@ -346,7 +346,7 @@ def test_inputs_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
     evaluate = ["eval", "--dataset", "folder", "--data_dir", data, "--ckpt_path"]
     shown = ["--dataset", "folder", "--data_dir", data]
     before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
-    refused: list[list[Any]] = [
+    rejected_commands: list[list[Any]] = [
         [*evaluate, weights, "--json", weights],
         [*evaluate, weights, "--json", run / "linked.json"],
         [*evaluate, run, "--json", run / "results.json"],
@@ -357,11 +357,11 @@ def test_inputs_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
         ["import", weights, run / "model.safetensors"],
         ["preview", data / "1.png", *shown],
     ]
-    for arguments in refused:
+    for arguments in rejected_commands:
         assert launch.main(list(map(str, arguments))) == 2
         assert "would overwrite" in capsys.readouterr().err, arguments
     assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
-    # What an earlier call of the same command wrote may be replaced.
+    # Output of an earlier call may be overwritten.
     (run / "evaluation.json").write_text("{}")
     EvalConfig(dataset="demo", ckpt_path=run, json=run / "evaluation.json").validate()
 
@@ -387,7 +387,7 @@ ALL = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.
         ({**ALL, "RANK": "2"}, "WORLD_SIZE"),
     ],
 )
-def test_half_an_environment_of_a_launcher(
+def test_an_incomplete_launcher_environment(
     environment: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in [*ALL, "LOCAL_WORLD_SIZE"]:
@@ -395,8 +395,8 @@ def test_half_an_environment_of_a_launcher(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launch.main(["recipes"]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("error") and named in said.err
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("error") and named in output.err
 
 
 @pytest.mark.parametrize(
@@ -412,19 +412,19 @@ def test_one_process_needs_no_environment(
 
 FOLLOWER = """
 import os, pathlib, signal, sys, time
-from stec.cli.launcher import end_with_launcher
+from stec.distributed.launcher import exit_with_launcher
 folder = pathlib.Path(sys.argv[1])
 def stop(*_):
     (folder / "stopped").touch()
     sys.exit()
 signal.signal(signal.SIGTERM, stop)
-end_with_launcher()
+exit_with_launcher()
 (folder / "started").write_text(str(os.getpid()))
 time.sleep(60)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the system tells of a parent's end on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can send a signal when the parent exits")
 @pytest.mark.parametrize("parent", ["launcher", "shell"])
 def test_training_stops_when_its_launcher_is_killed_but_not_when_a_shell_is(parent: str, tmp_path: Path) -> None:
     (tmp_path / "follower.py").write_text(FOLLOWER)
@@ -472,13 +472,13 @@ SMALL += ["--warmup_epochs", "0"]
 def test_the_launchers_precision(
     launchers: str, flags: list[str], precision: str, printed: str, tmp_path: Path
 ) -> None:
-    """It counts where no flag is given, and is named where it does not; so is that one process was started of two."""
+    """Used if no flag is given; otherwise a line reports that it is ignored. Missing processes are reported, too."""
     environment = {"ACCELERATE_MIXED_PRECISION": launchers, "MASTER_ADDR": "127.0.0.1"}
-    said = Run(*SMALL, *flags, "--results_path", tmp_path / "run", environment=environment).end()
+    output = Run(*SMALL, *flags, "--results_path", tmp_path / "run", environment=environment).end()
     assert json.loads((tmp_path / "run" / "starts.jsonl").read_text())["precision"] == precision
-    line = next(line for line in said.splitlines() if line.startswith("Precision "))
+    line = next(line for line in output.splitlines() if line.startswith("Precision "))
     assert f"Precision {precision}" in line and printed in line
-    assert "configs/cpu-2.yaml" in said
+    assert "configs/cpu-2.yaml" in output
 
 
 def test_a_precision_of_the_launcher_that_is_not_supported(tmp_path: Path) -> None:
@@ -487,11 +487,11 @@ def test_a_precision_of_the_launcher_that_is_not_supported(tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-# --- Output that cannot be written ---
+# --- Output streams ---
 
 
 @pytest.mark.parametrize("arguments", [["recipes"], ["--help"], ["eval", "--help"], ["--bogus"], ["trian"]])
-def test_output_that_nobody_reads_is_no_error(arguments: list[str]) -> None:
+def test_output_to_a_closed_pipe_is_no_error(arguments: list[str]) -> None:
     for target in ("closed pipe", "/dev/full"):
         if target == "/dev/full":
             if not Path(target).exists():
@@ -522,7 +522,7 @@ def ascii_only() -> None:
 
 
 @pytest.mark.parametrize("prepare", [without_readers, ascii_only])
-def test_a_run_is_saved_whatever_its_output_takes(prepare: Prepare, tmp_path: Path) -> None:
+def test_a_run_is_saved_if_its_output_cannot_be_written(prepare: Prepare, tmp_path: Path) -> None:
     folder = tmp_path / "läuft"
     Run(*SMALL, "--results_path", folder, prepare=prepare).end()
     assert "online_classifier_after" in json.loads((folder / "results.json").read_text())

@@ -263,7 +263,7 @@ def test_slurm(images: Path, tmp_path: Path) -> None:
     assert " ".join(flags[-4:]) == "--resume auto --stop_exit_code 85"
     flags += [*SMALL, "--arch", "resnet18", "--width", "4", "--gpus", "1", "--num_nodes", "1"]
     Run(*flags, prepare=SignalAtStep(2, signal.SIGUSR1)).end(85)
-    assert "Going on after step 2." in Run(*flags).end(0)
+    assert "Resuming after step 2." in Run(*flags).end(0)
 
 
 def test_measuring(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ from dataclasses import replace
 import numpy as np, torch
 from pipelines import ImageArray, Loader, Sampler
 from pipelines.executors import kernels, reference
-from stec.augmentation import policy_of
+from stec.loaders import policy_of
 from stec.config import TrainConfig
 from stec.objectives.geometry import window_matrices
 from stec.cli.train import parse_train

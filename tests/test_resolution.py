@@ -154,7 +154,7 @@ def tell_sizes() -> None:
     """Print what the views of each step look like to the model."""
     step = Step.__call__
 
-    def telling(self: Step, chunks: Any) -> torch.Tensor:
+    def telling(self: Step, chunks: Any) -> dict[str, torch.Tensor]:
         print("trained on", {tuple(chunk.views.shape) for chunk in chunks}, flush=True)
         return step(self, chunks)
 
@@ -171,7 +171,7 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     folder = tmp_path / "resumed"
     folder.mkdir()
     shutil.copy(checkpoint.checkpoint_path(whole, 10), folder)
-    assert "Going on after step 10." in Run(*RUN, folder).end()
+    assert "Resuming after step 10." in Run(*RUN, folder).end()
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     said = Run(*RUN, folder, "--resolution_schedule", "24:32").end(2)
     assert "--resolution_schedule was 16:32 and is now 24:32" in said

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from pipelines.errors import UserError
-from stec.cli.common import EncoderConfig, check_place, evaluation_loader, parse, read_encoder, start
+from stec.cli.encoder import EncoderConfig, read_encoder
+from stec.cli.flags import parse
+from stec.cli.outputs import check_place
 
 if TYPE_CHECKING:
     from pipelines.datasets.images import ImageFiles
@@ -52,13 +54,15 @@ def run(arguments: list[str]) -> None:
 
 def embed_split(config: EmbedConfig) -> None:
     """From a configuration to the file."""
-    accelerator, console, precision = start(config.mixed_precision)
-
     from pipelines.datasets.fingerprint import fingerprint
     from pipelines.datasets.images import ImageFiles
     from pipelines.datasets.index import open_split
     from stec.distributed import failures, processes
     from stec.evaluation.embed import embed, fingerprint_of_weights, is_complete
+    from stec.loaders import evaluation_loader
+    from stec.startup import start
+
+    accelerator, console, precision = start(config.mixed_precision)
 
     trained, trained_on = read_encoder(config)
     encoder = trained.encoder

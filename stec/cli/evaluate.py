@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.errors import UserError
-from stec.cli.common import EncoderConfig, check_place, evaluation_loader, parse, read_encoder, start
+from stec.cli.encoder import EncoderConfig, read_encoder
+from stec.cli.flags import parse
+from stec.cli.outputs import check_place
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,12 +53,14 @@ def run(arguments: list[str]) -> None:
     line is its accuracy."""
     config = parse(EvalConfig, arguments, name="eval")
     config.validate()
-    accelerator, console, precision = start(config.mixed_precision)
-
     from pipelines.datasets.index import open_split
     from pipelines.files import write_json
     from stec.distributed import processes
     from stec.evaluation.evaluate import MEASURES, evaluate
+    from stec.loaders import evaluation_loader
+    from stec.startup import start
+
+    accelerator, console, precision = start(config.mixed_precision)
 
     trained, trained_on = read_encoder(config)
     model = trained.model("classifier")

@@ -10,7 +10,7 @@ from typing import Literal
 import tyro
 
 from pipelines.errors import UserError
-from stec.cli.common import parse
+from stec.cli.flags import parse
 
 
 @dataclass(frozen=True, kw_only=True)

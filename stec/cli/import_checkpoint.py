@@ -8,7 +8,8 @@ from pathlib import Path
 import tyro
 
 from pipelines.errors import UserError
-from stec.cli.common import check_place, parse
+from stec.cli.flags import parse
+from stec.cli.outputs import check_place
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from stec.cli.common import check_place, is_main_process, parse
-from stec.config import Switch
+from stec.cli.flags import parse
+from stec.cli.outputs import check_place
+from stec.distributed.launcher import is_main_process
+from stec.settings import Switch
 
 if TYPE_CHECKING:
     from pipelines.datasets.cache import Split

@@ -8,9 +8,10 @@ from pathlib import Path
 import tyro
 
 from pipelines.errors import UserError
-from stec.cli.common import check_place, parse_some, training_loader
-from stec.cli.launcher import is_main_process
+from stec.cli.flags import parse_some
+from stec.cli.outputs import check_place
 from stec.cli.train import parse_train, title
+from stec.distributed.launcher import is_main_process
 from stec.settings import check_ranges, setting
 
 
@@ -59,6 +60,7 @@ def run(arguments: list[str]) -> None:
     from stec.console import Console
     from stec.evaluation.examples import examples
     from stec.evaluation.preview import png, sheet
+    from stec.loaders import training_loader
     from stec.runs.run_record import read_run
     from stec.training.precision import resolve_precision
     from stec.weights.pretrained import read_trained

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stec.cli.common import parse
-from stec.cli.launcher import is_main_process
+from stec.cli.flags import parse
+from stec.distributed.launcher import is_main_process
 from stec.recipes import RECIPES, flags
 
 

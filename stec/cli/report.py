@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from pipelines.errors import UserError
-from stec.cli.common import evaluation_loader, parse, start, training_loader
+from stec.cli.flags import parse
 from stec.config import TrainConfig
 from stec.settings import check_ranges, setting
 
@@ -59,6 +59,7 @@ def run(arguments: list[str]) -> None:
 
     from pipelines.files import atomic_write
     from stec.runs.run_record import read_run
+    from stec.startup import start
 
     records = [read_run(path) for path in config.runs]
     accelerator, console, _ = start("no")
@@ -84,6 +85,7 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
     from stec.evaluation.examples import examples
     from stec.evaluation.predictions import confusion
     from stec.evaluation.report import Look
+    from stec.loaders import training_loader
     from stec.weights.pretrained import read_trained
 
     look = Look()
@@ -142,6 +144,7 @@ def neighbors(
     """Some test images, and what the encoder finds most similar among at most ``limit`` labeled images."""
     from stec.evaluation.evaluate import evenly_spread, extract_features, nearest
     from stec.evaluation.report import Neighbors
+    from stec.loaders import evaluation_loader
 
     if data_set.test is None or data_set.labeled is None:
         return []

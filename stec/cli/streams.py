@@ -1,4 +1,4 @@
-"""Standard output and error that never fail: what nobody can read any more must not stop a run."""
+"""Standard output and standard error that never raise: a closed terminal or a full disk must not stop a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 class _Stream(io.TextIOWrapper):
-    """Text that cannot be written is dropped: the pipe's reader or the terminal is gone, or the log's disk is full."""
+    """Drops text that cannot be written, because the pipe or terminal is closed or the disk of the log is full."""
 
     def write(self, text: str, /) -> int:
         try:
@@ -22,16 +22,16 @@ class _Stream(io.TextIOWrapper):
 
 
 def make_robust() -> None:
-    """Replace the process's own standard output and error; streams that were put in their place are left alone.
+    """Replace the standard output and error of this process, unless something else has replaced them already.
 
-    Characters that the terminal's encoding does not have, and bytes of names that are no text, become escapes.
+    Characters that the encoding of the terminal lacks, and undecodable bytes of file names, are escaped.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
             continue
         stream.flush()
-        # Not the stream's own buffer, which may have been opened on another file than the descriptor now is of.
+        # The stream's existing buffer may belong to another file than the descriptor does now.
         buffer = open(stream.fileno(), "wb", buffering=0 if stream.write_through else -1, closefd=False)  # noqa: SIM115
         replacement = _Stream(
             buffer,

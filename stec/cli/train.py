@@ -1,4 +1,4 @@
-"""Train, evaluate and export: what ``launch.py`` does without the name of a command."""
+"""``launch.py`` without the name of a command: train, evaluate and export."""
 
 from __future__ import annotations
 
@@ -6,70 +6,58 @@ import argparse
 import json
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from pipelines.files import read_object
 from stec import __version__
-from stec.cli.common import evaluation_loader, parse, start, training_loader
+from stec.cli.flags import parse
 from stec.cli.next_steps import next_steps
 from stec.config import TrainConfig, with_settings
 from stec.recipes import RECIPES, recipe
 from stec.settings import as_path
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from pipelines.datasets.index import DataSet
+    from pipelines.loader import Loader
     from stec.console import Console
 
 
 def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
-    """The configuration that the flags ask for, and whether it is only to be printed.
+    """The configuration from the flags, and whether to print it instead of training.
 
-    Later beats earlier: defaults, recipe, config file, flags.
+    Later ones override earlier ones: defaults, recipe, config file, flags.
     """
-    # These three decide what the other flags' defaults are, so they are read first.
+    # These determine the defaults of the other flags, so they are parsed first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--config")
     first.add_argument("--print_config", action="store_true")
     first.add_argument("--dataset")
-    chosen, rest = first.parse_known_args(arguments)
-    if chosen.dataset is not None:
-        rest += ["--dataset", chosen.dataset]
+    known, rest = first.parse_known_args(arguments)
+    if known.dataset is not None:
+        rest += ["--dataset", known.dataset]
 
     settings = {}
-    if chosen.config is not None:
+    if known.config is not None:
         try:
-            file = as_path(chosen.config)
+            file = as_path(known.config)
         except ValueError as error:
-            raise UserError(f"--config '{chosen.config}' names no file: {error}") from error
-        settings = read_object(file, "give a run's config.json", name=f"--config {chosen.config}")
-    name = chosen.recipe
-    if name is None and chosen.config is None and chosen.dataset in (None, "demo"):
+            raise UserError(f"--config '{known.config}' names no file: {error}") from error
+        settings = read_object(file, "give a run's config.json", name=f"--config {known.config}")
+    name = known.recipe
+    if name is None and known.config is None and known.dataset in (None, "demo"):
         name = "demo"
-    base = with_settings(recipe(name) if name else TrainConfig(), settings, str(chosen.config))
+    base = with_settings(recipe(name) if name else TrainConfig(), settings, str(known.config))
     epilogue = (
         f"\n\nBesides the options below: --recipe NAME ({', '.join(RECIPES)}) and --config FILE (a run's config.json) "
-        "give defaults that options override; --print_config shows the outcome and stops."
+        "set defaults that options override; --print_config prints the resulting configuration and exits."
     )
     config = parse(TrainConfig, rest, name="", default=base, epilogue=epilogue)
     config.validate()
-    return config, chosen.print_config
-
-
-def check_processes(config: TrainConfig, processes: int) -> None:
-    """Raise UserError with the right launch line where Accelerate started other processes than the flags say."""
-    if config.run.gpus is None and config.run.num_nodes is None:
-        return
-    nodes = config.run.num_nodes or 1
-    wanted = (config.run.gpus or 1) * nodes
-    if wanted != processes:
-        machines = f" --num_machines {nodes}" if nodes > 1 else ""
-        several = " --multi_gpu" if wanted > 1 else ""
-        flags_given = shlex.join(sys.argv[1:])
-        raise UserError(
-            f"--gpus {config.run.gpus or 1} on {nodes} machine(s) means {wanted} process(es), but {processes} started; "
-            f"launch with: accelerate launch{several} --num_processes {wanted}{machines} launch.py {flags_given}"
-        )
+    return config, known.print_config
 
 
 def run(arguments: list[str]) -> None:
@@ -80,7 +68,8 @@ def run(arguments: list[str]) -> None:
         return
     if config.objective.stop_gradient == 2 and config.model.ckpt_path is None:
         raise UserError(
-            "--stop_gradient 2 trains the online classifier of a trained encoder; name its weights by --ckpt_path."
+            "--stop_gradient 2 trains the online linear classifier on a trained encoder; name its weights by "
+            "--ckpt_path."
         )
 
     from stec.training import stops
@@ -89,120 +78,58 @@ def run(arguments: list[str]) -> None:
         run_training(config)
 
 
-def warn(text: str) -> None:
-    """A function of the module, as worker processes may be sent a copy."""
-    print(text, file=sys.stderr)
-
-
 def run_training(config: TrainConfig) -> None:
-    """From a configuration to a run's files."""
+    """Train as configured, and write the files of the run."""
+    from pipelines.datasets.fingerprint import fingerprint
+    from stec.distributed import failures, processes
+    from stec.loaders import evaluation_loader, training_loader
+    from stec.runs.run_folder import open_run_folder
+    from stec.startup import start
+    from stec.training import loop, trackers
+    from stec.training.data import Data
+    from stec.training.initial_model import initial_model
+
     accelerator, console, precision = start(
         config.run.mixed_precision, config.run.process_timeout_s, bool(config.run.deterministic)
     )
     check_processes(config, accelerator.num_processes)
-
-    import torch
-
-    from stec.training import trackers
-
     trackers.check_installed(config.run.trackers)
-
-    from pipelines.datasets.fingerprint import fingerprint
-    from pipelines.datasets.index import open_data_set
-    from stec.distributed import failures, processes
-    from stec.runs.run_folder import open_run_folder
-    from stec.training import loop
-    from stec.training.data import Data
-    from stec.training.initial_model import initial_model
-
-    device = accelerator.device
-    with console.counting() as progress:
-        data_set = processes.main_process_first(
-            accelerator,
-            lambda: open_data_set(
-                config.data.dataset,
-                config.data.data_dir,
-                limit_train=config.data.limit_train,
-                download=bool(config.data.download) and accelerator.is_main_process,
-                exif_orientation=bool(config.data.exif_orientation),
-                progress=progress,
-            ),
-        )
-    if config.objective.stop_gradient == 2 and not data_set.classes:
-        raise UserError(
-            f"--stop_gradient 2 trains an online linear classifier, but --dataset {config.data.dataset} has no labels."
-        )
+    data_set = open_training_data(config, accelerator, console)
     loader = training_loader(
         config,
         data_set,
-        device=device,
+        device=accelerator.device,
         precision=precision,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    sampler, bad = loader.sampler, loader.sampler.bad
     labeled, test = (
         None
         if images is None
         else evaluation_loader(
-            images, config.data, traits=config.traits, batch_size=config.optimization.batch_size, device=device
+            images,
+            config.data,
+            traits=config.traits,
+            batch_size=config.optimization.batch_size,
+            device=accelerator.device,
         )
         for images in (data_set.labeled, data_set.test)
     )
-    data = Data(
-        training=loader,
-        labeled=labeled,
-        test=test,
-        classes=len(data_set.classes),
-    )
+    data = Data(training=loader, labeled=labeled, test=test, classes=len(data_set.classes))
     environment = {
-        "stec": __version__,
-        "torch": str(torch.__version__),
-        "python": sys.version.split()[0],
-        "command": sys.argv,
-        "processes": accelerator.num_processes,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": precision,
+        **environment_of(accelerator, precision),
         "backend": loader.backend,
         "training_images": len(data_set.train),
         "data_fingerprint": fingerprint(data_set.train),
     }
     model = initial_model(config, data.classes)
     folder, resumed, notes = processes.on_main_process(accelerator, lambda: open_run_folder(config, environment))
-    bad.list_in(folder.bad_images, say=warn, main=accelerator.is_main_process)
-    console.facts(
-        title(config),
-        [
-            (
-                "data",
-                f"{config.data.dataset}: {len(data_set.train)} training images"
-                + (f" ({bad.count} of them bad)" if bad.count else "")
-                + (f", {len(data_set.test)} test images" if data_set.test is not None else ", no labels"),
-            ),
-            ("encoder", f"{config.model.arch}, width {config.model.width}"),
-            (
-                "training",
-                f"{config.optimization.max_epochs} epochs of {sampler.steps_per_epoch} steps of "
-                f"{sampler.global_batch_size} images",
-            ),
-            ("machine", f"{accelerator.num_processes} process(es) on {environment['device']}, precision {precision}"),
-            (
-                "views",
-                f"{config.view_size_px} px"
-                + (
-                    f", {config.view_size_at(0)} px at first"
-                    if config.augmentation.resolution_schedule is not None
-                    else ""
-                ),
-            ),
-            ("pipeline", f"{loader.backend}, {loader.workers} thread(s) or worker(s) per process"),
-            ("files", str(folder.path.resolve())),
-        ],
-    )
+    loader.sampler.bad.list_in(folder.bad_images, say=print_error, main=accelerator.is_main_process)
+    console.facts(title(config), facts(config, data_set, loader, environment, str(folder.path.resolve())))
     for note in (*data_set.remarks, *notes):
         console.say(note)
     if resumed is not None:
-        console.say(f"Going on after step {resumed['step']}.")
+        console.say(f"Resuming after step {resumed['step']}.")
     processes.on_main_process(
         accelerator,
         lambda: trackers.start(
@@ -228,21 +155,106 @@ def run_training(config: TrainConfig) -> None:
     show_results(console, results)
     console.say(f"The run's files are in {folder.path.resolve()}")
     console.next_steps(
-        "What to do next",
-        next_steps(config, folder.path, classes=data.classes, processes=accelerator.num_processes),
+        "Next steps", next_steps(config, folder.path, classes=data.classes, processes=accelerator.num_processes)
     )
     accelerator.end_training()
 
 
+def check_processes(config: TrainConfig, num_processes: int) -> None:
+    """Raise UserError, with the right launch command, if Accelerate did not start the processes that the flags name."""
+    if config.run.gpus is None and config.run.num_nodes is None:
+        return
+    machines, per_machine = config.run.num_nodes or 1, config.run.gpus or 1
+    expected = per_machine * machines
+    if expected != num_processes:
+        flags = ["--multi_gpu"] * (expected > 1) + ["--num_processes", str(expected)]
+        flags += ["--num_machines", str(machines)] * (machines > 1)
+        raise UserError(
+            f"--gpus {per_machine} on {machines} machine(s) means {expected} process(es), but {num_processes} started; "
+            f"launch with: accelerate launch {shlex.join([*flags, 'launch.py', *sys.argv[1:]])}"
+        )
+
+
+def open_training_data(config: TrainConfig, accelerator: Accelerator, console: Console) -> DataSet:
+    """The data set, downloaded and indexed by the main process first. Raises UserError if it is missing or damaged."""
+    from pipelines.datasets.index import open_data_set
+    from stec.distributed import processes
+
+    with console.counting() as progress:
+        data_set = processes.main_process_first(
+            accelerator,
+            lambda: open_data_set(
+                config.data.dataset,
+                config.data.data_dir,
+                limit_train=config.data.limit_train,
+                download=bool(config.data.download) and accelerator.is_main_process,
+                exif_orientation=bool(config.data.exif_orientation),
+                progress=progress,
+            ),
+        )
+    if config.objective.stop_gradient == 2 and not data_set.classes:
+        raise UserError(
+            f"--stop_gradient 2 trains the online linear classifier, but --dataset {config.data.dataset} has no labels."
+        )
+    return data_set
+
+
+def environment_of(accelerator: Accelerator, precision: str) -> dict[str, Any]:
+    """Versions, devices and the command line, as ``starts.jsonl`` and checkpoints record them."""
+    import torch
+
+    on_gpu = accelerator.device.type == "cuda"
+    return {
+        "stec": __version__,
+        "torch": str(torch.__version__),
+        "python": sys.version.split()[0],
+        "command": sys.argv,
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(accelerator.device) if on_gpu else "cpu",
+        "precision": precision,
+    }
+
+
+def print_error(text: str) -> None:
+    """Print to standard error. A module-level function, so that it can be sent to worker processes."""
+    print(text, file=sys.stderr)
+
+
 def title(config: TrainConfig) -> str:
-    """What a run is called."""
+    """The name of the method, with the flag that selects it."""
     if config.objective.stop_gradient == 2:
         return "Linear probing (only the online linear classifier is trained: --stop_gradient is 2)"
     return "S-TEC" if config.objective.manip_lambda > 0 else "SimCLR (no inverse model: --manip_lambda is 0)"
 
 
+def facts(
+    config: TrainConfig, data_set: DataSet, loader: Loader, environment: dict[str, Any], folder: str
+) -> list[tuple[str, str]]:
+    """The table that is printed before training."""
+    sampler, first_size_px = loader.sampler, config.view_size_at(0)
+    bad = f" ({sampler.bad.count} of them bad)" if sampler.bad.count else ""
+    test = f"{len(data_set.test)} test images" if data_set.test is not None else "no labels"
+    growing = f", {first_size_px} px at first" if config.augmentation.resolution_schedule is not None else ""
+    return [
+        ("data", f"{config.data.dataset}: {len(data_set.train)} training images{bad}, {test}"),
+        ("encoder", f"{config.model.arch}, width {config.model.width}"),
+        (
+            "training",
+            f"{config.optimization.max_epochs} epochs of {sampler.steps_per_epoch} steps of "
+            f"{sampler.global_batch_size} images",
+        ),
+        (
+            "machine",
+            f"{environment['processes']} process(es) on {environment['device']}, precision {environment['precision']}",
+        ),
+        ("views", f"{config.view_size_px} px{growing}"),
+        ("pipeline", f"{loader.backend}, {loader.workers} thread(s) or worker(s) per process"),
+        ("files", folder),
+    ]
+
+
 def show_results(console: Console, results: dict[str, float]) -> None:
-    """The closing table of a run."""
+    """Print the final table of a run."""
     from stec.runs.run_folder import RESULTS
 
     def percent(name: str) -> str:
@@ -252,7 +264,7 @@ def show_results(console: Console, results: dict[str, float]) -> None:
         *([title, percent(f"{name}_before"), percent(f"{name}_after")] for name, title in RESULTS.items()),
         ["inverse model, accuracy per entry", "-", percent("inverse_model_accuracy")],
         ["images/s", "-", f"{results['images_per_second']:.0f}"],
-        ["share of time waiting for data", "-", percent("wait_fraction")],
+        ["fraction of time waiting for data", "-", percent("wait_fraction")],
     ]
     measured = [row for row in rows if row[1:] != ["-", "-"]]
     heading = "Results on the test images" if "online_classifier_after" in results else "Results"

@@ -80,5 +80,6 @@ def _who_failed(advice: str) -> UserError:
         return UserError(f"The processes lost contact with each other although all of them run; {advice}.")
     first_alive = min(set(range(num_processes())) - set(silent))
     return UserError(
-        f"Process {', '.join(map(str, silent))} died or does not answer; {advice}.", local=process_index() == first_alive
+        f"Process {', '.join(map(str, silent))} died or does not answer; {advice}.",
+        local=process_index() == first_alive,
     )

@@ -1,4 +1,4 @@
-"""The objective: the weighted sum of the contrastive loss, the inverse model's loss and the online classifier's loss."""
+"""The weighted sum of the contrastive loss, the inverse model's loss and the online classifier's loss."""
 
 from __future__ import annotations
 

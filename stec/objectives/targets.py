@@ -31,7 +31,7 @@ TARGETS = {
         entries=(("x scale", "x shear", "x shift"), ("y shear", "y scale", "y shift")),
         limits=(2.0, 2.0, 0.5),
         values=lambda commands, convention: relative_windows(commands, convention=convention),
-        valid=lambda commands: ~commands.solarize.any(axis=1),
+        valid=lambda commands: np.logical_not(commands.solarize.any(axis=1)),
     ),
 }
 """``window`` is the official target: the command from view i to view j, without pairs that have a solarized view."""

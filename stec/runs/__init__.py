@@ -1,1 +1,1 @@
-"""A run on disk: its folder, its checkpoints, and what can be read of it."""
+"""A run on disk: its folder and its checkpoints, written and read."""

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and checked before they are used."""
+"""Checkpoints: written atomically, and verified by a checksum when they are read."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ KEYS = frozenset(
     "step model optimizer scaler rng identity environment global_batch_size train_seconds wait_seconds epoch_rows "
     "last_epoch".split()
 )
-"""What a checkpoint holds besides its format.
+"""The keys of a checkpoint, besides ``format_version``.
 
-``step`` is the position in training: epoch, position in the epoch, learning rate and every random draw of the pipeline
-follow from it and from the settings in ``identity``, the seed among them.
+``step`` is the position in training: epoch, position in the epoch, learning rate and all random draws of the pipeline
+are functions of it and of the settings in ``identity``, which include the seed.
 """
 MARK = b"stec sha256:"
-"""A checkpoint is what ``torch.save`` writes, then this mark, then the 32 bytes of the SHA-256 of what came before.
+"""A checkpoint is the output of ``torch.save``, this mark, and the 32 bytes of the SHA-256 of that output.
 
-``torch.load`` does not mind the ending.
+``torch.load`` ignores what follows the archive.
 """
 
 
 class DamagedCheckpoint(Exception):
-    """The file cannot be read, or is not what was written; the message says which."""
+    """The file cannot be read, or is not as it was written; the message is the reason."""
 
 
 class _Hashing:
-    """What ``torch.save`` writes to, from the beginning to the end: nothing is held in memory or read again."""
+    """A sequential file for ``torch.save`` that computes the SHA-256 of what is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -59,16 +59,16 @@ def checkpoint_path(run_folder: Path, step: int) -> Path:
 
 
 def checkpoints(run_folder: Path) -> dict[int, Path]:
-    """The checkpoints in the run folder by step, oldest first; files that only look like one are not counted."""
+    """The checkpoints in the run folder by step, oldest first."""
     found = ((re.fullmatch(r"checkpoint-(\d+)\.pt", path.name), path) for path in run_folder.glob("checkpoint-*.pt"))
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 def save(run_folder: Path, step: int, state: dict[str, Any], *, keep: int, keep_every_steps: int | None) -> None:
-    """Write the checkpoint of ``step``, then drop the older ones but the ``keep`` newest and, where
-    ``keep_every_steps`` is given, those of its multiples.
+    """Write the checkpoint of ``step``, then delete older ones, except the ``keep`` newest and those of multiples of
+    ``keep_every_steps``.
 
-    Raises UserError where the disk refuses; the older checkpoints are then untouched.
+    Raises UserError if it cannot be written; older checkpoints are then kept.
     """
 
     def write(file: IO[bytes]) -> None:
@@ -76,7 +76,7 @@ def save(run_folder: Path, step: int, state: dict[str, Any], *, keep: int, keep_
         try:
             torch.save({"format_version": FORMAT_VERSION, "step": step, **state}, hashing)  # type: ignore[arg-type]
         except RuntimeError:
-            # PyTorch tells of a file that ended early, not of why.
+            # PyTorch reports that the file ended early, but not why.
             if hashing.error is not None:
                 raise hashing.error from None
             raise
@@ -92,10 +92,9 @@ def save(run_folder: Path, step: int, state: dict[str, Any], *, keep: int, keep_
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, without executing anything that is in the file.
+    """Read a checkpoint onto the CPU, without executing code from the file.
 
-    Raises DamagedCheckpoint where it is not, to the bit, what was written, and UserError where another version of this
-    program wrote it.
+    Raises DamagedCheckpoint if it is not bit for bit as it was written, and UserError if its format is another one.
     """
     try:
         content = path.read_bytes()
@@ -105,7 +104,7 @@ def load(path: Path) -> dict[str, Any]:
     if not ending.startswith(MARK):
         raise DamagedCheckpoint("its end is missing")
     if hashlib.sha256(body).digest() != ending[len(MARK) :]:
-        raise DamagedCheckpoint("its checksum does not fit its content")
+        raise DamagedCheckpoint("its checksum does not match its content")
     state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION or KEYS - state.keys():
         raise UserError(f"The checkpoint {path} is not of format {FORMAT_VERSION}; use the version that wrote it.")
@@ -113,10 +112,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_newest(run_folder: Path) -> tuple[dict[str, Any] | None, dict[Path, str]]:
-    """The newest checkpoint that is undamaged, None where there is none at all; and the newer ones, each with what is
-    wrong with it.
+    """The newest undamaged checkpoint, or None if there is no checkpoint; and the newer, damaged ones with the reasons.
 
-    Raises UserError where all of them are damaged.
+    Raises UserError if all checkpoints are damaged.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints(run_folder).values()):
@@ -127,7 +125,7 @@ def load_newest(run_folder: Path) -> tuple[dict[str, Any] | None, dict[Path, str
     if damaged:
         listed = "; ".join(f"{path.name}: {what}" for path, what in damaged.items())
         raise UserError(
-            f"No checkpoint in {run_folder} is undamaged ({listed}); bring one back from a copy, or delete them to "
-            f"start from the beginning."
+            f"All checkpoints in {run_folder} are damaged ({listed}); restore one from a copy, or delete them to start "
+            f"from the beginning."
         )
     return None, damaged

@@ -1,4 +1,4 @@
-"""A run's folder: what lies in it, and when it may be written to."""
+"""The folder of a run: its files, and which process may write to it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RESULTS = {
     "linear_probing": "linear probing top-1",
     "online_classifier": "online linear classifier top-1",
 }
-"""The shares of the test images in ``results.json``, before and after training, and what they are called."""
+"""The accuracies on the test images in ``results.json`` (before and after training), with their titles."""
 WRITING_METRICS = threading.Lock()
-"""Training adds lines while a thread beside it brings them to the disk."""
+"""Training appends lines while a background thread flushes them to disk."""
 
 
 class RunFolder:
@@ -45,7 +45,7 @@ class RunFolder:
         self._unwritten = b""
 
     def written(self) -> list[Path]:
-        """The files of training that are there; none where the folder is no run's."""
+        """The existing files that training wrote; empty if the folder is not that of a run."""
         if not any(file.exists() for file in (self.starts, self.metrics)) and not checkpoint.checkpoints(self.path):
             return []
         named = (self.config, self.starts, self.metrics, self.bad_images, self.results, self.model, self.encoder,
@@ -53,16 +53,16 @@ class RunFolder:
         return [*filter(Path.exists, named), *checkpoint.checkpoints(self.path).values()]
 
     def last_step(self) -> int:
-        """The last step in ``metrics.jsonl``, 0 where there is none."""
+        """The last step in ``metrics.jsonl``, or 0."""
         return max((values["step"] for _, values in self._lines()), default=0)
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Add a line; where the disk refuses, it waits for the next one or for ``flush_metrics``."""
+        """Append a line; if it cannot be written, it is kept for the next call or ``flush_metrics``."""
         with contextlib.suppress(OSError):
             self._write_metrics(json.dumps(values).encode() + b"\n")
 
     def flush_metrics(self) -> None:
-        """Bring all lines to the disk; from any thread. Raises UserError where it refuses."""
+        """Flush all lines to disk; thread-safe. Raises UserError if they cannot be written."""
         try:
             self._write_metrics()
             if self.metrics.exists():
@@ -83,17 +83,17 @@ class RunFolder:
                     if written < len(self._unwritten):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 except OSError:
-                    file.truncate(before)  # no half lines
+                    file.truncate(before)  # no partial lines
                     raise
             self._unwritten = b""
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run computes again, and whatever is no line of metrics."""
+        """Delete the lines of steps that a resumed run repeats, and damaged lines."""
         if self.metrics.exists():
             write_text(self.metrics, "".join(line + "\n" for line, values in self._lines() if values["step"] <= step))
 
     def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The lines of ``metrics.jsonl`` that are whole, each with its values."""
+        """The undamaged lines of ``metrics.jsonl``, each with its values."""
         if not self.metrics.exists():
             return
         for line in self.metrics.read_text(errors="replace").splitlines():
@@ -105,27 +105,27 @@ class RunFolder:
                 yield line, values
 
     def add_start(self, values: Mapping[str, Any]) -> None:
-        """Add a line to what is known of the run's starts."""
+        """Append a line to ``starts.jsonl``."""
         before = self.starts.read_text(errors="replace") if self.starts.exists() else ""
         write_text(self.starts, before + json.dumps(values) + "\n")
 
 
 class Opened(NamedTuple):
-    """A run folder that is this process's to write to."""
+    """A run folder that this process has locked."""
 
     folder: RunFolder
     resumed: dict[str, Any] | None
-    """The checkpoint to go on from, if any."""
+    """The checkpoint to resume from, if any."""
     notes: list[str]
-    """What the user should know of how it came to that."""
+    """Notes for the user, one sentence each."""
 
 
 def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Opened:
-    """Find or make the folder, lock it until this process ends, and find where to go on.
+    """Find or create the folder, lock it until this process exits, and load the checkpoint to resume from.
 
-    Raises UserError where another process has the folder, it holds a run that ``config`` does not ask to resume or
-    that belongs to another configuration, all its checkpoints are damaged, it holds results but no checkpoint, or it
-    cannot be written. What was in it is then untouched.
+    Raises UserError, leaving the folder unchanged, if another process has locked it, it holds a run that ``config``
+    does not resume or a run with other settings, all its checkpoints are damaged, it holds results but no checkpoint,
+    or it cannot be written.
     """
     try:
         path = config.run.results_path or _default_path(config)
@@ -134,29 +134,29 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
         held = lock(
             folder.lock,
             lambda holder: (
-                f"The run in {path} is being trained by {holder}; wait for it or stop it, or name another folder by "
-                f"--results_path."
+                f"The run in {path} is being trained by {holder}; wait for it or stop it, or choose another folder "
+                f"with --results_path."
             ),
         )
         if config.run.resume == "no" and (folder.config.exists() or folder.model.exists() or folder.written()):
             raise UserError(
-                f"{path} already holds a run; go on with it by --resume auto, or name another folder by --results_path."
+                f"{path} already holds a run; resume it by --resume auto, or choose another folder with --results_path."
             )
         resumed, damaged = checkpoint.load_newest(path)
         if resumed is None:
             _check_results(folder)
         changes = _changes(config, environment, resumed, path) if resumed is not None else []
 
-        # From here on the folder is this run's.
+        # From here on, the folder is modified.
         notes = []
         if held is None:
-            notes.append(f"The file system of {path} has no locks; see to it that no other run writes there.")
+            notes.append(f"The file system of {path} has no locks; make sure that no other run writes there.")
         else:
             sign(held)
         remove_leftovers(path)
         for file, what in damaged.items():
-            aside = file.replace(file.with_name(f"{file.name}.damaged"))
-            notes.append(f"{file.name} is damaged ({what}); it is now {aside.name}, and the one before it is taken.")
+            renamed = file.replace(file.with_name(f"{file.name}.damaged"))
+            notes.append(f"{file.name} is damaged ({what}); renamed to {renamed.name}, and the one before it is used.")
         notes += [f"Changed, as --allow_changes 1 allows: {change}." for change in changes]
         step = resumed["step"] if resumed is not None else 0
         if resumed is None and folder.last_step():
@@ -165,19 +165,19 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
                 f"beginning."
             )
         folder.forget_metrics_after(step)
-        # The permission is for this start alone.
+        # The permission is for this start only.
         write_json(folder.config, {**config.to_json(), "allow_changes": 0})
         folder.add_start({"after_step": step, **environment, "notes": notes})
     except OSError as error:
         raise UserError(
             f"The run folder {config.run.results_path or DEFAULT_PARENT} cannot be written ({error.strerror}); "
-            f"name another one by --results_path."
+            f"choose another one with --results_path."
         ) from error
     return Opened(folder, resumed, notes)
 
 
 def _default_path(config: TrainConfig) -> Path:
-    """The newest numbered folder of the data set to resume, else the next free one, which is made."""
+    """The newest numbered folder of the data set to resume, otherwise a new one with the next number."""
     numbers = (
         path.name.removeprefix(f"{config.data.dataset}-") for path in DEFAULT_PARENT.glob(f"{config.data.dataset}-*")
     )
@@ -190,28 +190,28 @@ def _default_path(config: TrainConfig) -> Path:
         path = DEFAULT_PARENT / f"{config.data.dataset}-{newest:03d}"
         try:
             path.mkdir()
-        except FileExistsError:  # another run was faster
+        except FileExistsError:  # another run has just created it
             continue
         return path
 
 
 def _check_results(folder: RunFolder) -> None:
-    """Raise UserError where training from the beginning would replace the results of a finished run."""
+    """Raise UserError if training from the beginning would replace the results of a finished run."""
     results = [file.name for file in (folder.model, folder.encoder, folder.results) if file.exists()]
     if results:
         names = ", ".join(results)
         raise UserError(
-            f"{folder.path} holds {names} of a finished run, but no checkpoint to go on from; bring its checkpoint "
-            f"back, move {names} elsewhere, or name another folder by --results_path."
+            f"{folder.path} holds {names} of a finished run, but no checkpoint to resume from; restore its checkpoint, "
+            f"move {names} elsewhere, or choose another folder with --results_path."
         )
 
 
 def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> list[str]:
-    """What is different from when the checkpoint was written: settings, and what ``auto`` and the data came out as.
+    """The differences from when the checkpoint was written: settings, values of ``auto``, and the number of images.
 
-    Raises UserError where that is not allowed, or cannot be.
+    Raises UserError if they are not allowed.
     """
-    # Batch size per process and number of processes may change, as long as their product does not.
+    # Batch size per process and number of processes may change if their product does not.
     processes = environment["processes"]
     global_batch_size = config.optimization.accumulate * config.optimization.batch_size * processes
     if state["global_batch_size"] != global_batch_size:
@@ -220,27 +220,27 @@ def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping
             f"{config.optimization.batch_size} on {processes} process(es) makes {global_batch_size}; "
             f"choose the two so that their product stays the same."
         )
-    # A setting that is newer than the checkpoint had the effect of its default.
+    # A setting that did not exist when the checkpoint was written had the effect of its default.
     ours, saved = config.identity(), {**TrainConfig().identity(), **state["identity"]}
     differing = [k for k in sorted(ours.keys() | saved.keys()) if k != "batch_size" and ours.get(k) != saved.get(k)]
     changes = [f"--{k} was {saved.get(k)} and is now {ours.get(k)}" for k in differing]
     for flag, name in (("mixed_precision", "precision"), ("backend", "backend")):
         before, now = state["environment"].get(name), environment[name]
         if before != now and flag not in differing:
-            changes.append(f"--{flag} came out as {before} and now comes out as {now}")
+            changes.append(f"--{flag} was resolved to {before} and is now resolved to {now}")
     images_before, images_now = state["environment"].get("training_images"), environment["training_images"]
     if images_before != images_now and "limit_train" not in differing:
         changes.append(f"--data_dir held {images_before} training images and now holds {images_now}")
     fixed = [f"--{k}" for k in differing if rule_on_resume().get(k) == "never"]
     if fixed and config.run.allow_changes:
         raise UserError(
-            f"The run in {path} was started differently: {', '.join(changes)}; not even --allow_changes 1 allows that "
-            f"of {', '.join(fixed)}, so name another folder by --results_path."
+            f"The run in {path} was started differently: {', '.join(changes)}; even --allow_changes 1 does not allow "
+            f"that of {', '.join(fixed)}, so choose another folder with --results_path."
         )
     if changes and not config.run.allow_changes:
         raise UserError(
-            f"The run in {path} was started differently: {', '.join(changes)}; go on with its own settings by "
-            f"--config {path / 'config.json'}, accept the changes by --allow_changes 1, or name another folder by "
-            f"--results_path."
+            f"The run in {path} was started differently: {', '.join(changes)}; resume with its settings by "
+            f"--config {path / 'config.json'}, accept the changes with --allow_changes 1, or choose another folder "
+            f"with --results_path."
         )
     return changes

@@ -1,4 +1,4 @@
-"""What a run's folder tells of the run, whether it is finished, going on, or damaged."""
+"""Reads the folder of a run that is finished, in progress or damaged."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from stec.runs.run_folder import RunFolder
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """What was read; what could not be read is empty, and ``remarks`` say why."""
+    """The contents of a run's folder; what cannot be read is empty, with the reason in ``remarks``."""
 
     path: Path
     settings: dict[str, Any] = field(default_factory=dict)
-    """``config.json`` as it stands."""
+    """``config.json`` as written."""
     config: TrainConfig | None = None
-    """The same, where this version understands all of it."""
+    """The same, or None if this version does not know all of the settings."""
     environment: dict[str, Any] = field(default_factory=dict)
     """The last line of ``starts.jsonl``: versions, device, number of processes."""
     starts: int = 0
@@ -34,11 +34,11 @@ class RunRecord:
     weights: Path | None = None
     """The trained weights, or the newest checkpoint."""
     remarks: list[str] = field(default_factory=list)
-    """What is missing or damaged, a sentence each."""
+    """What is missing or damaged, one sentence each."""
 
     @property
     def global_batch_size(self) -> int | None:
-        """Images per step; None where it is not known."""
+        """Images per step, or None if unknown."""
         processes = self.environment.get("processes")
         if self.config is None or not isinstance(processes, int) or processes < 1:
             return None
@@ -46,13 +46,13 @@ class RunRecord:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """None where it is not known."""
+        """Steps per epoch, or None if unknown."""
         images, batch = self.environment.get("training_images"), self.global_batch_size
         return images // batch or None if isinstance(images, int) and batch else None
 
     @property
     def progress(self) -> str:
-        """How far the run has come, for a person."""
+        """The progress of the run, for display."""
         if not self.metrics:
             return "nothing logged yet"
         step = int(self.metrics[-1]["step"])
@@ -63,16 +63,16 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """What the folder of a run tells. Raises UserError where it is none."""
+    """Read the folder of a run. Raises UserError if it is not the folder of a run."""
     folder = RunFolder(path)
     if not folder.config.is_file() and not folder.metrics.is_file():
         raise UserError(
-            f"{path} is no run: it holds neither config.json nor metrics.jsonl; name a folder that training wrote to, "
+            f"{path} is no run: it holds neither config.json nor metrics.jsonl; give a folder that training wrote, "
             f"such as runs/demo-001."
         )
     record = RunRecord(path=path)
-    say = record.remarks.append
-    record.settings = _read_object(folder.config, say)
+    remark = record.remarks.append
+    record.settings = _read_object(folder.config, remark)
     if record.settings:
         unknown = sorted(with_current_names(record.settings, RENAMED_SETTINGS).keys() - group_of_settings().keys())
         try:
@@ -80,51 +80,51 @@ def read_run(path: Path) -> RunRecord:
             record.config.validate()
         except UserError as error:
             record.config = None
-            say(
-                f"config.json has settings that this version does not know ({', '.join(unknown)}), as a newer one "
-                f"writes them; what depends on them is left out."
+            remark(
+                f"config.json has settings that this version does not know ({', '.join(unknown)}), probably "
+                f"written by a newer one; what depends on them is omitted."
                 if unknown
-                else f"{error} What depends on the settings is left out."
+                else f"{error} What depends on the settings is omitted."
             )
-    starts = list(_read_lines(folder.starts, say))
+    starts = list(_read_lines(folder.starts, remark))
     record.starts, record.environment = len(starts), starts[-1] if starts else {}
-    for values in _read_lines(folder.metrics, say, needed="step"):
-        # What a killed process left behind after its last checkpoint stands twice once the run goes on.
+    for values in _read_lines(folder.metrics, remark, needed="step"):
+        # Steps that a killed process logged after its last checkpoint are repeated by the resumed run.
         while record.metrics and record.metrics[-1]["step"] >= values["step"]:
             record.metrics.pop()
         record.metrics.append(with_current_names(values, RENAMED_METRICS))
     if folder.results.exists():
-        results = _read_object(folder.results, say)
+        results = _read_object(folder.results, remark)
         record.results = with_current_names(
             {name: value for name, value in results.items() if _is_number(value)}, RENAMED_RESULTS
         )
     else:
-        say("There is no results.json: the run is not finished.")
+        remark("There is no results.json: the run is not finished.")
     checkpoints = list(checkpoint.checkpoints(path).values())
     record.weights = folder.model if folder.model.is_file() else checkpoints[-1] if checkpoints else None
     return record
 
 
-def _read_object(file: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _read_object(file: Path, remark: Callable[[str], None]) -> dict[str, Any]:
     if not file.exists():
-        say(f"There is no {file.name}.")
+        remark(f"There is no {file.name}.")
         return {}
     try:
-        return read_object(file, "what depends on it is left out", name=file.name)
+        return read_object(file, "what depends on it is omitted", name=file.name)
     except UserError as error:
-        say(str(error))
+        remark(str(error))
         return {}
 
 
-def _read_lines(file: Path, say: Callable[[str], None], needed: str | None = None) -> Iterator[dict[str, Any]]:
-    """The objects in a file of JSON lines; with ``needed``, those of numbers alone that have this positive one."""
+def _read_lines(file: Path, remark: Callable[[str], None], needed: str | None = None) -> Iterator[dict[str, Any]]:
+    """The objects in a JSON Lines file; with ``needed``, only those of numbers of which that one is positive."""
     try:
         lines = file.read_text(errors="replace").splitlines()
     except OSError as error:
-        say(f"{file.name} cannot be read ({error.strerror}).")
+        remark(f"{file.name} cannot be read ({error.strerror}).")
         return
     if not lines:
-        say(f"{file.name} is empty.")
+        remark(f"{file.name} is empty.")
     damaged = 0
     for line in lines:
         try:
@@ -136,7 +136,7 @@ def _read_lines(file: Path, say: Callable[[str], None], needed: str | None = Non
         else:
             yield values
     if damaged:
-        say(f"{damaged} of {len(lines)} lines of {file.name} are damaged and left out.")
+        remark(f"{damaged} of {len(lines)} lines of {file.name} are damaged and ignored.")
 
 
 def _are_metrics(values: dict[str, Any], needed: str) -> bool:
@@ -144,5 +144,5 @@ def _are_metrics(values: dict[str, Any], needed: str) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """As training writes them; whole numbers beyond what a float holds are none of its."""
+    """Whether training could have written the value; integers that a float cannot represent are excluded."""
     return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 2**53

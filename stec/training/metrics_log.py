@@ -114,8 +114,8 @@ class MetricsLog:
         step, batch = self._progress.step - len(losses) + bad, self._schedule.global_batch_size
         epoch, step_in_epoch = divmod(step, self._schedule.steps_per_epoch)
         raise UserError(
-            f"The loss became {losses[bad]} at step {step + 1} (epoch {epoch + 1}, positions {step_in_epoch * batch} to "
-            f"{(step_in_epoch + 1) * batch - 1}), and nothing after it was saved; lower --learning_rate or use "
+            f"The loss became {losses[bad]} at step {step + 1} (epoch {epoch + 1}, positions {step_in_epoch * batch} "
+            f"to {(step_in_epoch + 1) * batch - 1}), which no checkpoint includes; lower --learning_rate or use "
             f"--mixed_precision no, and resume by --results_path {self._folder.path} --resume auto or start again."
         )
 

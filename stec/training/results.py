@@ -14,7 +14,7 @@ from stec.models.model import Model
 from stec.runs.run_folder import RunFolder
 from stec.training.data import Data
 from stec.training.initial_model import initial_model
-from stec.weights.export import portable, write_safetensors
+from stec.weights.export import write_safetensors
 
 
 def export_weights(folder: RunFolder, model: Model, metadata: Mapping[str, Any]) -> None:

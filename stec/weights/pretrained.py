@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipelines.errors import UserError
 from pipelines.files import read_object
-from stec.config import DATA_SETS, ModelSettings
+from stec.config import DATA_SETS, Arch, ModelSettings
 from stec.models.encoder import STEMS, Encoder, Stem
 from stec.models.heads import COMMAND_SHAPE, InverseModel, make_classifier
 from stec.models.model import Model
@@ -38,7 +38,7 @@ class Trained:
 
     path: Path
     """The file that they were read from."""
-    arch: str
+    arch: Arch
     stem: Stem
     width: int
     state: dict[str, Tensor]

@@ -1,0 +1,82 @@
+"""What the commands on a trained encoder share: their flags, and reading its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pipelines.errors import UserError
+from stec.config import DATA_SETS, LARGEST_VIEW_PX, SMALLEST_VIEW_PX, DataSetName, DataSetTraits
+from stec.settings import Switch, check_ranges, setting
+
+if TYPE_CHECKING:
+    from stec.weights.pretrained import Trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A trained encoder and the images that it encodes."""
+
+    dataset: DataSetName
+    """Data set to evaluate on."""
+    ckpt_path: Path
+    """Weights: the folder of a finished run, a checkpoint or safetensors file of this project, or an official .ckpt."""
+    data_dir: Path | None = None
+    """Folder that holds the data set."""
+    download: Switch = 0
+    """1: download CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
+    backend: Literal["auto", "dali", "torchvision"] = "auto"
+    """Library that prepares the images; auto is DALI if it is installed."""
+    num_workers: int | None = setting(None, at_least=0)
+    """DALI threads or torchvision worker processes, per process; default: its part of the CPUs."""
+    exif_orientation: Switch = 0
+    """1: rotate image files by their EXIF orientation; use it if the encoder was trained with it."""
+    view_size: int | None = setting(None, at_least=SMALLEST_VIEW_PX, at_most=LARGEST_VIEW_PX)
+    """Height and width of the images in px; default: that of the data set."""
+    trained_on: DataSetName | None = None
+    """Data set that the encoder was trained on, which determines its stem, and whether its online classifier is used;
+    default: that in the weights' metadata, otherwise --dataset."""
+    arch: Literal["resnet18", "resnet50"] | None = None
+    """Architecture that the encoder must have; default: that of the weights."""
+    width: int | None = setting(None, at_least=1)
+    """Channels that the encoder's first stage must have; default: those of the weights."""
+    batch_size: int = setting(256, at_least=1)
+    """Images per process and step."""
+    mixed_precision: Literal["no", "auto", "fp16", "bf16"] = "no"
+    """Precision of the encoder; no is float32."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting that is out of its range."""
+        check_ranges(self)
+
+    @property
+    def traits(self) -> DataSetTraits:
+        """What the method fixes for the data set, at the size of the images."""
+        defaults = DATA_SETS[self.dataset]
+        if self.view_size in (None, defaults.view_size_px) or defaults.resize_px is not None:
+            return defaults.at(self.view_size)
+        # By default, these images are neither resized nor cropped; now the whole image is resized.
+        return replace(defaults.at(self.view_size), resize_px=self.view_size)
+
+
+def read_encoder(config: EncoderConfig) -> tuple[Trained, str]:
+    """The weights in ``ckpt_path``, and the data set that they were trained on.
+
+    Raises UserError if there are none, or their architecture or width is not the one in the flags.
+    """
+    from stec.weights.pretrained import read_trained
+
+    trained = read_trained(
+        config.ckpt_path,
+        stem=None if config.trained_on is None else DATA_SETS[config.trained_on].stem,
+        otherwise=config.traits.stem,
+        stem_set_by="--trained_on",
+    )
+    for flag in ("arch", "width"):
+        if getattr(config, flag) not in (None, getattr(trained, flag)):
+            raise UserError(
+                f"{trained.path} does not match --{flag} {getattr(config, flag)}: it is a {trained.arch} of width "
+                f"{trained.width}; omit --{flag}."
+            )
+    return trained, config.trained_on or trained.trained_on or config.dataset

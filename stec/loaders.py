@@ -1,0 +1,107 @@
+"""The loaders of ``pipelines`` that a run's settings describe."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import torch
+
+from pipelines.bad_images import BadImages
+from pipelines.commands import LABELED_STREAM, Policy
+from pipelines.datasets.images import Images
+from pipelines.datasets.index import DataSet
+from pipelines.loader import Backend, EvaluationLoader, Loader
+from pipelines.sampler import Sampler
+from stec.config import DataSetTraits, TrainConfig
+from stec.distributed.launcher import cpus_of_process
+
+
+class LoaderSettings(Protocol):
+    """The settings of a loader that ``DataSettings`` and the commands on a trained encoder share."""
+
+    @property
+    def backend(self) -> Backend: ...
+    @property
+    def num_workers(self) -> int | None: ...
+
+
+def policy_of(config: TrainConfig) -> Policy:
+    """The distribution of a run's commands."""
+    augmentation = config.augmentation
+    return Policy(
+        size=config.view_size_px,
+        jitter_strength=config.traits.jitter_strength,
+        p_color_jitter=augmentation.p_color_jitter,
+        p_grayscale=augmentation.p_grayscale,
+        p_blur=0.5 if augmentation.use_gaussian_blur else 0.0,
+        p_solarize=0.2 if augmentation.use_solarization else 0.0,
+    )
+
+
+def num_workers(settings: LoaderSettings) -> int:
+    """Number of DALI threads or torchvision worker processes of this process."""
+    return cpus_of_process() if settings.num_workers is None else settings.num_workers
+
+
+def training_loader(
+    config: TrainConfig,
+    data_set: DataSet,
+    *,
+    device: torch.device,
+    precision: str,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Loader:
+    """Batches of two views. Raises UserError if there is not one global batch.
+
+    With a model ``precision`` of 16 bits, views on a GPU are float16.
+    """
+    policy = policy_of(config)
+    options: dict[str, Any] = {
+        "seed": config.run.seed,
+        "batch_size": config.optimization.batch_size,
+        "process_index": process_index,
+        "num_processes": num_processes,
+        "accumulate": config.optimization.accumulate,
+        "view_size_at": config.view_size_at if config.augmentation.resolution_schedule is not None else None,
+    }
+    bad = BadImages(data_set.train, max_fraction=config.data.max_bad_fraction)
+    sampler = Sampler(data_set.train, policy, **options, bad=bad, shuffle_window=config.data.shuffle_window)
+    labeled_sampler = None
+    if data_set.labeled is not None and data_set.labeled is not data_set.train:
+        # As in the official code: one view of a labeled image beside each unlabeled one, neither blurred nor solarized.
+        labeled_sampler = Sampler(
+            data_set.labeled,
+            dataclasses.replace(policy, p_blur=0.0, p_solarize=0.0),
+            **options,
+            views=1,
+            command_stream=LABELED_STREAM,
+            epoch_length=len(data_set.train),
+        )
+        if config.objective.stop_gradient == 2:
+            sampler, labeled_sampler = labeled_sampler, None
+    return Loader(
+        sampler,
+        backend=config.data.backend,
+        device=device,
+        workers=num_workers(config.data),
+        labeled_sampler=labeled_sampler,
+        # DALI has no bfloat16; float16 resolves [0, 1] more finely.
+        half=device.type == "cuda" and precision != "no",
+    )
+
+
+def evaluation_loader(
+    images: Images, data: LoaderSettings, *, traits: DataSetTraits, batch_size: int, device: torch.device
+) -> EvaluationLoader:
+    """Images without augmentation, at the size at which the encoder is evaluated."""
+    return EvaluationLoader(
+        images,
+        size=traits.view_size_px,
+        resize_px=traits.resize_px,
+        batch_size=batch_size,
+        backend=data.backend,
+        device=device,
+        workers=num_workers(data),
+    )
