@@ -112,8 +112,8 @@ def command_in(lines: list[str]) -> list[str]:
     """The words of the printed command, as a shell reads them that was given what stands on the screen."""
     first = next(k for k, line in enumerate(lines) if line.strip().startswith("python"))
     script = 'python() { printf "%s\\n" "$@"; }\n' + "\n".join(lines[first:])
-    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    return ["python", *said.stdout.splitlines()]
+    shell = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    return ["python", *shell.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("width", [30, 80])
@@ -182,11 +182,11 @@ def test_a_dumb_terminal_has_plain_lines_that_fit() -> None:
 
 
 def test_no_color_is_no_color() -> None:
-    said = []
+    texts = []
     for environment in ({}, {"NO_COLOR": "1"}):
         with terminal(80, "-c", SESSION, **environment) as end:
-            said.append(b"".join(read(end)).decode())
-    colored, plain = (re.findall(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7])[;m]", text) for text in said)
+            texts.append(b"".join(read(end)).decode())
+    colored, plain = (re.findall(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7])[;m]", text) for text in texts)
     assert colored and not plain
 
 

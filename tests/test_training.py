@@ -215,7 +215,7 @@ FOLDER = (
 
 
 def test_a_folder_of_images_needs_no_labels_and_may_have_bad_images(custom_dataset: Path, tmp_path: Path) -> None:
-    """There is neither online classifier nor evaluation; the bad image is named and listed once, also after a resume."""
+    """There is neither online classifier nor evaluation; the bad image is listed once, also after a resume."""
     run_folder = tmp_path / "run"
     arguments = [*FOLDER, "--data_dir", custom_dataset, "--results_path", run_folder, "--max_bad_fraction", "0.05"]
     out, err = run(*arguments)

@@ -1,4 +1,4 @@
-"""The whole model: one encoder and three heads, from two views to everything the objective needs."""
+"""The model: an encoder and three heads, from two views to everything that the objective needs."""
 
 from __future__ import annotations
 
