@@ -6,7 +6,7 @@ python -m benchmarks.ablations --dataset cifar10 --data_dir DATA
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from benchmarks import decoding, report
 from benchmarks.throughput import PipelineOptions, images_per_second
-from pipelines import loader
+from pipelines import feed, loader
+from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray
-from pipelines.executors.graphs import training_pipeline
+from pipelines.executors.cpu import CompiledViews, CpuExecutor
+from pipelines.executors.graph import training_pipeline
 from pipelines.sampler import BatchPlan, Sampler
 from stec.console import Console
 
@@ -34,17 +36,22 @@ class Options(PipelineOptions):
     """Measure alternatives within the pipeline."""
 
 
-class GatheringSource(loader._TrainingSource):
-    """Feeds pixels, gathered from the data set, instead of their addresses."""
+class GatheringExecutor(CpuExecutor):
+    """Gets pixels, gathered from the data set, instead of their addresses."""
 
-    def __init__(self, sampler: Sampler, images: ImageArray) -> None:
-        super().__init__(sampler, 0, "compiled", CPU)
-        self.array, self.form = images, images.layout
+    def __init__(self, images: ImageArray, policy: Policy, views: int) -> None:
+        super().__init__(images, policy, views, CPU)
+        self.array = images
+        self.host_inputs = ("pixels", "placement")
 
-    def _opening_and_arguments(self, plan: BatchPlan, step: int) -> list[Any]:
-        where = np.zeros((len(plan.image_ids), 3), np.int64)
-        where[:, 2] = self.sampler.policy.blur_window_px
-        return [self.array.pixels[plan.image_ids], where]
+    def inputs(self, plan: BatchPlan) -> dict[str, Any]:
+        placement = np.zeros((len(plan.image_ids), 3), np.int64)
+        placement[:, 2] = self.policy.blur_window_px
+        return {"pixels": self.array.pixels[plan.image_ids], "placement": placement}
+
+    def views(self, nodes: Mapping[str, Any], commands: Any) -> tuple[Any, ...]:
+        execute = CompiledViews(self.num_views, self.policy.size, in_memory=False)
+        return (execute(nodes["pixels"], nodes["placement"], commands),)
 
 
 def by_loader(sampler: Sampler, threads: int) -> Iterator[Tensor]:
@@ -54,15 +61,10 @@ def by_loader(sampler: Sampler, threads: int) -> Iterator[Tensor]:
 
 def by_gathering(sampler: Sampler, threads: int) -> Iterator[Tensor]:
     assert isinstance(sampler.images, ImageArray)
-    source = GatheringSource(sampler, sampler.images)
-    pipeline = training_pipeline(
-        source,
-        sampler.policy,
-        form=source.form,
-        views=sampler.views,
-        operators="compiled",
-        **loader._pipeline_options(sampler.batch_size, threads, CPU),
-    )
+    executor = GatheringExecutor(sampler.images, sampler.policy, sampler.views)
+    source = feed.TrainingFeed(sampler, executor, 0)
+    options = loader.pipeline_options(sampler.batch_size, threads, CPU)
+    pipeline = training_pipeline(executor, source.host_inputs, source.device_inputs, **options)
     pipeline.build()
     while True:
         views, *_ = pipeline.run()
@@ -74,8 +76,8 @@ def by_decoding(sampler: Sampler, part: decoding.Part, threads: int) -> Iterator
     return (torch.from_dlpack(views.as_tensor()) for views, *_ in made)
 
 
-def turn(start: Callable[[], Iterator[Tensor]], options: PipelineOptions, depth: int = loader.PREFETCH_DEPTH) -> float:
-    with patch.object(loader, "PREFETCH_DEPTH", depth):
+def turn(start: Callable[[], Iterator[Tensor]], options: PipelineOptions, depth: int = feed.PREFETCH_DEPTH) -> float:
+    with patch.object(feed, "PREFETCH_DEPTH", depth):
         return images_per_second(lambda: ([views] for views in start()), options)
 
 

@@ -1,75 +1,73 @@
-"""DALI graphs that decode images from files, wholly or the part that their views need."""
+"""Executors that decode images from files, completely or the part that their views need."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, types
 
-from pipelines.commands import PACKED_COLUMNS
-from pipelines.executors import graphs
-from pipelines.loader import PREFETCH_DEPTH, _TrainingSource
+from pipelines.commands import PACKED_COLUMNS, Policy
+from pipelines.datasets.images import Images
+from pipelines.executors.cpu import CompiledViews, CpuExecutor
+from pipelines.executors.graph import training_pipeline
+from pipelines.executors.image_files import encoded_image
+from pipelines.feed import TrainingFeed
+from pipelines.loader import pipeline_options
 from pipelines.sampler import Sampler
 
 Part = Literal["the whole image", "the union of both windows", "each window"]
+CPU = torch.device("cpu")
 
 
-def decoded(inputs: list[Any], packed: Any, form: graphs.Form, part: Part, views: int) -> list[tuple[Any, Any]]:
-    """Images [H, W, 3] uint8 for all views, or one for each, and the top-left of each in the source.
+class DecodingExecutor(CpuExecutor):
+    """Decodes the given part, and makes the views only with ``execute``; otherwise the outputs are what was decoded."""
 
-    ``inputs`` are those of ``graphs.open_image``, ``packed`` the commands of the sample.
-    """
-    *given, origin, _ = inputs
-    if part == "the union of both windows":
-        return [(graphs.open_image(inputs, form, "cpu")[0], origin)]
-    if part == "the whole image":
-        encoded = graphs._encoded(given, form)
-        return [(fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False), origin - origin)]
-    top, height = PACKED_COLUMNS["top"], PACKED_COLUMNS["height"]
-    windows = [
-        (
-            fn.cast(packed[v, top : top + 2], dtype=types.INT32),
-            fn.cast(packed[v, height : height + 2], dtype=types.INT32),
-        )
-        for v in range(views)
-    ]
-    return [(graphs.open_image([*given, *window], form, "cpu")[0], window[0]) for window in windows]
+    def __init__(self, images: Images, policy: Policy, views: int, part: Part, *, execute: bool) -> None:
+        super().__init__(images, policy, views, CPU)
+        self.part, self.execute = part, execute
+
+    def views(self, nodes: Mapping[str, Any], commands: Any) -> tuple[Any, ...]:
+        decoded = self.decode(nodes, commands)
+        if not self.execute:
+            # DALI warns about unused inputs.
+            return *(image for image, _ in decoded), *(nodes[name] for name in self.host_inputs)
+        views = []
+        for v, (image, origin) in enumerate(decoded):
+            placement = fn.cat(fn.cast(origin, dtype=types.INT64), nodes["placement"][2:3])
+            of_view = commands if len(decoded) == 1 else commands[v : v + 1]
+            execute = CompiledViews(self.num_views // len(decoded), self.policy.size, in_memory=False)
+            views.append(execute(image, placement, of_view))
+        return (views[0] if len(views) == 1 else fn.cat(*views)), *(nodes[name] for name in self.host_inputs)
+
+    def decode(self, nodes: Mapping[str, Any], commands: Any) -> list[tuple[Any, Any]]:
+        """Images [H, W, 3] uint8 for all views, or one for each, and the top-left of each in the source."""
+        assert self.files is not None
+        if self.part == "the union of both windows":
+            return [(self.files.decode(nodes)[0], nodes["origin"])]
+        if self.part == "the whole image":
+            encoded = encoded_image(nodes, self.files.form)
+            image = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)
+            return [(image, nodes["origin"] - nodes["origin"])]
+        top, height = PACKED_COLUMNS["top"], PACKED_COLUMNS["height"]
+        decoded = []
+        for v in range(self.num_views):
+            origin = fn.cast(commands[v, top : top + 2], dtype=types.INT32)
+            extent = fn.cast(commands[v, height : height + 2], dtype=types.INT32)
+            decoded.append((self.files.decode({**nodes, "origin": origin, "extent": extent})[0], origin))
+        return decoded
 
 
 def batches(sampler: Sampler, part: Part, *, threads: int, execute: bool) -> Iterator[Any]:
     """Endless outputs of a pipeline that decodes the images of ``sampler`` and, with ``execute``, makes their views.
 
-    First the views [N, V, size, size, 3] float32 or the parts that are decoded, then what the pipeline was fed.
+    The first outputs are the views [N, V, size, size, 3] float32 or the decoded parts.
     """
-    source = _TrainingSource(sampler, 0, "compiled", torch.device("cpu"))
-    opening = {"path": 3, "bytes": 3, "either": 5}[source.form]
-    views, size = sampler.views, sampler.policy.size
-
-    @pipeline_def(  # type: ignore[untyped-decorator]
-        enable_conditionals=True,
-        exec_dynamic=True,
-        batch_size=sampler.batch_size,
-        num_threads=threads,
-        device_id=None,
-        prefetch_queue_depth=PREFETCH_DEPTH,
-    )
-    def graph() -> tuple[Any, ...]:
-        *inputs, placing, packed, record = fn.external_source(source, num_outputs=opening + 3, batch=True, no_copy=True)
-        # DALI warns of inputs that nobody uses.
-        fed = (*inputs, placing, packed, record)
-        images = decoded(inputs, packed, source.form, part, views)
-        if not execute:
-            return *(image for image, _ in images), *fed
-        made = []
-        for v, (image, origin) in enumerate(images):
-            where = fn.cat(fn.cast(origin, dtype=types.INT64), placing[2:3])
-            commands = packed if len(images) == 1 else packed[v : v + 1]
-            made.append(graphs._Compiled(views // len(images), size, source.form)(image, where, commands))
-        return (made[0] if len(made) == 1 else fn.cat(*made)), *fed
-
-    pipeline: Any = graph()
+    executor = DecodingExecutor(sampler.images, sampler.policy, sampler.views, part, execute=execute)
+    feed = TrainingFeed(sampler, executor, 0)
+    options = pipeline_options(sampler.batch_size, threads, CPU)
+    pipeline = training_pipeline(executor, feed.host_inputs, feed.device_inputs, **options)
     pipeline.build()
     while True:
         yield pipeline.run()

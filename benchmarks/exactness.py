@@ -26,7 +26,7 @@ from benchmarks import report
 from pipelines.commands import VIEWS, Policy
 from pipelines.datasets.images import Images
 from pipelines.datasets.index import open_data_set
-from pipelines.executors import reference
+from pipelines.executors import torchvision as reference
 from pipelines.files import atomic_write, write_json
 from pipelines.loader import Loader
 from pipelines.sampler import BatchPlan, Sampler
@@ -132,11 +132,11 @@ def make_views(images: Images, policy: Policy, options: Options, *, hue: bool = 
 def executors() -> dict[str, dict[str, Any]]:
     """Settings of the loaders that are compared with torchvision's, by what the table calls them."""
     found: dict[str, dict[str, Any]] = {
-        "compiled": {"backend": "dali", "operators": "compiled"},
-        "DALI's own": {"backend": "dali", "operators": "dali"},
+        "compiled": {"backend": "dali", "executor": "cpu"},
+        "DALI's own": {"backend": "dali", "executor": "dali"},
     }
     if torch.cuda.is_available():
-        found["DALI's own, GPU"] = {"backend": "dali", "operators": "dali", "device": torch.device("cuda")}
+        found["DALI's own, GPU"] = {"backend": "dali", "executor": "dali", "device": torch.device("cuda")}
     return found
 
 
@@ -145,7 +145,7 @@ class Row:
     """Differences between two executors in 1/255."""
 
     what: str
-    operators: str
+    executor: str
     mean: float
     percentiles: tuple[float, ...]
     largest: float
@@ -155,7 +155,7 @@ class Row:
     """Whether mean and largest are within what is promised."""
 
     @classmethod
-    def of(cls, what: str, operators: str, comparison: Comparison, ours: Tensor, theirs: Tensor) -> Row:
+    def of(cls, what: str, executor: str, comparison: Comparison, ours: Tensor, theirs: Tensor) -> Row:
         difference = (ours - theirs).abs().mul(255)
         mean, largest = float(difference.double().mean()), float(difference.max())
         kept = None if comparison.limit is None else mean <= comparison.limit
@@ -163,7 +163,7 @@ class Row:
             kept = largest <= comparison.largest
         return cls(
             what=what,
-            operators=operators,
+            executor=executor,
             mean=mean,
             percentiles=tuple(np.percentile(difference.numpy(), PERCENTILES).tolist()),
             largest=largest,
@@ -194,13 +194,13 @@ def compare(images: Images, full: Policy, options: Options) -> Iterator[tuple[Ro
         if given_input is None:
             # In this process: forking beside DALI's threads may deadlock.
             theirs = make_views(images, policy, options, hue=comparison.hue, backend="torchvision", workers=0)
-        for operators, settings in executors().items():
+        for executor, settings in executors().items():
             ours = make_views(images, policy, options, hue=comparison.hue, **settings)
             if given_input is not None:
                 plain = replace(policy, p_grayscale=0.0, p_solarize=0.0)
                 theirs = given_input(make_views(images, plain, options, **settings))
-            row = Row.of(what, operators, comparison, ours, theirs)
-            yield row, worst_views(f"{full.size} px, {operators}", ours, theirs) if policy == full else []
+            row = Row.of(what, executor, comparison, ours, theirs)
+            yield row, worst_views(f"{full.size} px, {executor}", ours, theirs) if policy == full else []
 
 
 def worst_views(label: str, ours: Tensor, theirs: Tensor, count: int = 3) -> list[Pair]:
@@ -245,11 +245,11 @@ def measure(options: Options, console: Console) -> None:
             for row, pairs in compare(images, full, options):
                 found[name].append(row)
                 worst += pairs
-        for operators in executors():
+        for executor in executors():
             title = (
-                f"{name}, {full.size} px, {operators} operators, {options.views} views: |ours - torchvision| in 1/255"
+                f"{name}, {full.size} px, {executor} operators, {options.views} views: |ours - torchvision| in 1/255"
             )
-            console.table(title, COLUMNS, [row.cells() for row in found[name] if row.operators == operators])
+            console.table(title, COLUMNS, [row.cells() for row in found[name] if row.executor == executor])
     console.facts("", list(report.machine().items()))
     if options.json is not None:
         rows = {name: [vars(row) for row in of_data_set] for name, of_data_set in found.items()}

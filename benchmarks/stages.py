@@ -27,9 +27,9 @@ from benchmarks import decoding, report
 from benchmarks.throughput import PipelineOptions
 from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray, ImageFiles
-from pipelines.executors import kernels
-from pipelines.executors.graphs import Operators
-from pipelines.loader import Loader, _addresses
+from pipelines.executors import ExecutorName, cpu_kernels
+from pipelines.executors.cpu import addresses
+from pipelines.loader import Loader
 from pipelines.sampler import BatchPlan, Sampler
 from stec.console import Console
 
@@ -45,7 +45,7 @@ CALLS_ALONE = 20
 class Options(PipelineOptions):
     """Measure where the time of a view goes."""
 
-    operators: Operators = "compiled"
+    executor: ExecutorName = "cpu"
     """What executes the commands."""
 
 
@@ -78,7 +78,7 @@ def cpu_us_per_view(
 
 def pipeline_turn(sampler: Sampler, options: Options, clock: Callable[[], float] = time.process_time) -> float:
     loader = Loader(
-        sampler, backend="dali", device=torch.device("cpu"), workers=options.workers, operators=options.operators
+        sampler, backend="dali", device=torch.device("cpu"), workers=options.workers, executor=options.executor
     )
     return cpu_us_per_view(loader.batches(0), sampler.batch_size * sampler.views, options.seconds, clock)
 
@@ -99,7 +99,7 @@ def through_the_pipeline(sampler: Sampler, options: Options, console: Console) -
 
     # Orders, and how often their stage comes about in the whole policy.
     stages: dict[str, tuple[Sampler, float]] = {}
-    if options.operators == "compiled":
+    if options.executor == "cpu":
         for number, name in enumerate(JITTER):
             one_step = with_policy(OneStepFourTimes, p_color_jitter=1.0)
             assert isinstance(one_step, OneStepFourTimes)
@@ -132,7 +132,7 @@ def through_the_pipeline(sampler: Sampler, options: Options, console: Console) -
     taken["window and output"] = without - taken.get("reading and decoding", taken.get("main thread", 0.0))
     explained += sum(probability * float(np.median(taken[name])) for name, (_, probability) in stages.items())
     figures = report.Figures(
-        title=f"{options.dataset}, {full.size} px, {options.operators} operators, {options.workers} thread(s)",
+        title=f"{options.dataset}, {full.size} px, executor {options.executor}, {options.workers} thread(s)",
         unit="CPU us per view that has the stage",
         turns={name: values.tolist() for name, values in taken.items()},
     )
@@ -167,7 +167,7 @@ def calls_by_stage(sampler: Sampler) -> dict[str, tuple[Any, list[tuple[Any, ...
 
     def source(n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         if isinstance(images, ImageArray):
-            return np.array(images.pixels[ids[n]]).reshape(-1), _addresses(images, ids[n : n + 1], 1)[0, 1:4]
+            return np.array(images.pixels[ids[n]]).reshape(-1), addresses(images, ids[n : n + 1], 1)[0, 1:4]
         pixels = np.array(images.open(int(ids[n])))
         return pixels.reshape(-1), np.array(pixels.strides)
 
@@ -177,18 +177,18 @@ def calls_by_stage(sampler: Sampler) -> dict[str, tuple[Any, list[tuple[Any, ...
         return flat, start, strides, int(c.height[n, 0]), int(c.width[n, 0]), size, bool(c.flip[n, 0])
 
     every = range(len(ids))
-    stages: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {"window": (kernels._resize, [window(n) for n in every])}
+    stages: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {"window": (cpu_kernels._resize, [window(n) for n in every])}
     factors = (c.brightness, c.contrast, c.saturation, c.hue_turns)
-    functions = (kernels._brightness, kernels._contrast, kernels._saturation, kernels._hue)
+    functions = (cpu_kernels._brightness, cpu_kernels._contrast, cpu_kernels._saturation, cpu_kernels._hue)
     for name, function, factor in zip(JITTER, functions, factors, strict=True):
         stages[name] = function, [(planes[n].copy(), factor[n, 0]) for n in every]
-    stages["gray"] = kernels._gray, [(planes[n].copy(),) for n in every]
+    stages["gray"] = cpu_kernels._gray, [(planes[n].copy(),) for n in every]
     if full.p_blur > 0:
         blurs = [(planes[n].copy(), float(c.sigma_px[n, 0]), full.blur_window_px, views[n].copy()) for n in every]
-        stages["blur to output"] = kernels._blurred, blurs
-    stages["output"] = kernels._interleave, [(planes[n].copy(), views[n].copy()) for n in every]
+        stages["blur to output"] = cpu_kernels._blurred, blurs
+    stages["output"] = cpu_kernels._interleave, [(planes[n].copy(), views[n].copy()) for n in every]
     if full.p_solarize > 0:
-        stages["solarize"] = kernels._solarize, [(views[n].copy(),) for n in every]
+        stages["solarize"] = cpu_kernels._solarize, [(views[n].copy(),) for n in every]
     return stages
 
 
@@ -222,7 +222,7 @@ def measure(options: Options, console: Console) -> None:
     sampler = options.sampler()
     through, remark = through_the_pipeline(sampler, options, console)
     figures = [through]
-    if options.operators == "compiled":
+    if options.executor == "cpu":
         figures.append(alone(sampler, options, console))
     report.publish(figures, options, console, [remark])
 

@@ -28,7 +28,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from benchmarks import report
-from pipelines import loader
+from pipelines import feed
 from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.datasets.index import open_data_set
@@ -169,8 +169,8 @@ def views_of(contender: Contender, options: Options) -> Iterator[Sequence[Tensor
         backend: Any = "torchvision" if contender == "torchvision" else "dali"
         # Compiled operators leave the GPU to others.
         on = device if contender == "dali" else torch.device("cpu")
-        operators: Any = None if contender == "torchvision" else contender
-        ours = Loader(sampler, backend=backend, device=on, workers=options.workers, operators=operators)
+        executor: Any = {"dali": "dali", "compiled": "cpu"}.get(contender)
+        ours = Loader(sampler, backend=backend, device=on, workers=options.workers, executor=executor)
         batches = ([batch.views] for batch in ours.batches(0))
     return ([views.to(device, non_blocking=True) for views in batch] for batch in batches)
 
@@ -217,7 +217,7 @@ def pillow_decoding_turn(options: Options) -> float:
 def main_thread_ms(options: Options) -> dict[str, float]:
     """CPU time that the thread that trains spends on its batches, in ms per 1,024 images: medians of some steps."""
     sampler = sampler_of(options, min(MAIN_THREAD_IMAGES, len(sampler_of(options).images)))
-    operators: Any = "dali" if options.device == "cuda" else "compiled"
+    executor: Any = "dali" if options.device == "cuda" else "cpu"
     spent: dict[str, list[float]] = {name: [] for name in ("source", "run", "step")}
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -234,14 +234,14 @@ def main_thread_ms(options: Options) -> dict[str, float]:
         while True:
             yield step()
 
-    def feed(source: loader._TrainingSource) -> Sequence[Any]:
-        fed: Sequence[Any] = timed_feed(source)
-        return fed
+    def inputs(source: feed.TrainingFeed) -> Sequence[Any]:
+        values: Sequence[Any] = timed_inputs(source)
+        return values
 
-    untimed_run, timed_feed = loader._run, timed("source", loader._TrainingSource.__call__)
-    with patch.object(loader, "_run", timed_run), patch.object(loader._TrainingSource, "__call__", feed):
+    untimed_run, timed_inputs = feed.run_pipeline, timed("source", feed.TrainingFeed.host_inputs)
+    with patch.object(feed, "run_pipeline", timed_run), patch.object(feed.TrainingFeed, "host_inputs", inputs):
         ours = Loader(
-            sampler, backend="dali", device=torch.device(options.device), workers=options.workers, operators=operators
+            sampler, backend="dali", device=torch.device(options.device), workers=options.workers, executor=executor
         )
         step = timed("step", partial(next, ours.batches(0)))
         started = time.perf_counter()

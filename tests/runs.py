@@ -24,7 +24,7 @@ PROCESSES.set_forkserver_preload(
         "stec.cli.train",
         "torch",
         "accelerate",
-        "pipelines.executors.graphs",
+        "pipelines.executors.graph",
         "pipelines.loader",
         "stec.training.loop",
         "stec.runs.run_folder",

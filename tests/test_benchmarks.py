@@ -32,7 +32,8 @@ from benchmarks import (
     throughput,
 )
 from pipelines.datasets.images import ImageFiles
-from pipelines.executors import reference
+from pipelines.executors import EXECUTORS
+from pipelines.executors import torchvision as reference
 from stec.console import Console
 from stec.training.optim import Lars
 from tests.runs import Run
@@ -109,12 +110,12 @@ def test_the_baselines_draw_from_our_policy(cifar10: list[str], kind: Any) -> No
         assert float(measure(theirs)) == pytest.approx(float(measure(ours)), rel=0.15)
 
 
-@pytest.mark.parametrize("operators", ["compiled", "dali"])
-def test_stages_of_arrays(cifar10: list[str], tmp_path: Path, operators: str) -> None:
-    flags = [*cifar10, *BRIEF, "--operators", operators]
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_stages_of_arrays(cifar10: list[str], tmp_path: Path, executor: str) -> None:
+    flags = [*cifar10, *BRIEF, "--executor", executor]
     through, *alone = figures(run(stages.main, flags, tmp_path))
     assert through["whole policy"][0] > 0 and "blur" not in through, "CIFAR-10's policy does not blur"
-    assert bool(alone) == (operators == "compiled")
+    assert bool(alone) == (executor == "cpu")
     for turns in alone:
         assert {"window", "brightness", "hue", "gray", "output"} <= set(turns)
         assert all(0 < values[0] < 1000 for values in turns.values())
@@ -173,7 +174,7 @@ def test_exactness(cifar10: list[str], tmp_path: Path, monkeypatch: pytest.Monke
     flags = ["--cifar10", cifar10[-1], "--views", "40", "--workers", "1"]
     (rows,) = run(exactness.main, flags, tmp_path, "--picture")["rows"].values()
     assert len(rows) == 16 and all(row["mean"] <= row["largest"] for row in rows)
-    means = {(row["what"], row["operators"]): row["mean"] for row in rows}
+    means = {(row["what"], row["executor"]): row["mean"] for row in rows}
     assert means["solarize alone", "compiled"] == means["solarize alone", "DALI's own"] == 0
     assert largest and min(largest) > 0.9, "it is given views that are not solarized yet"
     assert 0 < means["jitter 1", "compiled"] < 0.05 < means["jitter 1", "DALI's own"]

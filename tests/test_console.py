@@ -1,4 +1,4 @@
-"""What is seen on terminals of many kinds, in log files and in notebooks, and what may be copied from there."""
+"""The output on terminals of several kinds, in log files and in notebooks, and the commands to copy from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARTS = [
     "loss 14.077",
     "contrast 4.959",
     "inverse 1.849 (0.17)",
-    "online linear classifier 0.05",
+    "classifier 0.05",
     "lr 0.00263",
     "8176 images/s",
     "wait 2%",
@@ -63,7 +63,7 @@ console.next_steps("What to do next", [("evaluate it", {WORDS!r})])
 
 @contextmanager
 def terminal(width: int, *command: str | Path, **environment: str) -> Iterator[int]:
-    """A command on a terminal of its own, and what to read that by."""
+    """Run a command on a new terminal; yields a file descriptor with its output."""
     ours, its = os.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 100, width, 0, 0))
     process = subprocess.Popen(
@@ -89,7 +89,7 @@ def outside_of_notebooks() -> dict[str, str]:
 
 
 def read(descriptor: int) -> Iterator[bytes]:
-    """What a command writes, as it comes, to its end."""
+    """Yield the output of a command until it ends."""
     with suppress(OSError):  # Linux's way to say that nobody holds the other end any more
         while chunk := os.read(descriptor, 4096):
             yield chunk
@@ -100,7 +100,7 @@ def rows(screen: pyte.Screen) -> list[str]:
 
 
 def assert_whole(text: str) -> None:
-    """Three epochs, each told once, and none of their figures torn."""
+    """Assert that each of three epochs is there once, and that no figure is broken between lines."""
     for epoch in (1, 2, 3):
         assert text.count(f"epoch {epoch}/3") == 1, text
     for part in PARTS:
@@ -109,7 +109,7 @@ def assert_whole(text: str) -> None:
 
 
 def command_in(lines: list[str]) -> list[str]:
-    """The words of the printed command, as a shell reads them that was given what stands on the screen."""
+    """The words that a shell reads from the printed command."""
     first = next(k for k, line in enumerate(lines) if line.strip().startswith("python"))
     script = 'python() { printf "%s\\n" "$@"; }\n' + "\n".join(lines[first:])
     shell = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
@@ -156,7 +156,7 @@ def test_twenty_columns_hold_the_display() -> None:
 
 @pytest.mark.parametrize("forced", [{}, {"FORCE_COLOR": "1"}])
 def test_a_log_file_has_plain_lines(forced: dict[str, str], tmp_path: Path) -> None:
-    """However narrow the terminal is that the command was given in; forced colors are colors only."""
+    """Even if COLUMNS is small; and forced colors add only colors."""
     with (tmp_path / "log").open("wb") as log:
         environment = {**outside_of_notebooks(), "TERM": "xterm-256color", "COLUMNS": "30", **forced}
         subprocess.run([sys.executable, "-c", SESSION], cwd=ROOT, env=environment, stdout=log, check=True)
@@ -215,7 +215,7 @@ def test_tmux(tmp_path: Path) -> None:
 
 
 def test_notebooks_have_a_line_for_an_epoch(tmp_path: Path) -> None:
-    """In a kernel's own process, and as a command of a cell, which has a terminal that cannot move up."""
+    """In a kernel's process, and as a command of a cell, whose terminal cannot move the cursor up."""
     (tmp_path / "session.py").write_text(SESSION)
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT))
     try:
@@ -250,7 +250,7 @@ SMALL = (
 
 @dataclass(frozen=True)
 class OnTerminal:
-    """Gives a process a terminal to control it, as a shell does."""
+    """Gives a process a controlling terminal, as a shell does."""
 
     path: str
 

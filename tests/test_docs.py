@@ -281,7 +281,7 @@ UPSIDE_DOWN = """
 from dataclasses import replace
 import numpy as np, torch
 from pipelines import ImageArray, Loader, Sampler
-from pipelines.executors import kernels, reference
+from pipelines.executors import cpu_kernels, torchvision as reference
 from stec.loaders import policy_of
 from stec.config import TrainConfig
 from stec.objectives.geometry import window_matrices
@@ -297,13 +297,13 @@ commands, turned = plan.commands, plan.commands.upside_down
 assert 0.2 < turned.mean() < 0.8
 theta = window_matrices(commands)
 assert ((theta[..., 1, 1] < 0) == turned).all() and ((theta[..., 0, 0] < 0) == commands.flip).all()
-loader = Loader(sampler, backend="dali", device=torch.device("cpu"), workers=1, operators="dali")
+loader = Loader(sampler, backend="dali", device=torch.device("cpu"), workers=1, executor="dali")
 batch = next(loader.batches(0))
 upright = replace(commands, upside_down=turned & False)
 compiled = np.empty((2, 32, 32, 3), np.float32)
 strides, hw = np.array([150, 3, 1]), (40, 50)
 for n, image_id in enumerate(plan.image_ids.tolist()):
-    kernels._make_views(pixels[image_id].reshape(-1), strides, hw, (0, 0), commands.pack()[n], 3, compiled)
+    cpu_kernels._make_views(pixels[image_id].reshape(-1), strides, hw, (0, 0), commands.pack()[n], 3, compiled)
     for v in (0, 1):
         made, plain = (reference.execute(images.open(image_id), c, plan.policy, n, v) for c in (commands, upright))
         assert torch.equal(made, plain.flip(1) if turned[n, v] else plain)

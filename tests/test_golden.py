@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipelines.commands import Commands, Policy
-from pipelines.executors import reference
+from pipelines.executors import torchvision as reference
 from stec.config import DATA_SETS, ModelSettings, ObjectiveSettings, OptimizationSettings
 from stec.models.model import Model
 from stec.objectives.geometry import relative_windows, window_matrices

@@ -20,7 +20,7 @@ from pipelines.datasets import demo
 from pipelines.datasets.bad_list import BadList
 from pipelines.datasets.images import ImageArray, ImageFiles
 from pipelines.datasets.index import DataSet
-from pipelines.executors.reference import execute
+from pipelines.executors.torchvision import execute
 from stec.config import ModelSettings, TrainConfig
 from stec.evaluation.examples import examples
 from stec.evaluation.predictions import confusion, overlap, predictions

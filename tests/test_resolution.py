@@ -17,8 +17,8 @@ from pipelines.bad_images import BadImages
 from pipelines.batch import Batch
 from pipelines.commands import LABELED_STREAM, VIEWS, Commands, Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
-from pipelines.executors import reference
-from pipelines.executors.graphs import Operators
+from pipelines.executors import ExecutorName
+from pipelines.executors import torchvision as reference
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
 from stec.config import TrainConfig
@@ -32,21 +32,21 @@ POLICY = Policy(size=64, p_blur=0.5, p_solarize=0.2)
 CONFIG = TrainConfig().updated(view_size=64, max_epochs=4, resolution_schedule="32:64")
 SIZES = [32, 40, 48, 64]
 """What ``CONFIG`` makes of them, epoch by epoch."""
-EXECUTORS: list[tuple[str, Operators | None, float]] = [
-    ("dali", "compiled", 0.5),
+EXECUTORS: list[tuple[str, ExecutorName | None, float]] = [
+    ("dali", "cpu", 0.5),
     ("dali", "dali", 3.0),
     ("torchvision", None, 0.001),
 ]
-"""Backend, operators, and how far a view may be from torchvision's on average, in 1/255."""
+"""Backend, executor, and how far a view may be from torchvision's on average, in 1/255."""
 
 
 def sampler(images: Images, **settings: Any) -> Sampler:
     return Sampler(images, POLICY, **{"seed": 5, "batch_size": 16, "view_size_at": CONFIG.view_size_at, **settings})
 
 
-def take(source: Sampler, count: int, first: int = 0, backend: str = "dali", operators: Any = None) -> list[Batch]:
+def take(source: Sampler, count: int, first: int = 0, backend: str = "dali", executor: Any = None) -> list[Batch]:
     workers = 2 if backend == "dali" else 0
-    loader = Loader(source, backend=backend, device=torch.device("cpu"), workers=workers, operators=operators)
+    loader = Loader(source, backend=backend, device=torch.device("cpu"), workers=workers, executor=executor)
     return list(itertools.islice(loader.batches(first), count))
 
 
@@ -72,12 +72,12 @@ def test_sizes_grow_to_the_full_one() -> None:
         assert all(size % (32 if last >= 128 else 8) == 0 for size in set(sizes) - {first, last})
 
 
-@pytest.mark.parametrize(("backend", "operators", "tolerance"), EXECUTORS)
+@pytest.mark.parametrize(("backend", "executor", "tolerance"), EXECUTORS)
 def test_views_change_their_size_and_nothing_else(
-    images: Images, backend: str, operators: Operators | None, tolerance: float
+    images: Images, backend: str, executor: ExecutorName | None, tolerance: float
 ) -> None:
     """Each image once an epoch, with the command it would have had, and executed as that says."""
-    scheduled = take(sampler(images), 16, 0, backend, operators)
+    scheduled = take(sampler(images), 16, 0, backend, executor)
     plain_sampler = sampler(images, view_size_at=None)
     for chunk, batch in enumerate(scheduled):
         size = SIZES[chunk // 4]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray
 from pipelines.errors import UserError
-from pipelines.executors.reference import Step, reference_evaluation, reference_steps
+from pipelines.executors.torchvision import Step, evaluation_batches, training_steps
 from pipelines.sampler import Sampler
 from tests.runs import PROCESSES
 
@@ -29,7 +29,7 @@ def images_of(pixels: NDArray[np.uint8]) -> ImageArray:
 
 def steps(pixels: NDArray[np.uint8], workers: int) -> Any:
     """Steps of more than a pipe holds, so that a worker waits in the middle of one until it is fetched."""
-    return reference_steps(Sampler(images_of(pixels), Policy(), seed=0, batch_size=64), 0, workers)
+    return training_steps(Sampler(images_of(pixels), Policy(), seed=0, batch_size=64), 0, workers)
 
 
 def test_a_killed_worker_ends_the_steps(demo_test_images: ImageArray) -> None:
@@ -55,7 +55,7 @@ def _without_shared_memory(pixels: NDArray[np.uint8]) -> None:
     several: list[Step]
     one, several = (list(itertools.islice(steps(pixels, workers), 3)) for workers in (0, 2))
     batches = list(np.arange(64).reshape(4, 16))
-    plain, made = (list(reference_evaluation(images_of(pixels), batches, None, 32, workers)) for workers in (0, 2))
+    plain, made = (list(evaluation_batches(images_of(pixels), batches, None, 32, workers)) for workers in (0, 2))
     same = all((a[0] == b[0]).all() for a, b in zip(one, several, strict=True))
     same &= all(bool((a == b).all()) for a, b in zip(plain, made, strict=True))
     os._exit(0 if same else 1)

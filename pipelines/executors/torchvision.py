@@ -1,4 +1,4 @@
-"""The same commands executed by torchvision: the oracle of the tests and the fallback where DALI has no wheel."""
+"""The same commands executed by torchvision: the reference of the tests, and used if DALI is not installed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _HUE = 3
 
 
 def execute(image: Image.Image, commands: Commands, policy: Policy, n: int, v: int) -> Tensor:
-    """View ``v`` of image ``n`` of ``commands``, made from that image in RGB: [3, size, size] float32 in [0, 1].
+    """View ``v`` of image ``n`` of ``commands``, from that image in RGB: [3, size, size] float32 in [0, 1].
 
-    As in the official code, window, jitter and gray act on 8-bit Pillow images, blur and solarization on floats.
+    As in the official code, crop, jitter and gray work on 8-bit Pillow images, blur and solarization on floats.
     """
     size = policy.size
     view = F.resized_crop(
@@ -72,24 +72,23 @@ def solarize(view: Tensor) -> Tensor:
 
 
 Step = tuple[NDArray[np.float32], NDArray[np.int64], BatchPlan, list[BadImage]]
-"""A complete step: views [N, V, H, W, 3], labels [N], the share that was executed, and the images that turned out to be
-bad on the way and are not part of it."""
+"""A step: views [N, V, H, W, 3], labels [N], the executed plan, and the bad images that were replaced."""
 
 
 class _Steps(Dataset[Step | UserError]):
-    """Item ``step`` is that step, or why it could not be made: a worker's exceptions would lose their type."""
+    """Item ``step`` is that step, or the error that prevented it: exceptions in workers would lose their type."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
 
     def __getitem__(self, step: int) -> Step | UserError:
-        found: list[BadImage] = []
+        bad_images: list[BadImage] = []
         while True:
             try:
-                return *self._make(step), found
+                return *self._make(step), bad_images
             except BadImage as bad:
-                # What replaces it is a fact of seed, epoch, position and files: it needs no other process.
-                found.append(bad)
+                # The replacement depends on seed, epoch, position and files only, so every process makes the same.
+                bad_images.append(bad)
                 self.sampler.bad.exclude(bad.image_id)
             except UserError as error:
                 return error
@@ -102,7 +101,7 @@ class _Steps(Dataset[Step | UserError]):
             image_id, commands = int(plan.image_ids[n]), plan.commands
             image = images.open(image_id)
             if image.size != (commands.source_width[n, 0], commands.source_height[n, 0]):
-                # Its file was replaced since it was indexed: its commands, but no others, are drawn for another size.
+                # Its file has changed since it was indexed: only its commands are drawn for another size.
                 assert isinstance(images, ImageFiles)
                 images.update(image_id)
                 plan = self.sampler.plan(step)
@@ -114,20 +113,20 @@ class _Steps(Dataset[Step | UserError]):
 
 
 def evaluation_view(image: Image.Image, resize_px: int | None, size: int) -> Tensor:
-    """[3, size, size] float32 in [0, 1]: the plain image, or its shorter side at ``resize_px`` and the center of it."""
+    """[3, size, size] float32 in [0, 1]: the image unchanged, or the center after resizing the shorter side."""
     if resize_px is not None:
         image = F.center_crop(F.resize(image, resize_px), [size, size])
     tensor: Tensor = F.to_tensor(image)
     return tensor
 
 
-def reference_steps(sampler: Sampler, first_step: int, workers: int) -> Iterator[Step]:
-    """Endless steps from ``first_step`` on, made by so many worker processes (0: in this one)."""
-    return _made(_Steps(sampler), workers, itertools.count(first_step))
+def training_steps(sampler: Sampler, first_step: int, workers: int) -> Iterator[Step]:
+    """Endless steps from ``first_step`` on, made by ``workers`` processes (0: in this one)."""
+    return _load(_Steps(sampler), workers, itertools.count(first_step))
 
 
 class _EvaluationBatches(Dataset[NDArray[np.float32] | UserError]):
-    """Item ``k`` is a batch as evaluation sees it: [n, 3, size, size], or why it cannot be made."""
+    """Item ``k`` is a batch [n, 3, size, size] of evaluation views, or the error that prevented it."""
 
     def __init__(self, images: Images, batches: list[NDArray[np.int64]], resize_px: int | None, size: int) -> None:
         self.images, self.image_ids, self.resize_px, self.size = images, batches, resize_px, size
@@ -137,27 +136,27 @@ class _EvaluationBatches(Dataset[NDArray[np.float32] | UserError]):
 
     def __getitem__(self, k: int) -> NDArray[np.float32] | UserError:
         try:
-            opened = (self.images.open(int(image_id)) for image_id in self.image_ids[k])
-            return np.stack([evaluation_view(image, self.resize_px, self.size).numpy() for image in opened])
+            images = (self.images.open(int(image_id)) for image_id in self.image_ids[k])
+            return np.stack([evaluation_view(image, self.resize_px, self.size).numpy() for image in images])
         except UserError as error:
             return error
 
 
-def reference_evaluation(
+def evaluation_batches(
     images: Images, batches: list[NDArray[np.int64]], resize_px: int | None, size: int, workers: int
 ) -> Iterator[Tensor]:
-    """Batches of image ids as evaluation sees the images, each [n, 3, size, size] float32 in [0, 1]."""
-    return map(torch.from_numpy, _made(_EvaluationBatches(images, batches, resize_px, size), workers))
+    """The evaluation views of batches of image ids, each [n, 3, size, size] float32 in [0, 1]."""
+    return map(torch.from_numpy, _load(_EvaluationBatches(images, batches, resize_px, size), workers))
 
 
-def _made(items: Dataset[T | UserError], workers: int, indices: Iterable[int] | None = None) -> Iterator[T]:
-    """The items, in this order (None: one after the other), until one is an error, which is raised.
+def _load(items: Dataset[T | UserError], workers: int, indices: Iterable[int] | None = None) -> Iterator[T]:
+    """The items with these indices (None: all), until one is an error, which is raised.
 
-    Workers send arrays through pipes: tensors would be in shared memory, which containers have little of.
+    Workers send arrays through pipes: tensors would need shared memory, which is small in containers.
     """
     if workers:
-        # A DALI pipeline that nobody holds any more ends its threads when Python collects it. A worker forked before
-        # that would wait for ever: it inherits the pipeline, but no threads.
+        # An unreferenced DALI pipeline joins its threads when it is garbage-collected. A forked worker would inherit
+        # the pipeline without the threads, and wait forever.
         gc.collect()
     loader = DataLoader(
         items,
@@ -176,12 +175,12 @@ def _made(items: Dataset[T | UserError], workers: int, indices: Iterable[int] | 
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"A worker process that makes views was killed ({error}), perhaps for want of memory; use fewer by "
-            f"--num_workers, or a smaller --batch_size.",
+            f"A worker process was killed ({error}), perhaps because memory ran out; reduce --num_workers or "
+            f"--batch_size.",
             local=True,
         ) from error
 
 
 def _unchanged(item: T) -> T:
-    """Instead of PyTorch's own function, which makes tensors of arrays."""
+    """Replaces PyTorch's collate function, which would convert arrays to tensors."""
     return item

@@ -1,0 +1,84 @@
+"""Commands executed on the CPU: one operator in a DALI graph, a compiled function from crop box to float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import ops, types
+
+from pipelines.commands import Policy
+from pipelines.datasets.images import ImageArray, ImageFiles, Images
+from pipelines.executors.image_files import Files
+from pipelines.sampler import BatchPlan
+
+DataNode = Any
+
+
+class CompiledViews(ops.python_op_factory("CompiledViews", "NumbaFuncImpl", "NumbaFuncImpl", generated=False)):  # type: ignore[misc]
+    """DALI's operator for compiled functions, given their addresses.
+
+    This is the private operator behind DALI's Numba plugin. The plugin itself would compile at each start (4 s) and
+    import the CUDA part of Numba; the functions in ``cpu_kernels`` are cached on disk.
+    """
+
+    def __init__(self, views: int, size: int, *, in_memory: bool) -> None:
+        from pipelines.executors import cpu_kernels
+
+        super().__init__(device="cpu")
+        self.arguments = {
+            "setup_fn": cpu_kernels.shape_function(views, size),
+            "run_fn": cpu_kernels.views_of_memory() if in_memory else cpu_kernels.views_of_decoded(),
+            "out_types": [types.FLOAT],
+            "outs_ndim": [4],
+            "in_types": [types.INT64, types.FLOAT] if in_memory else [types.UINT8, types.INT64, types.FLOAT],
+            "ins_ndim": [1, 2] if in_memory else [3, 1, 2],
+            "batch_processing": False,
+        }
+
+    def __call__(self, *inputs: DataNode) -> DataNode:
+        return super().__call__(*inputs, **self.arguments)
+
+
+class CpuExecutor:
+    """Images in memory are given by their addresses, images in files by their decoded part."""
+
+    device_inputs: tuple[str, ...] = ()
+
+    def __init__(self, images: Images, policy: Policy, views: int, device: torch.device) -> None:
+        assert device.type == "cpu", "its operator runs on CPUs only"
+        self.images, self.policy, self.num_views = images, policy, views
+        self.files = Files(images, "cpu") if isinstance(images, ImageFiles) else None
+        self.host_inputs: tuple[str, ...] = ("addresses",) if self.files is None else (*self.files.names, "placement")
+
+    def inputs(self, plan: BatchPlan) -> dict[str, Any]:
+        blur_window_px = self.policy.blur_window_px
+        if isinstance(self.images, ImageArray):
+            return {"addresses": addresses(self.images, plan.image_ids, blur_window_px)}
+        assert self.files is not None
+        inputs = self.files.inputs(plan.image_ids, plan.commands)
+        origin = inputs["origin"]
+        window = np.full(len(origin), blur_window_px)
+        inputs["placement"] = np.stack([origin[:, 0], origin[:, 1], window], axis=-1, dtype=np.int64)
+        return inputs
+
+    def views(self, nodes: Mapping[str, DataNode], commands: DataNode) -> tuple[DataNode, ...]:
+        execute = CompiledViews(self.num_views, self.policy.size, in_memory=self.files is None)
+        if self.files is None:
+            return (execute(nodes["addresses"], commands),)
+        part, stored_shape = self.files.decode(nodes)
+        return execute(part, nodes["placement"], commands), stored_shape
+
+
+def addresses(images: ImageArray, image_ids: NDArray[np.int64], blur_window_px: int) -> NDArray[np.int64]:
+    """[N, 5]: the address of each image's first byte, its strides along H, W and C, and the width of the blur
+    kernel."""
+    pixels = images.pixels
+    strides = [pixels.strides[1 + images.layout.index(axis)] for axis in "HWC"]
+    values = np.empty((len(image_ids), 5), np.int64)
+    values[:, 0] = pixels.ctypes.data + image_ids * pixels.strides[0]
+    values[:, 1:] = [*strides, blur_window_px]
+    return values

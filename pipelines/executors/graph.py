@@ -1,0 +1,85 @@
+"""The DALI pipeline around an executor: what goes in, the views that come out, and what travels with them."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from nvidia.dali import fn, pipeline_def, types
+
+from pipelines.commands import Policy
+from pipelines.datasets.images import Images
+from pipelines.executors import EXECUTORS, ExecutorName
+from pipelines.executors.image_files import Files
+from pipelines.sampler import BatchPlan
+
+DataNode = Any
+"""A node of a DALI graph; DALI's type stubs lack what it adds at run time."""
+Inputs = Mapping[str, Any]
+
+
+class Executor(Protocol):
+    """The inputs of a graph that makes ``views`` views of N images, and the graph itself.
+
+    ``Executor(images, policy, views, device)`` is the executor of a batch whose views have the size of ``policy``.
+    """
+
+    host_inputs: tuple[str, ...]
+    """Names of the inputs on the host: NumPy arrays [N, ...], or lists of N arrays."""
+    device_inputs: tuple[str, ...]
+    """Names of the inputs on the GPU: tensors [N, ...]. They are copied on PyTorch's current stream."""
+    files: Files | None
+    """How image files enter the graph; None for images in memory."""
+
+    def __init__(self, images: Images, policy: Policy, views: int, device: torch.device) -> None: ...
+
+    def inputs(self, plan: BatchPlan) -> Inputs:
+        """The inputs of a batch, by name. Raises BadImage for an image that cannot be read."""
+
+    def views(self, nodes: Mapping[str, DataNode], commands: DataNode) -> tuple[DataNode, ...]:
+        """Views [N, V, size, size, 3] float32 in [0, 1]; for files also the shapes [N, 3] that the images have now.
+
+        ``nodes`` are the inputs by name, ``commands`` the packed commands [N, V, 20].
+        """
+
+
+def executor_class(name: ExecutorName) -> type[Executor]:
+    """The class in a row of ``EXECUTORS``."""
+    kind: type[Executor] = pkgutil.resolve_name(EXECUTORS[name])
+    return kind
+
+
+def training_pipeline(
+    executor: Executor,
+    host_source: Callable[[], Sequence[Any]],
+    device_source: Callable[[], Sequence[Any]],
+    *,
+    half: bool = False,
+    **pipeline_options: Any,
+) -> Any:
+    """A pipeline that makes the views of one batch after the other.
+
+    ``host_source`` returns the host inputs of the executor, the packed commands [N, V, 20] and the record [N, 4]
+    (epoch, position, image id, label); ``device_source`` its inputs on the GPU. The pipeline returns the views [N, V,
+    size, size, 3] in [0, 1], float32 or with ``half`` float16; commands and record; and, for files, the images' shapes
+    [N, 3].
+    """
+    names = (*executor.host_inputs, "commands", "record")
+
+    @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
+    def pipeline() -> tuple[DataNode, ...]:
+        nodes = dict(zip(names, fn.external_source(host_source, num_outputs=len(names), batch=True, no_copy=True)))
+        if executor.device_inputs:
+            # Copied, because DALI's streams do not wait for PyTorch's, which may also reuse the memory too early.
+            on_device = fn.external_source(
+                device_source, num_outputs=len(executor.device_inputs), batch=True, no_copy=False, device="gpu"
+            )
+            nodes.update(zip(executor.device_inputs, on_device))
+        views, *stored_shape = executor.views(nodes, nodes["commands"])
+        if half:
+            views = fn.cast(views, dtype=types.FLOAT16)
+        return views, nodes["commands"], nodes["record"], *stored_shape
+
+    return pipeline()

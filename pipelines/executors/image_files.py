@@ -1,0 +1,145 @@
+"""How image files enter a DALI graph: they are read, and the part that the views need is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia.dali import fn, math, pipeline_def, types
+
+from pipelines.commands import Commands
+from pipelines.datasets.images import ImageFiles
+
+DataNode = Any
+
+FileForm = Literal["path", "bytes", "either"]
+"""How files are given to the graph: by name; by content; or each by one of the two."""
+FORM_INPUTS: dict[FileForm, tuple[str, ...]] = {
+    "path": ("path",),
+    "bytes": ("content",),
+    "either": ("has_content", "content", "path"),
+}
+EMPTY = np.zeros(1, np.uint8)
+
+
+def file_form(images: ImageFiles) -> FileForm:
+    """DALI reads files itself, except images in shards and those that Pillow must decode."""
+    if images.in_shards:
+        return "bytes"
+    return "either" if images.needs_pillow.any() else "path"
+
+
+def needed_part(commands: Commands) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The bounding box of an image's crop boxes: top-left [N, 2], and height and width [N, 2], in source px."""
+    first = np.stack([commands.top.min(1), commands.left.min(1)], -1)
+    last = np.stack([(commands.top + commands.height).max(1), (commands.left + commands.width).max(1)], -1)
+    return first, last - first
+
+
+def encoded_inputs(images: ImageFiles, image_ids: NDArray[np.int64], form: FileForm) -> dict[str, Any]:
+    """The inputs of ``encoded_image``. Raises BadImage for an image that cannot be read."""
+    if form == "path":
+        return {"path": images.path_bytes(image_ids)}
+    by_pillow = images.needs_pillow[image_ids]
+    pairs = zip(image_ids.tolist(), by_pillow.tolist())
+    if form == "bytes":
+        return {"content": [_as_ppm(images, n) if pillow else images.encoded(n) for n, pillow in pairs]}
+    content = [_as_ppm(images, n) if pillow else EMPTY for n, pillow in pairs]
+    return {"has_content": by_pillow, "content": content, "path": images.path_bytes(image_ids)}
+
+
+def _as_ppm(images: ImageFiles, image_id: int) -> NDArray[np.uint8]:
+    """An image that DALI would decode differently from Pillow, in a format of plain pixels."""
+    image = images.open(image_id)
+    return np.frombuffer(b"P6 %d %d 255\n" % image.size + image.tobytes(), np.uint8)
+
+
+def encoded_image(nodes: Mapping[str, DataNode], form: FileForm) -> DataNode:
+    """The content of a file."""
+    if form == "bytes":
+        return nodes["content"]
+    if form == "path":
+        return fn.io.file.read(nodes["path"], dont_use_mmap=True)
+    # A condition per image.
+    if nodes["has_content"]:
+        encoded = nodes["content"]
+    else:
+        encoded = fn.io.file.read(nodes["path"], dont_use_mmap=True)
+    return encoded
+
+
+class Files:
+    """Images in files, of which a graph decodes the part that their views need."""
+
+    def __init__(self, images: ImageFiles, device: str) -> None:
+        self.images, self.device, self.form = images, device, file_form(images)
+        self.names = (*FORM_INPUTS[self.form], "origin", "extent")
+
+    def inputs(self, image_ids: NDArray[np.int64], commands: Commands) -> dict[str, Any]:
+        """The inputs of ``decode``: the files, and the part to decode. Raises BadImage for one that cannot be read."""
+        origin, extent = needed_part(commands)
+        return {**encoded_inputs(self.images, image_ids, self.form), "origin": origin, "extent": extent}
+
+    def decode(self, nodes: Mapping[str, DataNode]) -> tuple[DataNode, DataNode]:
+        """The part [h, w, 3] uint8 on the device, and the shape [3] that the whole image has now.
+
+        The commands rely on the size that it had when they were drawn.
+        """
+        encoded = encoded_image(nodes, self.form)
+        stored_shape = fn.peek_image_shape(encoded, adjust_orientation=self.images.exif_orientation)
+        # DALI 2.4's image_slice crashes the process if a sample is no image or smaller than its slice. Reading the
+        # header first turns the former into an error, and this makes the latter detectable afterwards.
+        origin = math.min(nodes["origin"], stored_shape[:2] - 1)
+        extent = math.min(nodes["extent"], stored_shape[:2] - origin)
+        hints: dict[str, Any] = {}
+        if self.device == "gpu":
+            height, width = self.images.sizes.max(axis=0).tolist()
+            hints = {"preallocate_height_hint": height, "preallocate_width_hint": width}
+        part = fn.decoders.image_slice(
+            encoded,
+            origin,
+            extent,
+            axes=[0, 1],
+            normalized_anchor=False,
+            normalized_shape=False,
+            device="mixed" if self.device == "gpu" else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=self.images.exif_orientation,
+            **hints,
+        )
+        return part, stored_shape
+
+
+def evaluation_pipeline(
+    images: ImageFiles, source: Any, size: int, *, device: str, form: FileForm, **pipeline_options: Any
+) -> Any:
+    """A pipeline that resizes images and crops a square.
+
+    ``source`` returns the inputs of ``encoded_image``, the sizes to resize to [N, 2] and the top-left corners of the
+    squares [N, 2]. The pipeline returns images [N, size, size, 3] uint8 on ``device``, and the shapes [N, 3] that the
+    images have now.
+    """
+    names = evaluation_inputs(form)
+
+    @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
+    def pipeline() -> tuple[DataNode, ...]:
+        nodes = dict(zip(names, fn.external_source(source, num_outputs=len(names), batch=True, no_copy=True)))
+        encoded = encoded_image(nodes, form)
+        stored_shape = fn.peek_image_shape(encoded, adjust_orientation=images.exif_orientation)
+        image = fn.decoders.image(
+            encoded,
+            device="mixed" if device == "gpu" else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=images.exif_orientation,
+        )
+        resized = fn.resize(image, size=nodes["resized_hw"], interp_type=types.INTERP_LINEAR, antialias=True)
+        return fn.slice(resized, nodes["corner"], [size, size], axes=[0, 1]), stored_shape
+
+    return pipeline()
+
+
+def evaluation_inputs(form: FileForm) -> Sequence[str]:
+    """Names of the inputs of ``evaluation_pipeline``."""
+    return (*FORM_INPUTS[form], "resized_hw", "corner")
