@@ -21,9 +21,9 @@ from stec.models.model import Model
 from stec.weights.export import from_official_names, load_weights, read_weights, to_official_names, write_safetensors
 
 
-def small_model(**changes: object) -> Model:
+def small_model(classes: int = 10, **changes: Any) -> Model:
     torch.manual_seed(0)
-    return Model(**{"settings": ModelSettings(width=4, feat_dim=8), "stem": "cifar", "classes": 10, **changes})
+    return Model(ModelSettings(width=4, feat_dim=8, **changes), stem="cifar", classes=classes)
 
 
 @pytest.fixture
