@@ -29,7 +29,8 @@ from benchmarks import report
 from benchmarks.report import Figures, Output
 from pipelines.bad_images import BadImages
 from pipelines.commands import Policy
-from pipelines.datasets.index import open_data_set
+from pipelines.cpus import available_cpus
+from pipelines.datasets.registry import open_data_set
 from pipelines.decoder_messages import decoder_messages_dropped
 from pipelines.errors import UserError
 from pipelines.loader import Loader
@@ -109,7 +110,7 @@ def measure(options: Options, encoded: list[bytes], percent: float, cut_off: str
             bad=BadImages(images, max_fraction=1.0),
         )
         sampler.bad.list_in(Path(folder) / "bad-images.tsv", say=lambda _: None)
-        loader = Loader(sampler, backend="dali", device=torch.device("cpu"), workers=report.cores())
+        loader = Loader(sampler, backend="dali", device=torch.device("cpu"), workers=available_cpus())
         batches = loader.batches(0)
         for epoch in EPOCHS:
             started = time.perf_counter()

@@ -24,13 +24,14 @@ from torchvision.transforms import functional as F
 
 from benchmarks import report
 from pipelines.commands import VIEWS, Policy
+from pipelines.cpus import available_cpus
 from pipelines.datasets.images import Images
-from pipelines.datasets.index import open_data_set
+from pipelines.datasets.registry import DataSetName, open_data_set
 from pipelines.executors import torchvision as reference
 from pipelines.files import atomic_write, write_json
 from pipelines.loader import Loader
 from pipelines.sampler import BatchPlan, Sampler
-from stec.config import DataSetName, TrainConfig
+from stec.config import TrainConfig
 from stec.console import Console
 from stec.loaders import policy_of
 
@@ -54,7 +55,7 @@ class Options:
     """Folder of ImageNet (224 px, jitter strength 1, blur, solarization)."""
     views: int = 1000
     """Views compared a row."""
-    workers: int = report.cores()
+    workers: int = available_cpus()
     """DALI threads; default: all cores."""
     json: Path | None = None
     """Also write the figures here."""

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipelines.cpus import available_cpus
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, write_json
 from stec.console import Console
@@ -137,11 +138,6 @@ def _prepare_process(start_method: str) -> None:
     multiprocessing.set_start_method(start_method, force=True)
 
 
-def cores() -> int:
-    """CPU cores that this process may use; ``taskset`` limits them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine() -> dict[str, str]:
     """What the figures depend on, and how they were made."""
     versions = [f"Python {platform.python_version()}"]
@@ -153,7 +149,7 @@ def machine() -> dict[str, str]:
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {module.name}" if module is not None else Path(sys.argv[0]).name
     return {
-        "processor": f"{_processor()}, {cores()} core(s), {_memory_gib():.0f} GiB",
+        "processor": f"{_processor()}, {available_cpus()} core(s), {_memory_gib():.0f} GiB",
         "GPU": _gpu(),
         "versions": ", ".join(versions),
         "command": f"{program} {shlex.join(sys.argv[1:])}".strip(),

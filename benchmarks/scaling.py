@@ -33,6 +33,7 @@ from benchmarks import report
 from benchmarks.report import Figures, Output
 from pipelines.batch import Batch
 from pipelines.commands import VIEWS, draw
+from pipelines.cpus import available_cpus
 from pipelines.errors import UserError
 from stec.config import TrainConfig
 from stec.console import Console
@@ -239,7 +240,7 @@ def measure(options: Options, console: Console) -> None:
     if not counts:
         raise UserError(f"--processes {options.processes[0]} needs as many GPUs, and there are {gpus}.")
     repeats, title = options.repeats, f"{options.recipe}, width {options.width}"
-    threads = {count: max(1, report.cores() // count) for count in counts}
+    threads = {count: max(1, available_cpus() // count) for count in counts}
     names = {count: f"{count} process(es) of {threads[count]} thread(s)" for count in counts}
     figures = []
     with report.processes_apart() as start:
@@ -265,9 +266,9 @@ def measure(options: Options, console: Console) -> None:
                     for v in options.views
                 }
                 taken = report.take_turns(turns, repeats=repeats, console=console)
-                name = f"NT-Xent, the share of one of {count} processes, alone with {report.cores()} thread(s)"
+                name = f"NT-Xent, the share of one of {count} processes, alone with {available_cpus()} thread(s)"
                 figures.append(Figures(title=name, unit="ms", turns=taken))
-    cores = f"All processes share {report.cores()} core(s)" if not gpus else "Each process has a GPU of its own"
+    cores = f"All processes share {available_cpus()} core(s)" if not gpus else "Each process has a GPU of its own"
     remarks.append(f"{cores}; the shares of NT-Xent are computed by one process alone.")
     report.publish(figures, options, console, remarks)
 

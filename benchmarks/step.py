@@ -35,18 +35,18 @@ from benchmarks import report
 from benchmarks.report import Figures, Output
 from benchmarks.throughput import RandomViews
 from pipelines.batch import Batch
-from pipelines.datasets.index import DataSet, open_data_set
+from pipelines.cpus import available_cpus
+from pipelines.datasets.registry import DataSet, DataSetName, open_data_set
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
 from stec.config import TrainConfig
 from stec.console import Console
-from stec.loaders import policy_of
+from stec.loaders import Data, policy_of
 from stec.models.model import Model
 from stec.objectives.inverse import inverse_loss
 from stec.profiling import WARM_UP_STEPS
 from stec.runs.run_folder import RunFolder
 from stec.startup import start
-from stec.training.data import Data
 from stec.training.initial_model import initial_model
 from stec.training.loop import train
 from stec.training.optim import MOMENTUM, learning_rate_at, make_optimizer
@@ -71,7 +71,7 @@ CLASSES = 10
 class Options(Output):
     """Measure the training step."""
 
-    dataset: Literal["demo", "cifar10", "cifar100", "stl10", "imagenet", "folder"] = "demo"
+    dataset: DataSetName = "demo"
     """Whose images to train on."""
     data_dir: Path | None = None
     """Folder that holds the data set."""
@@ -91,7 +91,7 @@ class Options(Output):
     """Measure LARS against SGD on ResNet-50's parameters as well."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """As in training; the baseline is single precision always."""
-    workers: int = report.cores()
+    workers: int = available_cpus()
     """DALI's threads, and the baseline's worker processes."""
 
     def config(self, **more: Any) -> TrainConfig:

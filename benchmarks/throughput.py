@@ -30,12 +30,13 @@ from torchvision.transforms import v2
 from benchmarks import report
 from pipelines import feed
 from pipelines.commands import Policy
+from pipelines.cpus import available_cpus
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
-from pipelines.datasets.index import open_data_set
+from pipelines.datasets.registry import DATA_SETS, DataSetName, open_data_set
 from pipelines.errors import UserError
 from pipelines.loader import Loader, resolve_backend
 from pipelines.sampler import Sampler
-from stec.config import DATA_SETS, DataSetName, TrainConfig
+from stec.config import TrainConfig
 from stec.console import Console
 from stec.loaders import policy_of
 
@@ -61,7 +62,7 @@ class PipelineOptions(report.Output):
     """Folder that holds the data set."""
     batch_size: int | None = None
     """Images per batch; default: 256, and 64 for views of 224 px."""
-    workers: int = report.cores()
+    workers: int = available_cpus()
     """DALI threads, or worker processes of the others; default: all cores."""
     repeats: int = 5
     """Turns that each contender gets, after one for warming up."""
@@ -76,8 +77,7 @@ class PipelineOptions(report.Output):
     def sampler(self, batch_size: int | None = None) -> Sampler:
         """The data set's images with the policy of its recipe."""
         config = TrainConfig().updated(dataset=self.dataset)
-        # Of the recipes, those with jitter 1 on real images blur and solarize, too.
-        if self.dataset != "demo" and DATA_SETS[self.dataset].jitter_strength == 1:
+        if DATA_SETS[self.dataset].blur_and_solarize:
             config = config.updated(use_gaussian_blur=1, use_solarization=1)
         policy = policy_of(config)
         default = 64 if policy.size == 224 else 256

@@ -1,11 +1,11 @@
-"""The exceptions whose message is meant for the person at the keyboard."""
+"""Exceptions with a message for the user."""
 
 
 class UserError(Exception):
-    """Something the user can mend: the message is one sentence with the offending value and the remedy.
+    """An error that the user can fix; the message is one sentence with the value and the remedy.
 
-    ``launch.py`` prints the message without a traceback and exits with code 2. An error that all processes run into is
-    printed by the main one; a ``local`` one, such as a file that one process cannot read, by the process that met it.
+    ``launch.py`` prints it without a traceback and exits with code 2. The main process prints an error that all
+    processes raise; a ``local`` error, such as an unreadable file, is printed by the process that raises it.
     """
 
     def __init__(self, message: str, *, local: bool = False) -> None:
@@ -14,21 +14,21 @@ class UserError(Exception):
 
 
 class BadImage(UserError):
-    """An image that cannot be used: ``name`` and ``reason`` for a person, ``image_id`` for the code that goes on."""
+    """An image that cannot be used: its ``name`` and the ``reason`` for the user, its ``image_id`` for the caller."""
 
     def __init__(self, name: str, image_id: int, reason: str) -> None:
         super().__init__(f"{name} cannot be used: {reason}; replace it or delete it.", local=True)
         self.name, self.image_id, self.reason = name, image_id, reason
 
     def __reduce__(self) -> tuple[type["BadImage"], tuple[str, int, str]]:
-        # Exceptions are rebuilt from their message alone otherwise, which fails on the way out of a worker process.
+        # By default, unpickling calls the class with the message alone, which fails.
         return BadImage, (self.name, self.image_id, self.reason)
 
 
 class Interrupted(BaseException):
-    """Training was stopped from outside; the message says how to go on, ``exit_code`` is the program's.
+    """Training was stopped by a signal; the message is how to continue, ``exit_code`` the program's exit code.
 
-    Raised in the middle of anything, so, as KeyboardInterrupt, no Exception that a library may catch.
+    It can be raised anywhere, so it is no Exception, which libraries may catch; neither is KeyboardInterrupt.
     """
 
     def __init__(self, message: str, *, exit_code: int) -> None:

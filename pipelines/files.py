@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, whatever happens while they are written, JSON objects in them, and locks."""
+"""Files and folders written atomically, JSON files, and locks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pipelines.errors import UserError
 
 
 def atomic_write(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Write ``content``, or have it write to a file, under a temporary name beside ``path``, flush, then rename.
+    """Write ``content``, or call it with a file to write to, under a temporary name, flush, then rename.
 
-    A crash or a power cut at any moment leaves the old file or the new one. Raises UserError where the disk refuses;
-    the old file is then untouched.
+    A crash or a power failure leaves the old file or the new one. Raises UserError if the file cannot be written; the
+    old file is then unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -45,18 +45,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """``atomic_write`` of JSON that people read, too."""
+    """``atomic_write`` of indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def atomic_write_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Have ``fill`` write files to a folder of a temporary name beside ``path``, flush them, then rename it.
+    """Call ``fill`` with a folder of a temporary name to write files to, flush them, then rename the folder.
 
-    Whatever happens meanwhile, ``path`` is not there or whole. Raises UserError where the disk refuses.
+    ``path`` must not exist, and is complete once it does. Raises UserError if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by one that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # Left by a process that was killed.
         temporary.mkdir()
         fill(temporary)
         for file in temporary.iterdir():
@@ -71,9 +71,9 @@ def atomic_write_folder(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def read_object(path: Path, remedy: str, *, name: str | None = None) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError where there is none.
+    """The JSON object in a file.
 
-    Its sentence calls the file by ``name``, or else by its path, and ends with the remedy.
+    Raises UserError with ``name`` (default: the path) and ``remedy`` if the file holds none.
     """
     name = name or str(path)
     try:
@@ -88,11 +88,11 @@ def read_object(path: Path, remedy: str, *, name: str | None = None) -> dict[str
 
 
 def lock(path: Path, in_use: Callable[[str], str]) -> int | None:
-    """Keep other processes out of what a file stands for, until it is closed or this process ends, however it dies.
+    """Lock a file against other processes until it is closed or this process ends.
 
-    Returns the open file, for ``sign``, or None where the file system has no locks. A POSIX lock belongs to the
-    process: forked workers do not inherit it, and over NFS it holds between machines. Raises UserError, with the
-    sentence that ``in_use`` makes of the holder's name, where another process has it.
+    Returns its descriptor, for ``sign``, or None if the file system has no locks. This is a POSIX lock: forked workers
+    do not inherit it, and it works between machines over NFS. Raises UserError with the message ``in_use(holder)`` if
+    another process holds the lock.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -106,25 +106,25 @@ def lock(path: Path, in_use: Callable[[str], str]) -> int | None:
     return descriptor
 
 
-def sign(held: int) -> None:
-    """Write into a locked file whose it is: this process's."""
-    os.ftruncate(held, 0)
-    os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+def sign(descriptor: int) -> None:
+    """Write this process's id and machine into a file that it has locked."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """What the user reads where a file cannot be written."""
-    return UserError(f"{path} cannot be written ({error.strerror}); free the disk or mend the folder.")
+    """The error for a file that cannot be written."""
+    return UserError(f"{path} cannot be written ({error.strerror}); free disk space or fix the folder.")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Drop what ``atomic_write`` left behind where it was killed. Nothing else may be writing to the folder."""
+    """Delete temporary files of an ``atomic_write`` that was killed. No other process may write to the folder."""
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
-    """Bring a file, or a folder's names, to the disk: after a power cut, a renamed file is there only then."""
+    """Flush a file, or a folder's names, to the disk, so that a renamed file survives a power failure."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:

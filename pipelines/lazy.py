@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that the package itself imports at once."""
+"""Public names of a package that are imported at first use, so that importing the package is fast."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import importlib
 from collections.abc import Callable, Mapping
 
 
-def lazily(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """A package's ``__getattr__`` and ``__dir__`` (PEP 562).
 
-    ``names`` are its public names, each with the module that defines it.
+    ``modules`` are the modules that define its public names, each with those names, separated by spaces.
     """
+    module_of = {name: module for module, names in modules.items() for name in names.split()}
 
     def get(name: str) -> object:
-        if name not in names:
+        if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(names[name]), name)
+        return getattr(importlib.import_module(module_of[name]), name)
 
-    return get, lambda: sorted(names)
+    return get, lambda: sorted(module_of)

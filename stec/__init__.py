@@ -1,40 +1,21 @@
 """S-TEC: SimCLR with an inverse model that recovers the command between two views.
 
-For use in programs of one's own (``examples/``; the loaders are in ``pipelines``):
+For your programs (``examples/``; the loaders are in ``pipelines``):
 
 * ``draw`` draws the ``Commands`` of a ``Policy``: what is done to each image to make its views;
-* ``relative_windows`` turns them into the command between two views, which the inverse model recovers;
+* ``relative_windows`` computes the command between two views, which the inverse model recovers;
 * ``nt_xent`` and ``inverse_loss`` are the two losses, ``Objective`` their sum, with ``ObjectiveSettings``;
 * ``Encoder``, ``Projection`` and ``InverseModel`` are networks, ``Model`` all of them together, with ``ModelSettings``;
 * ``load_encoder`` loads a trained encoder from a file, an exported folder or the Hugging Face Hub.
 
-Each is imported when it is first used.
+Each name is imported at first use.
 """
 
 from typing import TYPE_CHECKING
 
-from pipelines.lazy import lazily
+from pipelines.lazy import lazy_names
 
 __version__ = "0.2.0.dev0"
-
-_MODULES = {
-    "Batch": "pipelines.batch",
-    "Commands": "pipelines.commands",
-    "Encoder": "stec.models.encoder",
-    "InverseModel": "stec.models.heads",
-    "Model": "stec.models.model",
-    "ModelSettings": "stec.config",
-    "Objective": "stec.objectives.objective",
-    "ObjectiveSettings": "stec.config",
-    "Policy": "pipelines.commands",
-    "Projection": "stec.models.heads",
-    "UserError": "pipelines.errors",
-    "draw": "pipelines.commands",
-    "inverse_loss": "stec.objectives.inverse",
-    "load_encoder": "stec.weights.pretrained",
-    "nt_xent": "stec.objectives.simclr",
-    "relative_windows": "stec.objectives.geometry",
-}
 
 if TYPE_CHECKING:
     from pipelines.batch import Batch as Batch
@@ -54,4 +35,20 @@ if TYPE_CHECKING:
     from stec.objectives.simclr import nt_xent as nt_xent
     from stec.weights.pretrained import load_encoder as load_encoder
 else:
-    __getattr__, __dir__ = lazily(__name__, _MODULES)
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "pipelines.batch": "Batch",
+            "pipelines.commands": "Commands Policy draw",
+            "pipelines.errors": "UserError",
+            "stec.config": "ModelSettings ObjectiveSettings",
+            "stec.models.encoder": "Encoder",
+            "stec.models.heads": "InverseModel Projection",
+            "stec.models.model": "Model",
+            "stec.objectives.geometry": "relative_windows",
+            "stec.objectives.inverse": "inverse_loss",
+            "stec.objectives.objective": "Objective",
+            "stec.objectives.simclr": "nt_xent",
+            "stec.weights.pretrained": "load_encoder",
+        },
+    )

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.errors import UserError
 from stec.compatibility import RENAMED_SETTINGS, with_current_names
 from stec.settings import OnResume, Switch, check_ranges, checked_value, setting, settings_of
@@ -27,35 +28,6 @@ TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tenso
 """Accelerate's experiment trackers; each is also the name of a package."""
 
 Arch = Literal["resnet18", "resnet50"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSetTraits:
-    """What the method fixes for a data set."""
-
-    view_size_px: int
-    stem: Literal["cifar", "stl10", "imagenet"]
-    jitter_strength: float
-    resize_px: int | None = None
-    """For evaluation, the shorter side is resized to this and the center cut out; None: images are used as they are."""
-
-    def at(self, view_size_px: int | None) -> DataSetTraits:
-        """The same for views of another size (None: of this one); evaluation resizes to the same part of it."""
-        if view_size_px is None:
-            return self
-        resize_px = None if self.resize_px is None else self.resize_px * view_size_px // self.view_size_px
-        return dataclasses.replace(self, view_size_px=view_size_px, resize_px=resize_px)
-
-
-DataSetName = Literal["demo", "cifar10", "cifar100", "stl10", "imagenet", "folder"]
-DATA_SETS: dict[str, DataSetTraits] = {
-    "demo": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=1.0),
-    "cifar10": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=0.5),
-    "cifar100": DataSetTraits(view_size_px=32, stem="cifar", jitter_strength=0.5),
-    "stl10": DataSetTraits(view_size_px=96, stem="stl10", jitter_strength=1.0),
-    "imagenet": DataSetTraits(view_size_px=224, stem="imagenet", jitter_strength=1.0, resize_px=256),
-    "folder": DataSetTraits(view_size_px=224, stem="imagenet", jitter_strength=1.0, resize_px=256),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What README and docs tell to do can be done: commands, flags, links and files are those that there are."""
+"""README and docs: documented commands parse, flags and files exist, links resolve, and their code runs."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ PLACEHOLDERS = {
     "--dataset D ": "--dataset demo ",
     "_ms T": "_ms 9",
 }
-"""What stands in the pages for something that a reader fills in, other than the name of a folder or file."""
+"""Placeholders for values other than names of folders and files."""
 PROGRAMS = ("accelerate", "launch.py", "mypy", "pip", "pytest", "python", "ruff", "sbatch", "stec")
 COPIES = "python copies.py IMAGES COPIES"
 OTHERS = {"python train.py", "python eval.py", "accelerate launch", "launch.py", "stec", COPIES}
-"""The official repository's programs, names that are no command lines, and what has a test of its own."""
+"""Programs of the official repository, names without arguments, and a script with its own test."""
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text())
 
 
 def fenced(text: str, language: str = "") -> list[str]:
-    """The blocks of a page in that language."""
+    """The code blocks of a page in a language."""
     blocks = re.findall(r"^```(.*?)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [block for written_in, block in blocks if written_in == language]
 
 
 def inline(text: str) -> list[str]:
-    """The code within a page's sentences and tables, less what a table from official to ours has on its left."""
+    """The inline code of a page, without the left column of tables that start from official commands."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     if "| official " in prose:
         prose = re.sub(r"^\| .*? \| ", "", prose, flags=re.MULTILINE)
@@ -78,7 +78,7 @@ class Parsed(Exception):
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Checks a command line by the parser of the program that it calls, which ends the process where it is wrong."""
+    """Check a command line with the parser of the program that it calls."""
     (tmp_path / "runs/mine").mkdir(parents=True)
     (tmp_path / "runs/mine/config.json").write_text('{"seed": 1}')
     monkeypatch.chdir(tmp_path)
@@ -97,7 +97,7 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
         name = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
         module = importlib.import_module(f"stec.cli.{launch.COMMANDS[name]}")
         if arguments == [name]:
-            return  # The name of a command, in a sentence.
+            return  # The name of a command in a sentence.
         if "--help" in arguments:
             with pytest.raises(SystemExit, match="0"):
                 launch.main(arguments)
@@ -139,7 +139,7 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
             case ["pytest", *arguments]:
                 assert all((ROOT / name).exists() for name in arguments if name.endswith(".py"))
             case ["ruff" | "mypy", *_]:
-                pass  # As in .ci/run, which tests/test_packaging.py sees to.
+                pass  # tests/test_packaging.py compares them with .ci/run.
             case _:
                 raise AssertionError(f"{command}: no program is known that would check this")
 
@@ -147,17 +147,17 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_are_understood(page: str, check: Callable[[str], None]) -> None:
+def test_documented_commands_are_valid(page: str, check: Callable[[str], None]) -> None:
     for command in commands(page):
         try:
             check(command)
         except (SystemExit, AssertionError) as error:
-            raise AssertionError(f"{page} tells to run {command!r}, which is refused: {error!r}") from error
+            raise AssertionError(f"{page} documents {command!r}, which is invalid: {error!r}") from error
 
 
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
-    """Every flag of our programs, by their help, and of the programs that start or install them."""
+    """All flags of this project's programs, from their help, and of pip and Accelerate's launcher."""
     shown = io.StringIO()
     helped = [(launch.main, [name, "--help"]) for name in launch.COMMANDS if name != "recipes"]
     helped += [(importlib.import_module(f"benchmarks.{name}").main, ["--help"]) for name in BENCHMARKS]
@@ -172,7 +172,7 @@ def flags() -> set[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_exist(page: str, flags: set[str]) -> None:
     named = {flag for span in inline(PAGES[page]) for flag in re.findall(r"(?<!\S)--[\w-]+", span)}
-    # A page that changes the code may add one.
+    # A page with changes of the code may add one.
     added = {
         f"--{name}" for patch in fenced(PAGES[page], "diff") for name in re.findall(r"^\+ +(p_\w+): float", patch, re.M)
     }
@@ -185,7 +185,7 @@ def slug(heading: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_resolve(page: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         if target.startswith("https://"):
             continue
@@ -202,7 +202,7 @@ def test_the_public_names_are_listed() -> None:
     assert listed == {f"{module.__name__}.{name}" for module in (stec, pipelines) for name in dir(module)}
 
 
-# --- What pages are about, done for real ---
+# --- Documented procedures ---
 
 SMALL = (
     "--dataset folder --batch_size 8 --view_size 32 --max_epochs 2 --warmup_epochs 0 --num_workers 1 --log_every 1"
@@ -211,31 +211,31 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 16 pictures."""
+    """A folder of 16 images."""
     folder = tmp_path_factory.mktemp("images")
     for n in range(16):
         Image.fromarray(smooth_image(40, 50, n)).save(folder / f"{n}.png")
     return folder
 
 
-def test_own_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's first steps: the index, the training, and its encoder in torchvision's network."""
+def test_training_on_a_folder(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first steps of the page: index, training, and the encoder in torchvision's network."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     index, train, *_ = (
         shlex.split(block.replace("IMAGES", str(images)).replace("RUN", str(tmp_path / "run")))
-        for block in fenced(PAGES["docs/train-on-my-images.md"])
+        for block in fenced(PAGES["docs/data.md"])
     )
     assert launch.main(index[2:]) == 0
     Run(*train[3:], *SMALL).end()
-    _, code = fenced(PAGES["docs/train-on-my-images.md"], "python")
+    _, code = fenced(PAGES["docs/data.md"], "python")
     monkeypatch.chdir(tmp_path)
     exec(code.replace("RUN", "run"), {})
 
 
 def test_smaller_copies(tmp_path: Path) -> None:
-    """The page's script: the sides of the copies, the folders, EXIF, and small images as they are."""
-    script, _ = fenced(PAGES["docs/train-on-my-images.md"], "python")
-    assert COPIES in inline(PAGES["docs/train-on-my-images.md"])
+    """The script of the page: sizes of the copies, folders, EXIF; small images are not enlarged."""
+    script, _ = fenced(PAGES["docs/data.md"], "python")
+    assert COPIES in inline(PAGES["docs/data.md"])
     (tmp_path / "copies.py").write_text(script)
     (tmp_path / "images" / "a").mkdir(parents=True)
     exif = Image.Exif()
@@ -253,8 +253,8 @@ def test_smaller_copies(tmp_path: Path) -> None:
 
 
 def test_slurm(images: Path, tmp_path: Path) -> None:
-    """What the page's job starts, with SLURM's notice in the midst of it, and once more."""
-    (command,) = fenced(PAGES["docs/slurm.md"])
+    """The command of the job, with SLURM's signal in the middle, and again."""
+    (command,) = (block for block in fenced(PAGES["docs/runs.md"]) if block.startswith("sbatch"))
     _, script, *given = shlex.split(command.replace("RUN", str(tmp_path / "run")).replace("DATA", str(images)))
     added = re.search(r'"\$@" (--resume .*)$', (ROOT / script).read_text(), re.MULTILINE)
     stopped = re.search(r"^STOPPED=(\d+)$", (ROOT / script).read_text(), re.MULTILINE)
@@ -267,11 +267,11 @@ def test_slurm(images: Path, tmp_path: Path) -> None:
 
 
 def test_measuring(tmp_path: Path) -> None:
-    """The page's first benchmark, and the profile of a run."""
-    first, *_ = fenced(PAGES["docs/measure.md"])[0].splitlines()
+    """The first benchmark of the page, and the profile of a run."""
+    first, _, profile = fenced(PAGES["docs/performance.md"])[0].splitlines()
     brief = "--batch_size 4 --workers 1 --repeats 1 --seconds 0.01 --contenders compiled".split()
     assert importlib.import_module(first.split()[2]).main([*first.split()[3:], *brief]) == 0
-    profile = fenced(PAGES["docs/measure.md"])[2].replace("--profile 20", "--profile 2")
+    profile = profile.replace("--profile 20", "--profile 2")
     small = "--limit_train 128 --batch_size 8 --width 4 --max_epochs 1 --num_workers 1".split()
     assert "backward" in Run(*shlex.split(profile.replace("RUN", str(tmp_path / "run")))[2:], *small).end()
     assert (tmp_path / "run/profile.json").is_file() and (tmp_path / "run/trace.json.gz").is_file()
@@ -314,16 +314,16 @@ for n, image_id in enumerate(plan.image_ids.tolist()):
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Path:
-    """A copy of the project with all changes of the page on commands made."""
+    """A copy of the project with the changes of the page applied."""
     for name in ("stec", "pipelines", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    patch = "".join(fenced(PAGES["docs/add-a-command.md"], "diff"))
+    patch = "".join(fenced(PAGES["docs/extend.md"], "diff"))
     subprocess.run(["git", "apply", "-C1", "-"], cwd=tmp_path, input=patch, text=True, check=True)
     return tmp_path
 
 
 def test_a_command_can_be_added(changed: Path) -> None:
-    """As the page does it; the compiled function runs as Python here, since compiling takes a quarter of a minute."""
+    """With the changes of the page; the compiled function runs as Python here, because compiling takes 15 s."""
     environment = {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(changed), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", UPSIDE_DOWN],
@@ -335,13 +335,36 @@ def test_a_command_can_be_added(changed: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_places_to_change_exist() -> None:
-    """Each file and each name that the page on commands speaks of."""
+def test_files_and_names_in_the_page_exist() -> None:
+    """Each file and each name that the page mentions."""
     source = "".join(
         path.read_text() for folder in ("stec", "pipelines", "tests") for path in (ROOT / folder).rglob("*.py")
     )
-    for span in inline(PAGES["docs/add-a-command.md"]):
+    for span in inline(PAGES["docs/extend.md"]):
         if re.fullmatch(r"[\w/]+\.py", span):
             assert (ROOT / span).is_file(), span
         elif re.fullmatch(r"\w+", span):
             assert re.search(rf"\b{span}\b", source), span
+
+
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 120
+
+
+def test_the_picture_is_reproducible(tmp_path: Path) -> None:
+    """By the command in the README, pixel by pixel."""
+    (command,) = (span for span in inline(PAGES["README.md"]) if "preview docs/preview.png" in span)
+    picture = tmp_path / "preview.png"
+    arguments = shlex.split(command.replace("docs/preview.png", str(picture)))[2:]
+    assert launch.main(arguments) == 0
+    with Image.open(picture) as made, Image.open(ROOT / "docs/preview.png") as committed:
+        assert made.size == committed.size and made.tobytes() == committed.tobytes()
+
+
+def test_the_tour_prints_what_it_shows() -> None:
+    """The session of the page, with its output."""
+    session = "".join(fenced(PAGES["docs/tour.md"], "python"))
+    _, *outputs = fenced(PAGES["docs/tour.md"], "text")
+    done = subprocess.run([sys.executable, "-c", session], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "".join(outputs)

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from pipelines.commands import Commands, Policy
+from pipelines.datasets.registry import DATA_SETS
 from pipelines.executors import torchvision as reference
-from stec.config import DATA_SETS, ModelSettings, ObjectiveSettings, OptimizationSettings
+from stec.config import ModelSettings, ObjectiveSettings, OptimizationSettings
 from stec.models.model import Model
 from stec.objectives.geometry import relative_windows, window_matrices
 from stec.objectives.inverse import command_bins, inverse_loss

@@ -1,4 +1,4 @@
-"""The index of image files: layouts, formats, faults, and what interrupts a pass or puts its outcome out of date."""
+"""The index of image files: layouts, formats, faults, interrupted scans, and outdated indexes."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from pipelines import splits
 from pipelines.datasets.bad_list import BadList, remember
 from pipelines.datasets.cache import cache_file
 from pipelines.datasets.headers import MAX_PIXELS
+from pipelines.datasets.image_folders import check_labels
 from pipelines.datasets.images import UNLABELED, ImageFiles, Names
-from pipelines.datasets.index import check_labels, open_data_set, open_split
+from pipelines.datasets.registry import open_data_set, open_split
 from pipelines.datasets.shards import sample_key
 from pipelines.errors import BadImage, UserError
-from pipelines.splits import read_split, verified
+from pipelines.splits import read_split, verify_split
 from tests.conftest import smooth_image
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "stec"
 
@@ -49,12 +50,12 @@ def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def picture(seed: int, height: int = 40, width: int = 56) -> Image.Image:
+def make_image(seed: int, height: int = 40, width: int = 56) -> Image.Image:
     return Image.fromarray(smooth_image(height, width, seed))
 
 
 def png(height: int, width: int, depth: int, color_type: int, lines: bytes) -> bytes:
-    """A PNG file by hand, for what Pillow does not write."""
+    """A PNG file of a kind that Pillow does not write."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -67,13 +68,13 @@ BOMB = png(100_000, 100_000, 8, 2, bytes(1000))
 
 
 def formats() -> dict[str, bytes]:
-    """The same picture in every format and variant that ImageFolder's extensions may hide."""
-    rgb = picture(1)
+    """The same image in every format and variant, under the extensions of ImageFolder."""
+    rgb = make_image(1)
     height, width = rgb.height, rgb.width
     gray, palette, bilevel, cmyk = rgb.convert("L"), rgb.quantize(64), rgb.convert("1"), rgb.convert("CMYK")
     rgba, gray_alpha = rgb.copy(), gray.copy()
     for image in (rgba, gray_alpha):
-        image.putalpha(picture(2).convert("L"))
+        image.putalpha(make_image(2).convert("L"))
     gray16 = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257 ^ 0x35)
     rgb16 = (np.asarray(rgb).astype(">u2") * 257).astype(">u2")
     turned = Image.Exif()
@@ -144,47 +145,47 @@ def every_format(tmp_path: Path) -> Path:
     return root
 
 
-def test_every_format_is_opened_like_torchvision_opens_it(every_format: Path) -> None:
+def test_every_format_matches_torchvision(every_format: Path) -> None:
     for below in ("b/d", "b-c", "a", "b"):
         (every_format / "class" / below).mkdir(parents=True, exist_ok=True)
-        (every_format / "class" / below / "more.jpg").write_bytes(encode(picture(3)))
+        (every_format / "class" / below / "more.jpg").write_bytes(encode(make_image(3)))
     images = read_split(every_format, "class folders").images
-    theirs = ImageFolder(str(every_format))
-    assert len(images) == len(theirs) == len(formats()) + 4 and not images.faults
-    for n, (path, _) in enumerate(theirs.samples):
+    reference = ImageFolder(str(every_format))
+    assert len(images) == len(reference) == len(formats()) + 4 and not images.faults
+    for n, (path, _) in enumerate(reference.samples):
         expected = default_loader(path)
         assert str(images.path(n)) == images.name(n) == os.fsdecode(images.path_bytes(np.array([n])).tobytes()) == path
         assert images.encoded(n).tobytes() == Path(path).read_bytes() and images.size_bytes[n] == len(images.encoded(n))
         assert tuple(images.sizes[n]) == (expected.height, expected.width), path
-        if "gray 16 bits" not in path:  # which torchvision clips at 255
+        if "gray 16 bits" not in path:  # torchvision clips these at 255.
             np.testing.assert_array_equal(np.asarray(images.open(n)), np.asarray(expected), err_msg=path)
 
 
-def test_what_is_left_to_dali_comes_out_as_from_pillow(every_format: Path) -> None:
-    """Whole and in part; and what is common is left to DALI."""
+def test_dali_decodes_its_formats_as_pillow_does(every_format: Path) -> None:
+    """Complete images and crop boxes of them, in all common formats."""
     dali = pytest.importorskip("nvidia.dali")
     images = read_split(every_format, "class folders").images
     ids = np.flatnonzero(~images.needs_pillow).tolist()
-    left = {images.path(n).name for n in ids}
-    assert {"rgb.jpg", "gray.jpg", "progressive.jpg", "turned.jpg", "rgb.png", "palette.png", "rgba.png"} <= left
-    assert not {"gray 16 bits.png", "cmyk without marker.jpg", "maximum 100.ppm", "turned.tif", "gif.png"} & left
+    names = {images.path(n).name for n in ids}
+    assert {"rgb.jpg", "gray.jpg", "progressive.jpg", "turned.jpg", "rgb.png", "palette.png", "rgba.png"} <= names
+    assert not {"gray 16 bits.png", "cmyk without marker.jpg", "maximum 100.ppm", "turned.tif", "gif.png"} & names
 
     @dali.pipeline_def(batch_size=len(ids), num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
     def pipeline() -> object:
         encoded = dali.fn.external_source(lambda: [images.encoded(n) for n in ids], batch=True)
         options = {"output_type": dali.types.RGB, "adjust_orientation": False}
-        part = dali.fn.decoders.image_slice(encoded, start=[7, 11], shape=[20, 30], axes=[0, 1], **options)
-        return dali.fn.decoders.image(encoded, **options), part
+        box = dali.fn.decoders.image_slice(encoded, start=[7, 11], shape=[20, 30], axes=[0, 1], **options)
+        return dali.fn.decoders.image(encoded, **options), box
 
-    whole, part = pipeline().run()
+    complete, box = pipeline().run()
     for k, n in enumerate(ids):
         expected = np.asarray(images.open(n)).astype(int)
-        assert abs(np.asarray(whole.at(k)) - expected).max() <= 1, images.name(n)
-        assert abs(np.asarray(part.at(k)) - expected[7:27, 11:41]).max() <= 1, images.name(n)
+        assert abs(np.asarray(complete.at(k)) - expected).max() <= 1, images.name(n)
+        assert abs(np.asarray(box.at(k)) - expected[7:27, 11:41]).max() <= 1, images.name(n)
 
 
 def write_shards(root: Path, *, labels: bool = True, shards: int = 3, per_shard: int = 5) -> Path:
-    """Shards by the webdataset package: keys with folders and dots, other members among them."""
+    """Shards of the webdataset package whose keys have folders and dots, with other members."""
     root.mkdir(parents=True)
     for s in range(shards):
         with webdataset.TarWriter(str(root / f"train-{s:03d}.tar")) as writer:
@@ -193,26 +194,26 @@ def write_shards(root: Path, *, labels: bool = True, shards: int = 3, per_shard:
                 extension = ("jpg", "PNG", "jpeg")[n % 3]
                 sample = {
                     "__key__": f"part.{s}/{seed:04d}",
-                    extension: encode(picture(seed, 30 + seed, 50 - seed), "PNG" if extension == "PNG" else "JPEG"),
+                    extension: encode(make_image(seed, 30 + seed, 50 - seed), "PNG" if extension == "PNG" else "JPEG"),
                     "json": b"{}",
-                    "seg.png": encode(picture(99), "PNG"),
+                    "seg.png": encode(make_image(99), "PNG"),
                 }
                 writer.write(sample | ({"cls": str(seed % 4).encode()} if labels else {}))
     return root
 
 
-def test_shards_are_read_like_webdataset_reads_them(tmp_path: Path) -> None:
-    """Keys, order, bytes, labels and pixels; also the second time, from the cache."""
+def test_shards_match_webdataset(tmp_path: Path) -> None:
+    """In keys, order, bytes, labels and pixels; also when read from the cache."""
     root = write_shards(tmp_path / "train")
     urls = sorted(str(path) for path in root.glob("*.tar"))
-    theirs = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pilrgb"))
+    decoded = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pilrgb"))
     raw = list(webdataset.WebDataset(urls, shardshuffle=False))
     for _ in range(2):
         split = read_split(root, "class folders")
         images = split.images
-        assert split.layout == "shards" and split.classes == ("0", "1", "2", "3") and not split.remarks
-        assert len(images) == len(theirs) == 15 and images.in_shards and not images.faults
-        for n, (sample, encoded) in enumerate(zip(theirs, raw)):
+        assert split.layout == "shards" and split.classes == ("0", "1", "2", "3") and not split.notes
+        assert len(images) == len(decoded) == 15 and images.in_shards and not images.faults
+        for n, (sample, encoded) in enumerate(zip(decoded, raw)):
             extension = next(name for name in ("jpg", "png", "jpeg") if name in sample)
             shard, member = images.name(n).split(": ")
             assert shard == str(images.path(n)) == sample["__url__"] == urls[images.shard_of[n]]
@@ -226,18 +227,18 @@ def test_shards_are_read_like_webdataset_reads_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["a.jpg", "a.seg.png", "d.x/a.jpg", "./d/a.JPG", "noext", ".hidden", "d/.jpg", "__meta__/x.jpg", "_a.jpg"]
 )
-def test_members_are_grouped_like_webdataset_groups_them(name: str) -> None:
+def test_keys_of_members_match_webdataset(name: str) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.addfile(tarfile.TarInfo(name))
     buffer.seek(0)
     files = webdataset.tariterators.tar_file_expander([{"url": "here", "stream": buffer}])
-    theirs = list(webdataset.tariterators.group_by_keys(files))
-    expected = [(sample["__key__"], next(k for k in sample if k[0] != "_")) for sample in theirs]
+    samples = list(webdataset.tariterators.group_by_keys(files))
+    expected = [(sample["__key__"], next(k for k in sample if k[0] != "_")) for sample in samples]
     assert sample_key(name) == (expected[0] if expected else None)
 
 
-def test_shards_make_an_imagenet(tmp_path: Path) -> None:
+def test_imagenet_in_shards(tmp_path: Path) -> None:
     write_shards(tmp_path / "train")
     write_shards(tmp_path / "val", shards=1)
     data_set = open_data_set("imagenet", tmp_path, limit_train=10)
@@ -247,30 +248,30 @@ def test_shards_make_an_imagenet(tmp_path: Path) -> None:
     assert (len(images), len(classes)) == (5, 4)
     shutil.rmtree(tmp_path / "val")
     write_shards(tmp_path / "val", labels=False)
-    with pytest.raises(UserError, match=r"val hold no labels \(\.cls\)"):
+    with pytest.raises(UserError, match=r"val .*\.cls.*--dataset folder"):
         open_data_set("imagenet", tmp_path)
 
 
 def test_images_without_labels(tmp_path: Path, every_format: Path) -> None:
-    """Anywhere below a folder, or in shards, whose labels are left alone."""
+    """Anywhere below a folder, or in shards, whose labels are ignored."""
     write_shards(tmp_path / "shards")
-    (every_format / "on top.png").write_bytes(encode(picture(0), "PNG"))
+    (every_format / "on top.png").write_bytes(encode(make_image(0), "PNG"))
     for root, count in ((every_format, len(formats()) + 1), (tmp_path / "shards", 15)):
         data_set = open_data_set("folder", root)
         assert (len(data_set.train), data_set.labeled, data_set.test, data_set.classes) == (count, None, None, ())
         assert (data_set.train.labels == UNLABELED).all()
         assert len(open_data_set("folder", root, limit_train=4).train) == 4
-    with pytest.raises(UserError, match="--dataset folder has no test images"):
+    with pytest.raises(UserError, match=r"--dataset folder .*test"):
         open_split("folder", every_format, "test")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds neither images"):
+    with pytest.raises(UserError, match=r"empty .*\*\.tar"):
         open_data_set("folder", tmp_path / "empty")
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere"):
         open_data_set("folder", tmp_path / "nowhere")
 
 
 def add(shard: Path, **members: bytes) -> None:
-    """Append members, whose dots are written as two underscores."""
+    """Append members; two underscores in their names are dots."""
     with tarfile.open(shard, "a") as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name.replace("__", "."))
@@ -278,74 +279,74 @@ def add(shard: Path, **members: bytes) -> None:
             archive.addfile(info, io.BytesIO(content))
 
 
-def test_wrong_shards(tmp_path: Path) -> None:
-    image = encode(picture(0))
+def test_invalid_shards_are_reported(tmp_path: Path) -> None:
+    image = encode(make_image(0))
 
-    def refused(match: str, **members: bytes) -> None:
+    def check_refused(match: str, **members: bytes) -> None:
         root = write_shards(tmp_path / str(len(list(tmp_path.iterdir()))), shards=1)
         add(root / "train-000.tar", **members)
-        with pytest.raises(UserError, match=match) as told:
+        with pytest.raises(UserError, match=match) as error:
             check_labels(read_split(root, "class folders"))
-        assert "train-000.tar" in str(told.value) and "\n" not in str(told.value)
+        assert "train-000.tar" in str(error.value) and "\n" not in str(error.value)
 
-    refused(r"train-000\.tar: late\.jpg has no label", late__jpg=image)
-    refused(r"holds 'cat'; a label is a number", late__jpg=image, late__cls=b"cat")
-    refused(r"holds '-1'; a label is a number", late__jpg=image, late__cls=b"-1")
-    refused(r"holds two images of the name late", late__jpg=image, late__png=image)
+    check_refused(r"train-000\.tar: late\.jpg .*\.cls", late__jpg=image)
+    check_refused("late.cls .*'cat'", late__jpg=image, late__cls=b"cat")
+    check_refused("late.cls .*'-1'", late__jpg=image, late__cls=b"-1")
+    check_refused("two images .*late", late__jpg=image, late__png=image)
 
     root = write_shards(tmp_path / "other", shards=1)
     (root / "sub").mkdir()
     (root / "sub" / "loose.jpg").write_bytes(image)
-    with pytest.raises(UserError, match=r"both shards \(train-000\.tar\) and image files \(sub/loose\.jpg\)"):
+    with pytest.raises(UserError, match=r"train-000\.tar.*sub/loose\.jpg"):
         read_split(root, "class folders")
     shutil.rmtree(root / "sub")
     (root / "train-001.tar").write_text("no archive")
-    with pytest.raises(UserError, match=r"train-001\.tar is no uncompressed tar archive"):
+    with pytest.raises(UserError, match=r"train-001\.tar "):
         read_split(root, "class folders")
     (root / "train-001.tar").rename(root / "train-001.tar.gz")
-    with pytest.raises(UserError, match=r"train-001\.tar\.gz is compressed"):
+    with pytest.raises(UserError, match=r"train-001\.tar\.gz "):
         read_split(root, "class folders")
 
 
-def test_a_shard_that_was_cut_off(tmp_path: Path) -> None:
-    """Wherever: images before the cut are there, the one in it has a fault, and it is said."""
-    root = write_shards(tmp_path / "whole", shards=1)
-    whole = read_split(root, "class folders").images
+def test_a_truncated_shard(tmp_path: Path) -> None:
+    """At any byte: the images before it are read, an incomplete image has a fault, and there is a note."""
+    root = write_shards(tmp_path / "complete", shards=1)
+    expected = read_split(root, "class folders").images
     content = (root / "train-000.tar").read_bytes()
-    third, last = (int(whole.offset[n]) for n in (2, 4))
-    cuts = [third - 512, third - 300, third, third + 40, third + int(whole.size_bytes[2]), last + 600]
-    for cut, intact in zip(cuts, (2, 2, 2, 2, 3, 4)):
-        cut_root = tmp_path / f"cut at {cut}"
-        cut_root.mkdir()
-        (cut_root / "train-000.tar").write_bytes(content[:cut])
-        split = read_split(cut_root, "class folders")
+    third, last = (int(expected.offset[n]) for n in (2, 4))
+    lengths = [third - 512, third - 300, third, third + 40, third + int(expected.size_bytes[2]), last + 600]
+    for length, intact in zip(lengths, (2, 2, 2, 2, 3, 4)):
+        truncated = tmp_path / str(length)
+        truncated.mkdir()
+        (truncated / "train-000.tar").write_bytes(content[:length])
+        split = read_split(truncated, "class folders")
         images = split.images
-        assert "train-000.tar is cut off" in split.remarks[0]
+        assert "train-000.tar" in split.notes[0]
         good = [n for n in range(len(images)) if n not in images.faults]
         assert len(good) == intact
         for n in good:
-            assert images.encoded(n).tobytes() == whole.encoded(n).tobytes()
-            assert images.labels[n] == whole.labels[n]
+            assert images.encoded(n).tobytes() == expected.encoded(n).tobytes()
+            assert images.labels[n] == expected.labels[n]
         for n in images.faults:
-            with pytest.raises(BadImage, match="cut off at byte"):
+            with pytest.raises(BadImage, match=f" {length},"):
                 images.open(n)
 
 
-def test_a_label_that_was_cut_off(tmp_path: Path) -> None:
+def test_a_shard_that_is_truncated_before_a_label(tmp_path: Path) -> None:
     root = write_shards(tmp_path / "train", shards=2)
-    image = encode(picture(0))
+    image = encode(make_image(0))
     add(root / "train-001.tar", late__jpg=image, late__cls=b"1")
     with tarfile.open(root / "train-001.tar") as archive:
         label = archive.getmember("late.cls").offset
     os.truncate(root / "train-001.tar", label)
     split = read_split(root, "class folders")
     check_labels(split)
-    assert split.images.faults == {10: "its shard was cut off before its label"}
+    assert list(split.images.faults) == [10]
 
 
 def write_folders(root: Path, count: int, classes: int = 2) -> Path:
-    """Class folders of files that are many times the same few."""
-    sources = [encode(picture(n, 20 + n, 30)) for n in range(4)]
+    """Class folders of ``count`` links to four files."""
+    sources = [encode(make_image(n, 20 + n, 30)) for n in range(4)]
     (root / "source").mkdir(parents=True)
     for n, content in enumerate(sources):
         (root / "source" / f"{n}.jpg").write_bytes(content)
@@ -365,59 +366,59 @@ def assert_same(one: ImageFiles, two: ImageFiles) -> None:
 
 
 class Stopped(Exception):
-    """What ``stop`` raises."""
+    pass
 
 
-def stop(*_: object) -> None:
+def raise_stopped(*_: object) -> None:
     raise Stopped
 
 
-def test_a_killed_pass_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed by a signal that cannot be caught, after a chunk of a pass in several processes."""
+def test_a_killed_scan_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed by SIGKILL after a chunk, in several processes."""
     root = write_folders(tmp_path, 4 * splits.FILES_PER_CHUNK - 5)
     (root / "class 1" / "bad.jpg").write_text("no image")
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, time\nfrom pathlib import Path\nfrom pipelines.splits import read_split\n"
         "if __name__ == '__main__':\n"
-        "    tell = lambda *about: [print(about, flush=True), time.sleep(60)]\n"
-        "    read_split(Path(sys.argv[1]), 'class folders', tell)\n"
+        "    progress = lambda *about: [print(about, flush=True), time.sleep(60)]\n"
+        "    read_split(Path(sys.argv[1]), 'class folders', progress)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, str(script), str(root)]
     with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE) as process:
         assert b"indexing images" in process.stdout.readline()
         process.send_signal(signal.SIGKILL)
-    kept = cache_file(root, "class folders").with_suffix(".partial")
-    with kept.open("ab") as file:
+    partial_index = cache_file(root, "class folders").with_suffix(".partial")
+    with partial_index.open("ab") as file:
         file.write(b"12345678 [1, [[0, 5")
     with pytest.raises(Stopped):
-        read_split(root, "class folders", stop)
+        read_split(root, "class folders", raise_stopped)
     calls = []
     resumed = read_split(root, "class folders", lambda *about: calls.append(about[1:])).images
-    assert [done for done, _ in calls] == [3072, 4092] and not kept.exists()
+    assert [done for done, _ in calls] == [3072, 4092] and not partial_index.exists()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     calls.clear()
-    straight = read_split(root, "class folders", lambda *about: calls.append(about[1:])).images
+    uninterrupted = read_split(root, "class folders", lambda *about: calls.append(about[1:])).images
     assert len(calls) == 4
-    assert_same(resumed, straight)
-    assert list(resumed.faults.values()) == ["it is no image of a format that Pillow knows"]
+    assert_same(resumed, uninterrupted)
+    assert len(resumed.faults) == 1
 
 
-def test_what_a_pass_left_behind_is_not_taken_for_another_data_set(tmp_path: Path) -> None:
+def test_a_partial_index_of_other_files_is_discarded(tmp_path: Path) -> None:
     root = write_folders(tmp_path, 8)
     with pytest.raises(Stopped):
-        read_split(root, "class folders", stop)
+        read_split(root, "class folders", raise_stopped)
     assert cache_file(root, "class folders").with_suffix(".partial").exists()
-    (root / "class 0" / "new.png").write_bytes(encode(picture(5, 11, 12), "PNG"))
+    (root / "class 0" / "new.png").write_bytes(encode(make_image(5, 11, 12), "PNG"))
     images = read_split(root, "class folders").images
     assert len(images) == 9 and (11, 12) in [tuple(size) for size in images.sizes]
 
 
-def test_a_shard_that_was_written_anew_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_shard_is_indexed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_shards(tmp_path / "train", shards=2)
     before = read_split(root, "class folders").images
-    monkeypatch.setattr(splits, "_look", lambda *_: pytest.fail("the cache was not used"))
+    monkeypatch.setattr(splits, "_scan", lambda *_: pytest.fail("the cache was not used"))
     assert_same(read_split(root, "class folders").images, before)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -430,7 +431,7 @@ def test_a_shard_that_was_written_anew_is_noticed(tmp_path: Path, monkeypatch: p
     assert before.labels[9] == 1 and after.labels[9] == 0
 
 
-def test_a_cache_of_another_data_set_is_not_believed(tmp_path: Path, own_cache: Path) -> None:
+def test_a_cache_of_another_data_set_is_ignored(tmp_path: Path, empty_cache: Path) -> None:
     one = write_folders(tmp_path / "one", 4)
     two = write_folders(tmp_path / "two", 6)
     for folder in (one, two):
@@ -439,14 +440,14 @@ def test_a_cache_of_another_data_set_is_not_believed(tmp_path: Path, own_cache: 
     read_split(one, "class folders")
     shutil.copy(cache_file(one, "class folders"), cache_file(two, "class folders"))
     assert len(read_split(two, "class folders").images) == 6
-    array = own_cache / "array.npz"
+    array = empty_cache / "array.npz"
     np.savez(array, about=np.zeros(3))
     shutil.copy(array, cache_file(two, "class folders"))
     assert len(read_split(two, "class folders").images) == 6
 
 
-def test_bad_images_do_not_stop_the_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has a reason; and one that is mended in place, where no folder notices, is good the next time."""
+def test_bad_images_do_not_stop_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a fault, until its file is repaired, which changes no folder."""
     root = write_folders(tmp_path, 6)
     bad = root / "class 0"
     (bad / "bomb.png").write_bytes(BOMB)
@@ -458,71 +459,70 @@ def test_bad_images_do_not_stop_the_pass(tmp_path: Path, monkeypatch: pytest.Mon
     assert by_name.keys() == {"bomb.png", "empty.jpg", "link.jpg", "page.jpg"}
     assert "limit" in by_name["bomb.png"] and "No such file" in by_name["link.jpg"]
     for n in images.faults:
-        with pytest.raises(BadImage, match=images.path(n).name) as told:
+        with pytest.raises(BadImage, match=images.path(n).name) as error:
             images.open(n)
-        assert (told.value.image_id, told.value.reason) == (n, images.faults[n])
-        assert told.value.local and "\n" not in str(told.value) and "0x" not in str(told.value)
+        assert (error.value.image_id, error.value.reason) == (n, images.faults[n])
+        assert error.value.local and "\n" not in str(error.value) and "0x" not in str(error.value)
     some = images.limited(5)
     names = [some.path(n).name for n in range(5)]
     assert [names[n] for n in some.faults] == [name for name in names if name in by_name]
     assert some.faults
 
-    (bad / "page.jpg").write_bytes(encode(picture(0, 9, 8)))
-    mended = read_split(root, "class folders").images
-    assert len(mended.faults) == 3 and (9, 8) in [tuple(size) for size in mended.sizes]
+    (bad / "page.jpg").write_bytes(encode(make_image(0, 9, 8)))
+    repaired = read_split(root, "class folders").images
+    assert len(repaired.faults) == 3 and (9, 8) in [tuple(size) for size in repaired.sizes]
     shutil.rmtree(root / "class 1")
     for path in bad.iterdir():
         path.unlink()
     (bad / "page.jpg").write_text("<html>")
-    with pytest.raises(UserError, match=r"no image that can be read; the first is .*page\.jpg"):
+    with pytest.raises(UserError, match=r"page\.jpg"):
         read_split(root, "class folders")
 
 
-def test_a_bomb_is_refused_without_pillows_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_refused_without_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     root = write_folders(tmp_path, 2)
     (root / "class 0" / "bomb.png").write_bytes(BOMB)
     images = read_split(root, "class folders").images
     (n,) = images.faults
-    assert f"declares 100000 x 100000 pixels; {MAX_PIXELS} are the limit" in images.faults[n]
-    unsuspecting = dataclasses.replace(images, faults={})
+    assert "100000 x 100000" in images.faults[n] and str(MAX_PIXELS) in images.faults[n]
+    without_faults = dataclasses.replace(images, faults={})
     with pytest.raises(BadImage, match="100000 x 100000"):
-        unsuspecting.open(n)
+        without_faults.open(n)
 
 
-def test_images_that_are_not_what_they_were(tmp_path: Path) -> None:
+def test_files_that_changed_since_they_were_indexed(tmp_path: Path) -> None:
     root = write_folders(tmp_path, 6)
     images = read_split(root, "class folders").images
-    for n, content in enumerate((b"", images.encoded(1).tobytes()[:-20], encode(picture(0, 99, 98)))):
+    for n, content in enumerate((b"", images.encoded(1).tobytes()[:-20], encode(make_image(0, 99, 98)))):
         images.path(n).unlink()
         images.path(n).write_bytes(content)
     images.path(3).unlink()
-    for n, why in ((0, "no image"), (1, "truncated"), (3, "No such file")):
-        with pytest.raises(BadImage, match=why) as told:
+    for n, reason in ((0, "no image"), (1, "truncated"), (3, "No such file")):
+        with pytest.raises(BadImage, match=reason) as error:
             images.open(n)
-        again = pickle.loads(pickle.dumps(told.value))
-        assert (str(again), again.image_id, again.reason) == (str(told.value), n, told.value.reason)
+        copy = pickle.loads(pickle.dumps(error.value))
+        assert (str(copy), copy.image_id, copy.reason) == (str(error.value), n, error.value.reason)
     shards = read_split(write_shards(tmp_path / "shards", shards=2), "class folders").images
     (tmp_path / "shards" / "train-000.tar").unlink()
     os.truncate(tmp_path / "shards" / "train-001.tar", int(shards.offset[6]))
-    for n, why in ((0, "No such file"), (6, "shorter than when it was indexed")):
-        with pytest.raises(BadImage, match=why):
+    for n, reason in ((0, "No such file"), (6, "shorter")):
+        with pytest.raises(BadImage, match=reason):
             shards.open(n)
     shards.read_ahead(0)
     shards.read_ahead(1)
 
 
-def test_open_shards_stay_where_they_are(tmp_path: Path) -> None:
-    """When images are sent to another process, that opens its own."""
+def test_open_shards_are_not_pickled(tmp_path: Path) -> None:
     images = read_split(write_shards(tmp_path / "train"), "class folders").images
     contents = [images.encoded(n).tobytes() for n in range(len(images))]
-    sent = pickle.dumps(images)
-    assert len(sent) < 4000
-    again = pickle.loads(sent)
-    assert [again.encoded(n).tobytes() for n in range(len(images))] == contents
+    pickled = pickle.dumps(images)
+    assert len(pickled) < 4000
+    copy = pickle.loads(pickled)
+    assert [copy.encoded(n).tobytes() for n in range(len(images))] == contents
 
 
-def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_open_shards_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.datasets.images.OPEN_SHARDS", 2)
     images = read_split(write_shards(tmp_path / "train"), "class folders").images
 
@@ -536,27 +536,27 @@ def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_shard_that_is_truncated_while_it_is_open(tmp_path: Path) -> None:
-    """Reading what is gone from a memory map would end the process."""
+    """With a memory map, SIGBUS would end the process."""
     images = read_split(write_shards(tmp_path / "train", shards=1), "class folders").images
     images.open(0)
     last = len(images) - 1
     os.truncate(images.path(last), int(images.offset[last]) + 100)
-    with pytest.raises(BadImage, match="shorter than when it was indexed"):
+    with pytest.raises(BadImage, match="shorter"):
         images.open(last)
     images.open(0)
 
 
-def test_a_file_that_was_replaced(tmp_path: Path) -> None:
-    """No folder notices: it is noticed when each file is looked at, or when one is read again."""
+def test_a_replaced_file_is_detected(tmp_path: Path) -> None:
+    """By ``check_files`` or ``update``; it changes no folder."""
     root = write_folders(tmp_path, 6)
     before = read_split(root, "class folders").images
-    before.path(2).write_bytes(encode(picture(0, 99, 98)))
+    before.path(2).write_bytes(encode(make_image(0, 99, 98)))
     assert_same(read_split(root, "class folders").images, before)
     after = read_split(root, "class folders", check_files=True).images
     assert after.sizes[2].tolist() == [99, 98]
     assert_same(read_split(root, "class folders").images, after)
 
-    after.path(3).write_bytes(encode(picture(0, 55, 54)))
+    after.path(3).write_bytes(encode(make_image(0, 55, 54)))
     assert not after.update(2) and after.update(3) and not after.update(3)
     assert after.sizes[3].tolist() == [55, 54]
     assert read_split(root, "class folders").images.sizes[3].tolist() == [55, 54]
@@ -565,8 +565,8 @@ def test_a_file_that_was_replaced(tmp_path: Path) -> None:
         after.update(4)
 
 
-def test_a_bad_image_is_remembered_as_long_as_its_file_stays_the_same(tmp_path: Path) -> None:
-    """By later indexes of the same folder, under whatever number it has by then."""
+def test_bad_images_are_remembered_until_their_files_change(tmp_path: Path) -> None:
+    """Also if the folder grows, which changes image ids."""
     root = write_folders(tmp_path, 6)
     images = read_split(root, "class folders").images
     name = images.path(3)
@@ -577,29 +577,29 @@ def test_a_bad_image_is_remembered_as_long_as_its_file_stays_the_same(tmp_path: 
     assert read_split(root, "class folders").images.limited(2).faults == {1: "broken data stream"}
 
     for n in range(3):
-        (root / "class 0" / f"0 before all others {n}.jpg").write_bytes(encode(picture(n)))
+        (root / "class 0" / f"0 before all others {n}.jpg").write_bytes(encode(make_image(n)))
     grown = read_split(root, "class folders").images
     assert sorted(grown.path(n) for n in grown.faults) == sorted([name, images.path(4)])
-    name.write_bytes(encode(picture(7)))
+    name.write_bytes(encode(make_image(7)))
     assert [grown.path(n) for n in read_split(root, "class folders").images.faults] == [images.path(4)]
 
 
-def test_a_list_of_bad_images_may_hold_anything(tmp_path: Path) -> None:
+def test_invalid_lines_in_a_list_of_bad_images_are_ignored(tmp_path: Path) -> None:
     root = write_folders(tmp_path, 6)
-    (root / "class 0" / os.fsdecode(b"caf\xe9\n.jpg")).write_bytes(encode(picture(0)))
+    (root / "class 0" / os.fsdecode(b"caf\xe9\n.jpg")).write_bytes(encode(make_image(0)))
     images = read_split(root, "class folders").images
-    (odd,) = (n for n in range(len(images)) if b"\xe9" in os.fsencode(images.path(n)))
-    listed = BadList(tmp_path / "bad.tsv")
-    assert listed.faults(images) == {}
-    assert len(listed.add(images, [images.bad(odd, "bad"), images.bad(0, "bad")])) == 2
-    assert listed.add(images, [images.bad(odd, "bad")]) == []
-    with listed.file.open("ab") as file:
+    (not_utf8,) = (n for n in range(len(images)) if b"\xe9" in os.fsencode(images.path(n)))
+    bad_list = BadList(tmp_path / "bad.tsv")
+    assert bad_list.faults(images) == {}
+    assert len(bad_list.add(images, [images.bad(not_utf8, "bad"), images.bad(0, "bad")])) == 2
+    assert bad_list.add(images, [images.bad(not_utf8, "bad")]) == []
+    with bad_list.file.open("ab") as file:
         file.write(b"\xff\xfe\n1\told format\treason\nx\ty\tz\t1\t2\n99\tgone.jpg\treason\t5\t6\n3\thalf a li")
-    assert BadList(listed.file).faults(images) == {odd: "bad", 0: "bad"}
-    assert listed.faults(images) == {odd: "bad", 0: "bad"}
+    assert BadList(bad_list.file).faults(images) == {not_utf8: "bad", 0: "bad"}
+    assert bad_list.faults(images) == {not_utf8: "bad", 0: "bad"}
 
 
-def test_names_are_any_bytes(tmp_path: Path) -> None:
+def test_names_may_be_any_bytes(tmp_path: Path) -> None:
     raw = [b"a.jpg", "ä ö.jpg".encode(), b"\xff\xfe.jpg", b"", b"x" * 300]
     names = Names.of(raw)
     assert [names[n] for n in range(len(names))] == raw
@@ -607,86 +607,86 @@ def test_names_are_any_bytes(tmp_path: Path) -> None:
     folder = tmp_path / "train" / "class"
     folder.mkdir(parents=True)
     for name in raw[:3]:
-        (folder / os.fsdecode(name)).write_bytes(encode(picture(0)))
+        (folder / os.fsdecode(name)).write_bytes(encode(make_image(0)))
     for _ in range(2):
         images = read_split(tmp_path / "train", "class folders").images
-        theirs = ImageFolder(str(tmp_path / "train"))
-        assert [str(images.path(n)) for n in range(3)] == [path for path, _ in theirs.samples]
+        expected = ImageFolder(str(tmp_path / "train"))
+        assert [str(images.path(n)) for n in range(3)] == [path for path, _ in expected.samples]
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(read_split(write_folders(tmp_path, 4), "class folders").images) == 4
 
 
-def damaged(root: Path) -> Path:
-    """An image whose beginning and end are as they should be, but not what lies between."""
-    content = bytearray(encode(picture(3), "PNG"))
+def write_damaged(root: Path) -> Path:
+    """An image that is damaged between a valid header and end."""
+    content = bytearray(encode(make_image(3), "PNG"))
     content[len(content) // 2] ^= 1
     (root / "class 0" / "damaged.png").write_bytes(content)
     return root / "class 0" / "damaged.png"
 
 
 @pytest.mark.parametrize("count", [6, 300])
-def test_verifying_finds_what_headers_do_not_show(tmp_path: Path, count: int) -> None:
-    """In one process and in several; what is found is known from then on, until it is repaired."""
+def test_verifying_finds_images_with_valid_headers_that_cannot_be_decoded(tmp_path: Path, count: int) -> None:
+    """In one process and in several; they have faults until they are repaired."""
     root = write_folders(tmp_path, count)
-    file = damaged(root)
+    file = write_damaged(root)
     split = read_split(root, "class folders")
     assert not split.images.faults
-    checked = verified(split)
-    (n,) = checked.images.faults
-    assert checked.images.path(n) == file
-    assert_same(read_split(root, "class folders").images, checked.images)
-    file.write_bytes(encode(picture(3), "PNG"))
+    verified = verify_split(split)
+    (n,) = verified.images.faults
+    assert verified.images.path(n) == file
+    assert_same(read_split(root, "class folders").images, verified.images)
+    file.write_bytes(encode(make_image(3), "PNG"))
     assert not read_split(root, "class folders").images.faults
 
 
-def test_verifying_corrects_what_runs_remembered(tmp_path: Path) -> None:
+def test_verifying_removes_wrong_entries_of_the_list(tmp_path: Path) -> None:
     root = write_folders(tmp_path, 6)
     images = read_split(root, "class folders").images
     remember(images, [images.bad(3, "memory ran out")])
     split = read_split(root, "class folders")
     assert split.images.faults.keys() == {3}
-    assert not verified(split).images.faults
+    assert not verify_split(split).images.faults
     assert not read_split(root, "class folders").images.faults
 
 
 @pytest.mark.parametrize(("image_format", "end"), [("JPEG", b"\xff\xd9"), ("PNG", b"IEND\xaeB`\x82")])
-def test_images_that_were_cut_off_are_found_by_their_end(tmp_path: Path, image_format: str, end: bytes) -> None:
-    """Without decoding those that have one, data of a camera's behind it or not."""
+def test_truncated_images_are_detected_by_their_end_mark(tmp_path: Path, image_format: str, end: bytes) -> None:
+    """Also if data follows the end mark."""
     root = tmp_path / "train"
     root.mkdir()
-    content = encode(picture(0, 90, 80), image_format)
+    content = encode(make_image(0, 90, 80), image_format)
     assert content.endswith(end)
     for name, written in {
-        "0 whole": content,
+        "0 complete": content,
         "1 longer": content + b"more" * 300,
-        "2 cut": content[: len(content) * 6 // 10],
-        "3 without end": content[:-2],
-        "4 filled up": content[: len(content) * 6 // 10] + bytes(len(content) * 4 // 10),
+        "2 truncated": content[: len(content) * 6 // 10],
+        "3 without end mark": content[:-2],
+        "4 padded": content[: len(content) * 6 // 10] + bytes(len(content) * 4 // 10),
     }.items():
         (root / f"{name}.img.{image_format.lower()}").write_bytes(written)
     faults = read_split(root, "loose images").images.faults
-    pillows = {}
+    expected = set()
     for n, path in enumerate(sorted(root.iterdir())):
         try:
             Image.open(path).convert("RGB")
-        except OSError as error:
-            pillows[n] = str(error)
-    assert faults.keys() == pillows.keys() and {2} <= faults.keys() <= {2, 3, 4}
+        except OSError:
+            expected.add(n)
+    assert faults.keys() == expected and {2} <= faults.keys() <= {2, 3, 4}
 
 
 def test_the_index_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_folders(tmp_path, 6)
     write_shards(tmp_path / "val")
     (root / "class 1" / "page.jpg").write_text("<html>")
-    damaged(root)
+    write_damaged(root)
     assert launch.main(["index", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    for text in ("class folders", "shards", "page.jpg (it is no image", "bad images"):
-        assert text in told
+    out = capsys.readouterr().out
+    for text in ("class folders", "shards", "page.jpg", "bad images"):
+        assert text in out
     bad = tmp_path / "bad.tsv"
     assert launch.main(["index", str(tmp_path), "--verify", "full", "--bad", str(bad)]) == 0
     lines = [line.split("\t") for line in bad.read_text().splitlines()]
@@ -694,6 +694,6 @@ def test_the_index_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert launch.main(["index", str(tmp_path / "train" / "class 0")]) == 0
     assert "loose images" in capsys.readouterr().out
     assert launch.main(["index", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere is no folder" in capsys.readouterr().err
+    assert "nowhere" in capsys.readouterr().err
     assert launch.main(["index", str(tmp_path), "--bad", str(tmp_path)]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert f"--bad {tmp_path}" in capsys.readouterr().err

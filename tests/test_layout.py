@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def packages_imported(file: Path) -> set[str]:
-    """The packages of the project that a file imports from anywhere in it, as dotted names of folders."""
+    """The project's packages that a file imports from, at its top level or in functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -31,25 +31,23 @@ def packages_imported(file: Path) -> set[str]:
 
 
 def imports(top: str) -> dict[str, set[str]]:
-    """Of each package below ``top``, or at the top level, what its files import from."""
-    found: dict[str, set[str]] = {}
+    """For each package in the folder ``top``, the packages that its files import from."""
+    graph: dict[str, set[str]] = {}
     for file in (ROOT / top).rglob("*.py"):
         package = ".".join(file.parent.relative_to(ROOT).parts)
-        found.setdefault(package, set()).update(packages_imported(file))
-    return found
+        graph.setdefault(package, set()).update(packages_imported(file))
+    return graph
 
 
-def test_pipelines_need_nothing_of_the_trainer() -> None:
-    found = {package: sorted(others) for package, others in imports("pipelines").items()}
-    assert len(found) > 2
-    assert not {
-        package: others for package, others in found.items() if any(not o.startswith("pipelines") for o in others)
-    }
+def test_pipelines_do_not_import_the_trainer() -> None:
+    graph = imports("pipelines")
+    assert len(graph) > 2
+    assert not {other for others in graph.values() for other in others if not other.startswith("pipelines")}
 
 
 @pytest.mark.parametrize("top", ["pipelines", "stec"])
-def test_no_packages_import_each_other(top: str) -> None:
-    """However long the way around is; a package's own top level serves those below it."""
+def test_packages_do_not_import_each_other(top: str) -> None:
+    """Directly or through others; modules at the top level of a package may be imported by packages in it."""
     graph = {
         package: {other for other in others if other not in (package, top) and other.startswith(f"{top}.")}
         for package, others in imports(top).items()
@@ -58,29 +56,28 @@ def test_no_packages_import_each_other(top: str) -> None:
 
     def reachable(package: str) -> set[str]:
         seen: set[str] = set()
-        left = [package]
-        while left:
-            for other in graph.get(left.pop(), set()) - seen:
+        pending = [package]
+        while pending:
+            for other in graph.get(pending.pop(), set()) - seen:
                 seen.add(other)
-                left.append(other)
+                pending.append(other)
         return seen
 
     assert len(graph) > 1
     assert not [package for package in graph if package in reachable(package)]
 
 
-def test_the_trainer_needs_no_command_line() -> None:
+def test_the_trainer_does_not_import_the_command_line() -> None:
     for package, others in imports("stec").items():
         if package not in ("stec.cli",):
             assert "stec.cli" not in others, package
 
 
-def test_pipelines_can_be_used_alone() -> None:
-    """The example trains with them where there is no trainer."""
+def test_pipelines_work_without_the_trainer() -> None:
     program = "import runpy, sys; sys.modules['stec'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
     example = ROOT / "examples" / "custom_trainer.py"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program, example], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stderr
-    assert "step 7" in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert "step 7" in result.stdout

@@ -1,4 +1,4 @@
-"""Which files of a folder and which members of shards become images, and what is reported about the others."""
+"""Which files and members of shards are images, and how the others are reported."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import launch
-from pipelines.datasets import folders
-from pipelines.datasets.cache import Split
+from pipelines.datasets import listing
+from pipelines.datasets.cache import SplitIndex
 from pipelines.datasets.headers import read_header, to_rgb
+from pipelines.datasets.image_folders import check_classes, splits_below
 from pipelines.datasets.images import UNLABELED
-from pipelines.datasets.index import check_classes, open_data_set, splits_below
-from pipelines.datasets.remarks import LARGE_PIXELS, remarks
+from pipelines.datasets.notes import LARGE_PIXELS, notes_on
+from pipelines.datasets.registry import open_data_set
 from pipelines.errors import UserError
-from pipelines.splits import read_split, verified
+from pipelines.splits import read_split, verify_split
 from tests.runs import Run
-from tests.test_index import encode, picture
+from tests.test_index import encode, make_image
 
-JPEG = encode(picture(0))
+JPEG = encode(make_image(0))
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -44,18 +45,18 @@ def fill(folder: Path, *names: str, content: bytes = JPEG) -> Path:
     return folder
 
 
-def names_of(split: Split) -> list[str]:
-    """Names relative to the root, or of members."""
+def names_of(split: SplitIndex) -> list[str]:
+    """Names of files or members, relative to the root."""
     images = split.images
     return [images.name(n).removeprefix(f"{images.root}/") for n in range(len(images))]
 
 
-def loose(root: Path) -> Split:
-    """The split as read from the files, equal to what is then read from the cache."""
-    fresh = read_split(root, "loose images")
+def loose(root: Path) -> SplitIndex:
+    """The index of images without labels, after a check that the cache returns the same."""
+    scanned = read_split(root, "loose images")
     cached = read_split(root, "loose images")
-    assert remarks(cached) == remarks(fresh) and dict(cached.left_out) == dict(fresh.left_out)
-    assert names_of(cached) == names_of(fresh)
+    assert notes_on(cached) == notes_on(scanned) and dict(cached.skipped) == dict(scanned.skipped)
+    assert names_of(cached) == names_of(scanned)
     return cached
 
 
@@ -69,7 +70,7 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
     return path
 
 
-def test_links_that_lead_back_end(tmp_path: Path) -> None:
+def test_links_in_a_loop(tmp_path: Path) -> None:
     root = fill(tmp_path / "data", "a/1.jpg", "b/2.jpg")
     for name, target in {"up": "..", "up 2": "../.", "here": ".", "above": "../..", "self": "self"}.items():
         (root / "a" / name).symlink_to(target)
@@ -77,9 +78,9 @@ def test_links_that_lead_back_end(tmp_path: Path) -> None:
     split = loose(root)
     assert names_of(split) == ["a/1.jpg", "a/self.jpg", "b/2.jpg"]
     assert list(split.images.faults) == [1]
-    assert split.left_out == {folders.AGAIN: 4, folders.BROKEN: 1}
-    # Of the class a only what is in it: neither b's images nor those of a folder beside the classes.
-    fill(tmp_path, "beside/3.jpg")
+    assert split.skipped == {listing.LISTED_TWICE: 4, listing.BROKEN: 1}
+    # The class a has neither the images of b nor those of a folder next to the root.
+    fill(tmp_path, "next/3.jpg")
     (root / "c").symlink_to("..")
     (root / "d").symlink_to("d")
     split = read_split(root, "class folders")
@@ -87,20 +88,20 @@ def test_links_that_lead_back_end(tmp_path: Path) -> None:
     assert split.images.labels.tolist() == [0, 0, 1]
 
 
-def test_a_folder_is_listed_once_and_by_its_own_path(tmp_path: Path) -> None:
+def test_a_folder_is_listed_once_by_its_path_without_links(tmp_path: Path) -> None:
     root = fill(tmp_path / "data", "b/1.jpg", "b/deep/2.jpg")
     fill(tmp_path / "elsewhere", "3.jpg", "deep/4.jpg")
     for name, target in {"a": "b", "a/more": "", "c": "../elsewhere", "d": "../elsewhere/deep"}.items():
         if target:
             (root / name).symlink_to(target)
     assert names_of(loose(root)) == ["b/1.jpg", "b/deep/2.jpg", "c/3.jpg", "c/deep/4.jpg"]
-    # In each class by itself: a link may give a folder another class.
+    # But in every class that links to it.
     assert names_of(read_split(root, "class folders")) == [
         *("a/1.jpg", "a/deep/2.jpg", "b/1.jpg", "b/deep/2.jpg", "c/3.jpg", "c/deep/4.jpg", "d/4.jpg")
     ]
 
 
-def test_links_to_folders_elsewhere_keep_imagefolders_order(tmp_path: Path) -> None:
+def test_links_to_other_folders_match_imagefolder(tmp_path: Path) -> None:
     root = fill(
         tmp_path / "data", "a/x.jpg", "a/b/x.jpg", "a/b-c/x.jpg", "a/x.jpg.d/x.jpg", "B.jpg/X.JPG", "B.jpg/a.Jpeg"
     )
@@ -109,13 +110,13 @@ def test_links_to_folders_elsewhere_keep_imagefolders_order(tmp_path: Path) -> N
     (root / "link").symlink_to(tmp_path / "elsewhere")
     (root / "B.jpg" / "b.jpg").symlink_to(tmp_path / "elsewhere" / "2.jpg")
     split = read_split(root, "class folders")
-    theirs = ImageFolder(str(root))
-    assert list(split.classes) == theirs.classes and not split.left_out
-    assert [(str(split.images.path(n)), label) for n, label in enumerate(split.images.labels)] == theirs.samples
+    expected = ImageFolder(str(root))
+    assert list(split.classes) == expected.classes and not split.skipped
+    assert [(str(split.images.path(n)), label) for n, label in enumerate(split.images.labels)] == expected.samples
 
 
 def test_only_regular_files_are_images(tmp_path: Path) -> None:
-    """What is read from a pipe or a device never ends; a broken link is a bad image."""
+    """Reading a pipe or a device may never end; a broken link is a bad image."""
     root = fill(tmp_path / "data", "good.jpg", "folder.jpg/inside.jpg")
     os.mkfifo(root / "pipe.jpg")
     (root / "link to pipe.png").symlink_to("pipe.jpg")
@@ -128,15 +129,14 @@ def test_only_regular_files_are_images(tmp_path: Path) -> None:
     split = loose(root)
     assert names_of(split) == ["broken.jpg", "good.jpg", "folder.jpg/inside.jpg"]
     assert "No such file" in split.images.faults[0] and len(split.images.faults) == 1
-    assert split.left_out == {folders.SPECIAL: 5, folders.BROKEN: 1}
+    assert split.skipped == {listing.SPECIAL: 5, listing.BROKEN: 1}
 
 
 @pytest.mark.parametrize("kind", ["class folders", "loose images"])
-def test_a_disk_that_comes_back_is_noticed(kind: str, tmp_path: Path) -> None:
-    """What links to it was broken."""
+def test_a_broken_link_that_is_repaired_is_listed(kind: str, tmp_path: Path) -> None:
     root = fill(tmp_path / "data", "a/0.jpg")
     (root / "b").symlink_to(tmp_path / "disk")
-    assert read_split(root, kind).left_out == {folders.BROKEN: 1}
+    assert read_split(root, kind).skipped == {listing.BROKEN: 1}
     fill(tmp_path / "disk", "1.jpg")
     assert names_of(read_split(root, kind)) == ["a/0.jpg", "b/1.jpg"]
 
@@ -153,23 +153,23 @@ def test_hidden_and_system_files_are_neither_classes_nor_images(name: str, tmp_p
     fill(root, name)
     split = read_split(root, "class folders")
     assert split.classes == ("a", "b") and names_of(split) == ["a/0.jpg", "b/0.jpg"]
-    assert split.left_out == {folders.HIDDEN: 1}
+    assert split.skipped == {listing.HIDDEN: 1}
     assert names_of(loose(root)) == ["a/0.jpg", "b/0.jpg"]
-    (remark,) = remarks(split)
-    assert str(root) in remark and "1 hidden" in remark
+    (note,) = notes_on(split)
+    assert str(root) in note and "1 hidden" in note
 
 
-def test_hidden_folders_make_no_split(tmp_path: Path) -> None:
+def test_a_split_of_hidden_folders_is_ignored(tmp_path: Path) -> None:
     fill(tmp_path / "data", "train/0.jpg", "train/.ipynb_checkpoints/0.jpg")
     assert list(splits_below(tmp_path / "data")) == ["all images"]
 
 
-def test_a_hidden_folder_that_is_named_is_read(tmp_path: Path) -> None:
+def test_the_root_may_be_hidden(tmp_path: Path) -> None:
     assert names_of(loose(fill(tmp_path / ".data", "a/0.jpg"))) == ["a/0.jpg"]
 
 
-def test_other_kinds_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By suffix in small letters; also of an index that comes from the cache."""
+def test_files_that_are_no_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By suffix in lower case; also in an index from the cache."""
     root = fill(tmp_path / "data", "a.JPG", "b.JPEG", "c.jfif", "d.JPE", "e.Png")
     kinds = {"HEIC": 3, "gif": 2, "avif": 2, "CR2": 1, "svg": 1, "tar.gz": 1}
     for kind, count in kinds.items():
@@ -177,60 +177,60 @@ def test_other_kinds_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
     fill(root, "README", "a.b c")
     split = loose(root)
     assert names_of(split) == ["a.JPG", "b.JPEG", "c.jfif", "d.JPE", "e.Png"] and not split.images.faults
-    assert split.left_out == {**{f".{kind.lower()}": count for kind, count in kinds.items()}, folders.UNNAMED: 2}
+    assert split.skipped == {**{f".{kind.lower()}": count for kind, count in kinds.items()}, listing.NO_SUFFIX: 2}
     for _ in range(2):
         assert launch.main(["index", str(root)]) == 0
         out = capsys.readouterr().out
         assert "3 .heic" in out and "2 .gif" in out and "1 .tar.gz" in out
-    assert any("3 .heic" in remark for remark in open_data_set("folder", root).remarks)
+    assert any("3 .heic" in note for note in open_data_set("folder", root).notes)
     fill(root, "new.heic")
-    assert loose(root).left_out[".heic"] == 4
+    assert loose(root).skipped[".heic"] == 4
 
 
-def test_many_kinds_are_summed_up() -> None:
-    text = folders.counted({f".k{n}": n for n in range(1, 100)})
+def test_rare_kinds_are_summed_up() -> None:
+    text = listing.format_counts({f".k{n}": n for n in range(1, 100)})
     counts = [int(part.split()[0]) for part in text.split(", ")]
-    assert sum(counts) == 99 * 100 // 2 and len(counts) == folders.KINDS_SHOWN + 1 and "99 .k99" in text
+    assert sum(counts) == 99 * 100 // 2 and len(counts) == listing.KINDS_SHOWN + 1 and "99 .k99" in text
 
 
 @pytest.mark.parametrize("kind", ["class folders", "loose images"])
-def test_a_folder_of_other_kinds_alone(kind: str, tmp_path: Path) -> None:
+def test_a_folder_without_images_is_reported_with_its_contents(kind: str, tmp_path: Path) -> None:
     fill(tmp_path / "data", "a/0.heic", "a/1.HEIC", "a/2.dng", "a/._0.heic")
-    with pytest.raises(UserError, match=r"2 \.heic, 1 \.dng, 1 hidden") as refused:
+    with pytest.raises(UserError, match=r"2 \.heic, 1 \.dng, 1 hidden") as error:
         read_split(tmp_path / "data", kind)
-    assert str(tmp_path / "data") in str(refused.value) and "\n" not in str(refused.value)
+    assert str(tmp_path / "data") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_images_outside_class_folders_are_counted(tmp_path: Path) -> None:
     split = read_split(fill(tmp_path / "data", "a/0.jpg", "x.jpg", "y.png", "z.txt"), "class folders")
-    assert split.left_out == {folders.OUTSIDE: 2, ".txt": 1}
+    assert split.skipped == {listing.OUTSIDE: 2, ".txt": 1}
 
 
 @pytest.mark.parametrize("kind", ["class folders", "loose images"])
 @pytest.mark.parametrize("name", ["images.tar.gz", "images.zip", "images.TGZ", "images.rar"])
-def test_an_archive_beside_its_images(kind: str, name: str, tmp_path: Path) -> None:
-    """It is left out beside images, and is to be unpacked where it is alone."""
+def test_an_archive_next_to_its_images(kind: str, name: str, tmp_path: Path) -> None:
+    """It is skipped next to images, and reported if there are none."""
     root = fill(tmp_path / "data", name, content=b"archive")
-    with pytest.raises(UserError, match=rf"{name} .*unpack it"):
+    with pytest.raises(UserError, match=f"{name} "):
         read_split(root, kind)
     split = read_split(fill(root, "images/0.jpg"), kind)
-    assert len(split.images) == 1 and list(split.left_out.values()) == [1]
-    # Whether the .tar holds the same images or others is for the user to say.
+    assert len(split.images) == 1 and list(split.skipped.values()) == [1]
+    # A .tar may hold the same images or others.
     write_tar(root / "images.tar", {"0.jpg": JPEG})
     (root / name).unlink()
-    with pytest.raises(UserError, match=r"images\.tar\) and image files \(images/0\.jpg\).*move it"):
+    with pytest.raises(UserError, match=r"images\.tar.*images/0\.jpg"):
         read_split(root, kind)
 
 
-def test_the_next_shard_of_a_mac_is_none(tmp_path: Path) -> None:
+def test_hidden_files_are_no_shards(tmp_path: Path) -> None:
     root = write_tar(tmp_path / "data" / "0.tar", {"0.jpg": JPEG}).parent
     fill(root, "._0.tar", content=b"\0\5\x16\7")
     fill(root, "0.idx", "index.json", content=b"")
     split = loose(root)
-    assert len(split.images) == 1 and split.left_out == {folders.HIDDEN: 1, ".idx": 1, ".json": 1}
+    assert len(split.images) == 1 and split.skipped == {listing.HIDDEN: 1, ".idx": 1, ".json": 1}
 
 
-def webdatasets(shard: Path) -> list[dict[str, bytes]]:
+def webdataset_samples(shard: Path) -> list[dict[str, bytes]]:
     return list(webdataset.WebDataset([str(shard)], shardshuffle=False))
 
 
@@ -244,35 +244,35 @@ DOTTED = {
 
 
 def test_names_with_dots_are_images(tmp_path: Path) -> None:
-    """With their labels, beside them or not."""
+    """With their labels, next to them or not."""
     for order in (1, -1):
         members = dict.fromkeys(DOTTED, JPEG) | {f"{key}.cls": b"%d" % n for n, key in enumerate(DOTTED.values())}
         members = dict(sorted(members.items())) if order == 1 else members
         shard = write_tar(tmp_path / str(order) / "0.tar", members)
         split = read_split(shard.parent, "class folders")
-        found = {name.partition(": ")[2]: label for name, label in zip(names_of(split), split.images.labels.tolist())}
-        assert found == {name: n for n, name in enumerate(DOTTED)}
-        assert not split.left_out and not split.images.faults
+        labels = {name.partition(": ")[2]: label for name, label in zip(names_of(split), split.images.labels.tolist())}
+        assert labels == {name: n for n, name in enumerate(DOTTED)}
+        assert not split.skipped and not split.images.faults
 
 
 def test_parts_of_samples_are_no_images(tmp_path: Path) -> None:
-    """As in webdataset, where a sample has a plain image; without one they are counted."""
+    """As in webdataset if the sample has an image KEY.jpg; else they are counted."""
     members = {"a.jpg": JPEG, "a.seg.png": JPEG, "a.0.jpg": JPEG, "a.cls": b"1", "b.left.jpg": JPEG, "b.cls": b"0"}
-    members |= {"b.right.jpg": JPEG, "c.png": encode(picture(1), "PNG"), "c.1.txt": b"", "c.cls": b"0"}
+    members |= {"b.right.jpg": JPEG, "c.png": encode(make_image(1), "PNG"), "c.1.txt": b"", "c.cls": b"0"}
     shard = write_tar(tmp_path / "data" / "0.tar", members)
     split = read_split(shard.parent, "class folders")
-    theirs = [sample for sample in webdatasets(shard) if "jpg" in sample or "png" in sample]
+    expected = [sample for sample in webdataset_samples(shard) if "jpg" in sample or "png" in sample]
     assert [split.images.encoded(n).tobytes() for n in range(2)] == [members["a.jpg"], members["c.png"]]
-    assert split.images.labels.tolist() == [int(sample["cls"]) for sample in theirs] == [1, 0]
-    assert list(split.left_out.values()) == [2] and "KEY.PART.jpg" in next(iter(split.left_out))
-    alone = write_tar(tmp_path / "alone" / "0.tar", {"b.left.jpg": JPEG, "b.right.jpg": JPEG}).parent
+    assert split.images.labels.tolist() == [int(sample["cls"]) for sample in expected] == [1, 0]
+    assert list(split.skipped.values()) == [2] and "KEY.PART.jpg" in next(iter(split.skipped))
+    parts = write_tar(tmp_path / "parts" / "0.tar", {"b.left.jpg": JPEG, "b.right.jpg": JPEG}).parent
     for _ in range(2):
-        with pytest.raises(UserError, match=r"holds no image that can be read.*2 image\(s\) named KEY\.PART\.jpg"):
-            read_split(alone, "loose images")
+        with pytest.raises(UserError, match=r"2 .*KEY\.PART\.jpg"):
+            read_split(parts, "loose images")
 
 
 def test_members_that_are_no_images_are_counted(tmp_path: Path) -> None:
-    """But not what lies beside images, which is normal."""
+    """Except for members that belong to an image."""
     members = {
         "a.jpg": JPEG,
         "a.json": b"{}",
@@ -292,23 +292,23 @@ def test_members_that_are_no_images_are_counted(tmp_path: Path) -> None:
             archive.addfile(info)
     split = loose(shard.parent)
     assert names_of(split) == ["0.tar: a.jpg"]
-    left_out = dict(split.left_out)
-    assert left_out.pop("link(s) in shards") == 2
-    assert left_out == {".heic": 1, ".gif": 1, folders.HIDDEN: 4, folders.UNNAMED: 1}
+    skipped = dict(split.skipped)
+    assert skipped.pop("link(s) in shards") == 2
+    assert skipped == {".heic": 1, ".gif": 1, listing.HIDDEN: 4, listing.NO_SUFFIX: 1}
 
 
-def test_labels_that_do_not_lie_beside_their_images(tmp_path: Path) -> None:
+def test_labels_that_are_not_next_to_their_images(tmp_path: Path) -> None:
     keys = [f"d/{n:02d}" for n in range(6)]
-    images = {f"{key}.jpg": encode(picture(n)) for n, key in enumerate(keys)}
+    images = {f"{key}.jpg": encode(make_image(n)) for n, key in enumerate(keys)}
     labels = {f"{key}.cls": b"%d" % (n % 3) for n, key in enumerate(keys)}
     for name, members in {"after": images | labels, "before": labels | images}.items():
         split = read_split(write_tar(tmp_path / name / "0.tar", members).parent, "class folders")
-        assert split.images.labels.tolist() == [0, 1, 2, 0, 1, 2] and not split.left_out
+        assert split.images.labels.tolist() == [0, 1, 2, 0, 1, 2] and not split.skipped
         assert [split.images.encoded(n).tobytes() for n in range(6)] == list(images.values())
 
 
-def test_labels_of_keys_that_occur_twice_are_not_guessed(tmp_path: Path) -> None:
-    """As in shards that were put together: what lies beside an image counts."""
+def test_labels_of_repeated_keys_are_not_matched(tmp_path: Path) -> None:
+    """As in concatenated shards: only the label next to an image is used."""
     shard = write_tar(tmp_path / "data" / "0.tar", {"a.jpg": JPEG, "a.cls": b"0", "b.jpg": JPEG, "b.cls": b"1"})
     with tarfile.open(shard, "a") as archive:
         for name, content in {"a.cls": b"2", "a.jpg": JPEG, "c.jpg": JPEG, "b.cls": b"3", "a.txt": b""}.items():
@@ -316,7 +316,7 @@ def test_labels_of_keys_that_occur_twice_are_not_guessed(tmp_path: Path) -> None
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     labels = read_split(shard.parent, "class folders").images.labels.tolist()
-    assert labels == [int(sample.get("cls", b"-1")) for sample in webdatasets(shard) if "jpg" in sample]
+    assert labels == [int(sample.get("cls", b"-1")) for sample in webdataset_samples(shard) if "jpg" in sample]
     assert labels == [0, 1, 2, UNLABELED]
 
 
@@ -330,9 +330,9 @@ def labeled_shard(root: Path, labels: list[int]) -> Path:
 def test_labels_with_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = read_split(labeled_shard(tmp_path / "few", [0, 1, 4, 1]), "class folders")
     check_classes(few)
-    (remark,) = remarks(few)
-    assert "2 of 5 classes" in remark and "0.tar: 002.jpg (4)" in remark
-    # A part of a larger data set keeps its labels.
+    (note,) = notes_on(few)
+    assert "2 of 5 classes" in note and "0.tar: 002.jpg (4)" in note
+    # A subset of a larger data set has gaps.
     check_classes(read_split(labeled_shard(tmp_path / "part", [0, 99] * 60), "class folders"))
     labeled_shard(tmp_path / "data" / "train", [0, 1, 999_999, 1])
     labeled_shard(tmp_path / "data" / "val", [0, 1])
@@ -349,15 +349,15 @@ def test_labels_with_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         open_data_set("imagenet", tmp_path / "other")
 
 
-def test_a_shard_that_was_cut_off_is_reported_where_training_starts(tmp_path: Path) -> None:
+def test_a_truncated_shard_has_a_note(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "data" / "0.tar", {f"{n}.jpg": JPEG for n in range(4)})
     os.truncate(shard, shard.stat().st_size // 2)
     for _ in range(2):
-        assert any("0.tar is cut off" in remark for remark in open_data_set("folder", shard.parent).remarks)
+        assert any("0.tar" in note for note in open_data_set("folder", shard.parent).notes)
 
 
 def tiff_of_12_bits(pixels: bytes) -> bytes:
-    """Two of them in a row, by hand, as Pillow does not write it."""
+    """A TIFF file of two 12-bit pixels, which Pillow does not write."""
     tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     header = b"II*\0" + struct.pack("<I", 8 + len(pixels) + 1) + pixels + b"\0"
@@ -365,7 +365,7 @@ def tiff_of_12_bits(pixels: bytes) -> bytes:
 
 
 def test_gray_of_more_than_8_bits_is_scaled(tmp_path: Path) -> None:
-    """Every value, by NumPy's rounding; from the header on, through the index."""
+    """Every value, as NumPy rounds; through the index."""
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     expected = np.rint(ramp / 65535 * 255).astype(np.uint8)
     root = tmp_path / "data"
@@ -380,7 +380,7 @@ def test_gray_of_more_than_8_bits_is_scaled(tmp_path: Path) -> None:
     assert not images.faults and images.needs_pillow.all()
     for n in range(5):
         np.testing.assert_array_equal(np.asarray(images.open(n)), np.repeat(expected[..., None], 3, axis=2), str(n))
-    # Other largest values.
+    # Other maxima.
     fill(tmp_path / "other", "0.pgm", content=b"P5 2 1 1023\n" + np.array([1023, 512], ">u2").tobytes())
     fill(tmp_path / "other", "1.tif", content=tiff_of_12_bits(b"\xff\xf8\x00"))
     images = loose(tmp_path / "other").images
@@ -388,7 +388,7 @@ def test_gray_of_more_than_8_bits_is_scaled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_pixels_without_a_largest_value_are_bad(dtype: type, tmp_path: Path) -> None:
+def test_pixels_without_a_maximum_are_bad(dtype: type, tmp_path: Path) -> None:
     wide = Image.fromarray(np.linspace(0, 7e4, 64).reshape(8, 8).astype(dtype))
     buffer = io.BytesIO()
     wide.save(buffer, "TIFF")
@@ -401,16 +401,16 @@ def test_pixels_without_a_largest_value_are_bad(dtype: type, tmp_path: Path) -> 
 
 @pytest.fixture
 def as_nobody() -> Iterator[None]:
-    """Root may read everything."""
-    own = os.geteuid()
-    if own == 0:
+    """The tests may run as root, which may read everything."""
+    user = os.geteuid()
+    if user == 0:
         os.seteuid(65534)
     yield
-    os.seteuid(own)
+    os.seteuid(user)
 
 
 @pytest.mark.parametrize("closed", ["train", "train/a", "train/a/deep", "shards/0.tar"])
-def test_what_may_not_be_read_is_named(
+def test_an_unreadable_path_is_named(
     closed: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -428,7 +428,7 @@ def test_what_may_not_be_read_is_named(
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b compressed"])
-def test_a_tar_that_is_none(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_tar_is_named(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = fill(tmp_path / "data", "0.tar", content=content)
     assert launch.main(["index", str(root)]) == 2
     err = capsys.readouterr().err
@@ -436,7 +436,7 @@ def test_a_tar_that_is_none(content: bytes, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
-    """In a process of its own, as pytest's output takes any character."""
+    """In another process, as pytest's output accepts any character."""
     root = tmp_path / os.fsdecode(b"r\xe9sum\xe9")
     fill(root, "good.jpg")
     for content in (JPEG[:-100], b"no image"):
@@ -450,17 +450,17 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
 
 
 def test_a_folder_whose_images_are_all_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Found by decoding; and good again once they are fetched again."""
+    """By decoding; and usable again when one is repaired."""
     damaged = bytearray(encode(Image.linear_gradient("L"), "PNG"))
     damaged[len(damaged) // 2] ^= 1
     root = fill(tmp_path / "data", *(f"{n}.jpg" for n in range(4)), content=bytes(damaged))
     split = loose(root)
-    with pytest.raises(UserError, match="no image that can be read"):
-        verified(split)
+    with pytest.raises(UserError, match=r"0\.jpg"):
+        verify_split(split)
     for arguments in ([], ["--verify", "full", "--bad", str(tmp_path / "bad.tsv")]):
         assert launch.main(["index", str(root), *arguments]) == 2
         err = capsys.readouterr().err
-        assert "no image that can be read" in err and "0.jpg" in err
+        assert "0.jpg" in err
     assert len(loose(fill(root, "0.jpg")).images) == 4
 
 
@@ -471,5 +471,5 @@ def test_large_images_are_reported(tmp_path: Path) -> None:
             tmp_path / name, *(f"{n}.png" for n in range(count)), content=encode(Image.new("L", (side, height)), "PNG")
         )
         fill(root, "small.jpg")
-        found = [remark for remark in remarks(loose(root)) if "megapixels" in remark]
-        assert len(found) == (name == "above"), name
+        notes = [note for note in notes_on(loose(root)) if "megapixels" in note]
+        assert len(notes) == (name == "above"), name

@@ -1,4 +1,4 @@
-"""Photographs that EXIF says to rotate: as they are stored, or upright in everything that is made of them."""
+"""Photographs with an EXIF orientation: used as stored, or upright in views, evaluation and previews."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pipelines.batch import Batch
 from pipelines.commands import Policy
 from pipelines.datasets.headers import ORIENTATION
 from pipelines.datasets.images import ImageFiles
-from pipelines.datasets.index import open_data_set
-from pipelines.datasets.remarks import remarks
+from pipelines.datasets.notes import notes_on
+from pipelines.datasets.registry import open_data_set
 from pipelines.errors import UserError
 from pipelines.loader import Backend, EvaluationLoader, Loader
 from pipelines.sampler import Sampler
@@ -37,13 +37,13 @@ XMP = (
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> tuple[Path, Path]:
-    """Every orientation in several formats, and the same turned by Pillow and stored without loss."""
+    """Images of every orientation in several formats, and PNG copies that Pillow turned upright."""
     stored, turned = tmp_path / "stored", tmp_path / "turned"
     stored.mkdir()
     turned.mkdir()
@@ -68,7 +68,7 @@ def opened(root: Path, exif_orientation: bool = False) -> ImageFiles:
     return images
 
 
-def test_images_are_turned_like_pillow_turns_them(photographs: tuple[Path, Path]) -> None:
+def test_images_are_turned_as_pillow_turns_them(photographs: tuple[Path, Path]) -> None:
     stored, turned = photographs
     for _ in range(2):
         upright, expected = opened(stored, True), opened(turned)
@@ -78,9 +78,9 @@ def test_images_are_turned_like_pillow_turns_them(photographs: tuple[Path, Path]
             np.testing.assert_array_equal(
                 np.asarray(upright.open(n)), np.asarray(expected.open(n)), err_msg=upright.path(n).name
             )
-    few = upright.limited(7)
-    np.testing.assert_array_equal(few.orientation, upright.orientation[np.arange(7) * len(upright) // 7])
-    assert [few.open(n).size[::-1] for n in range(7)] == [tuple(hw) for hw in few.sizes.tolist()]
+    limited = upright.limited(7)
+    np.testing.assert_array_equal(limited.orientation, upright.orientation[np.arange(7) * len(upright) // 7])
+    assert [limited.open(n).size[::-1] for n in range(7)] == [tuple(hw) for hw in limited.sizes.tolist()]
     as_stored = opened(stored)
     for n in range(len(as_stored)):
         np.testing.assert_array_equal(np.asarray(as_stored.open(n)), np.asarray(default_loader(as_stored.path(n))))
@@ -101,22 +101,22 @@ def evaluated(images: ImageFiles, backend: Backend, device: torch.device) -> tor
     ("backend", "device"),
     [("torchvision", CPU), ("dali", CPU), pytest.param("dali", torch.device("cuda", 0), marks=pytest.mark.gpu)],
 )
-def test_views_and_evaluation_are_those_of_turned_copies(
+def test_views_and_evaluation_match_turned_copies(
     photographs: tuple[Path, Path], backend: Backend, device: torch.device
 ) -> None:
     stored, turned = photographs
     upright, expected = opened(stored, True), opened(turned)
-    # Decoders of JPEG may differ by a rounding between the two devices and Pillow.
+    # JPEG decoders of DALI on CPU, DALI on GPU and Pillow round differently.
     tolerance = 0 if backend == "torchvision" else 0.1 if device == CPU else 1.0
-    ours, theirs = (first_batch(images, backend, device) for images in (upright, expected))
-    np.testing.assert_array_equal(ours.commands.pack(), theirs.commands.pack())
-    assert float((ours.views - theirs.views).abs().mean(dim=(1, 2, 3, 4)).max() * 255) <= tolerance
-    assert upright.needs_pillow.sum() == 2, "DALI could make no batch of its own"
+    batch, reference = (first_batch(images, backend, device) for images in (upright, expected))
+    np.testing.assert_array_equal(batch.commands.pack(), reference.commands.pack())
+    assert float((batch.views - reference.views).abs().mean(dim=(1, 2, 3, 4)).max() * 255) <= tolerance
+    assert upright.needs_pillow.sum() == 2, "only these are decoded by Pillow"
     difference = evaluated(upright, backend, device) - evaluated(expected, backend, device)
     assert float(difference.abs().mean(dim=(1, 2, 3)).max() * 255) <= tolerance
 
 
-def test_what_dali_does_not_see_is_opened_by_pillow(photographs: tuple[Path, Path]) -> None:
+def test_orientations_that_dali_does_not_read_need_pillow(photographs: tuple[Path, Path]) -> None:
     images = opened(photographs[0], True)
     names = {images.path(n).name for n in np.flatnonzero(images.needs_pillow)}
     assert names == {"xmp.jpg", "by itself.tif"}
@@ -125,10 +125,10 @@ def test_what_dali_does_not_see_is_opened_by_pillow(photographs: tuple[Path, Pat
 def test_rotated_photographs_are_reported(photographs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     stored, turned = photographs
     for _ in range(2):
-        # Orientations 2 to 8 in three formats, and one in XMP; what Pillow turns by itself is none of them.
-        assert any("22 of 34 " in remark for remark in open_data_set("folder", stored).remarks)
-    assert not open_data_set("folder", stored, exif_orientation=True).remarks
-    assert not remarks(read_split(turned, "loose images"))
+        # Orientations 2 to 8 in three formats, and one in XMP; not the TIFF, which Pillow turns.
+        assert any("22 of 34 " in note for note in open_data_set("folder", stored).notes)
+    assert not open_data_set("folder", stored, exif_orientation=True).notes
+    assert not notes_on(read_split(turned, "loose images"))
     assert launch.main(["index", str(stored)]) == 0
     assert "--exif_orientation 1" in capsys.readouterr().out
     assert launch.main(["index", str(stored), "--exif_orientation", "1"]) == 0
@@ -141,33 +141,33 @@ def test_a_preview_shows_upright_images(photographs: tuple[Path, Path], tmp_path
     for n, (root, more) in enumerate(zip(photographs, (["--exif_orientation", "1"], []))):
         out = tmp_path / f"{n}.png"
         assert launch.main(["preview", str(out), *flags, "--data_dir", str(root), *more]) == 0
-        # Below the title and beside the names of the files, which differ.
+        # Only the names of the files differ.
         sheets.append(np.asarray(Image.open(out).convert("RGB")))
     assert sheets[0].shape == sheets[1].shape
     assert (sheets[0] != sheets[1]).mean() < 0.02
 
 
-def test_the_flag_is_part_of_what_a_run_is(tmp_path: Path) -> None:
-    """And a checkpoint or a config.json from before there was one is that of 0."""
+def test_the_flag_is_part_of_a_runs_identity(tmp_path: Path) -> None:
+    """And is 0 in a checkpoint or a config.json without it."""
     config = TrainConfig().updated(results_path=tmp_path / "run", resume="auto")
     upright = config.updated(exif_orientation=1)
     assert config.identity() != upright.identity()
-    asked = [words for _, words in next_steps(upright, tmp_path, classes=2, processes=1) if "eval" in words]
-    assert "--exif_orientation" in asked[0]
+    commands = [words for _, words in next_steps(upright, tmp_path, classes=2, processes=1) if "eval" in words]
+    assert "--exif_orientation" in commands[0]
     older = {name: value for name, value in config.to_json().items() if name != "exif_orientation"}
     assert with_settings(TrainConfig(), json.loads(json.dumps(older)), "config.json") == config
     folder = tmp_path / "run"
     folder.mkdir()
     environment = {"processes": 1, "precision": "no", "backend": "dali", "training_images": 5}
     before = {name: value for name, value in config.identity().items() if name != "exif_orientation"}
-    given = {
+    fields = {
         "model": {},
         "identity": before,
         "environment": environment,
         "step": 1,
         "global_batch_size": config.optimization.batch_size,
     }
-    state = {**dict.fromkeys(checkpoint.KEYS, 0), **given}
+    state = {**dict.fromkeys(checkpoint.KEYS, 0), **fields}
     checkpoint.save(folder, 1, state, keep=1, keep_every_steps=None)
     with pytest.raises(UserError, match="--exif_orientation was 0 and is now 1"):
         open_run_folder(upright, environment)

@@ -19,7 +19,7 @@ from pipelines.commands import Commands, Policy, draw
 from pipelines.datasets import demo
 from pipelines.datasets.bad_list import BadList
 from pipelines.datasets.images import ImageArray, ImageFiles
-from pipelines.datasets.index import DataSet
+from pipelines.datasets.registry import DataSet
 from pipelines.executors.torchvision import execute
 from stec.config import ModelSettings, TrainConfig
 from stec.evaluation.examples import examples

@@ -1,1 +1,1 @@
-"""Where images come from: data sets by name, images in memory, in files and in tar shards, and their index."""
+"""Data sets by name, images in memory, in files and in tar shards, and their index."""

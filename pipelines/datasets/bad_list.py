@@ -1,4 +1,4 @@
-"""Lists on disk of images that turned out to be bad, which hold as long as their files stay as they are."""
+"""Lists on disk of bad images; an entry is valid as long as the image's file does not change."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.datasets.folders import Stamp, stamp
 from pipelines.datasets.images import ImageFiles
+from pipelines.datasets.listing import Stamp, stamp
 from pipelines.errors import BadImage
 from pipelines.files import atomic_write
 
@@ -25,8 +25,8 @@ class _Line(NamedTuple):
 class BadList:
     """A file with a line for each bad image: image id, name, reason, and its file's size in bytes and time in ns.
 
-    An image is known by its name, so that a data set may grow, and only as long as its file has that size and time, so
-    that it may be repaired. Several processes may add lines; a name that is not UTF-8 is written as the bytes it is.
+    Images are identified by name, so that a data set may grow, and by size and time, so that an image may be repaired.
+    Several processes may add lines. A name that is not UTF-8 is written as its bytes.
     """
 
     def __init__(self, file: Path) -> None:
@@ -35,8 +35,8 @@ class BadList:
         self._read_bytes = 0
 
     def faults(self, images: ImageFiles) -> dict[int, str]:
-        """Which of the images are bad according to the list, and why."""
-        self._read_on()
+        """Why images are bad according to the list, by image id."""
+        self._read_new_lines()
         ids: dict[str, int] | None = None
         faults: dict[int, str] = {}
         for line in self._lines:
@@ -51,33 +51,33 @@ class BadList:
                 faults[image_id] = line.reason
         return faults
 
-    def add(self, images: ImageFiles, found: Iterable[BadImage]) -> list[BadImage]:
-        """Add images that are not in the list; returns those that were added. Raises OSError where the disk refuses."""
-        self._read_on()
+    def add(self, images: ImageFiles, bad_images: Iterable[BadImage]) -> list[BadImage]:
+        """Add the images that are not in the list, and return them. Raises OSError if the file cannot be written."""
+        self._read_new_lines()
         known = {(line.name, line.size_bytes, line.changed_ns) for line in self._lines}
         added, content = [], b""
-        for bad in found:
+        for bad in bad_images:
             name, (changed_ns, size_bytes) = _name(images, bad.image_id), stamp(images.path(bad.image_id))
             if (name, size_bytes, changed_ns) not in known:
-                content += _encoded(bad.image_id, name, bad.reason, (changed_ns, size_bytes))
+                content += _encode(bad.image_id, name, bad.reason, (changed_ns, size_bytes))
                 added.append(bad)
         if content:
-            # One write at the end of the file: processes that share it do not mix their lines.
+            # A single write at the end of the file keeps the lines of several processes apart.
             with self.file.open("ab", buffering=0) as file:
                 file.write(content)
         return added
 
     def rewrite(self, images: ImageFiles, faults: dict[int, str]) -> None:
-        """Replace the list by that of these images. Raises UserError where the disk refuses."""
+        """Replace the list by ``faults`` of ``images``. Raises UserError if the file cannot be written."""
         lines = (
-            _encoded(image_id, _name(images, image_id), reason, stamp(images.path(image_id)))
+            _encode(image_id, _name(images, image_id), reason, stamp(images.path(image_id)))
             for image_id, reason in faults.items()
         )
         atomic_write(self.file, b"".join(lines))
         self._lines, self._read_bytes = [], 0
 
-    def _read_on(self) -> None:
-        """Take in the lines that were added since; what is no line of such a list is left alone."""
+    def _read_new_lines(self) -> None:
+        """Read the lines that were added since the last call; invalid lines are ignored."""
         try:
             with self.file.open("rb") as file:
                 file.seek(self._read_bytes)
@@ -87,25 +87,24 @@ class BadList:
         complete = content[: content.rfind(b"\n") + 1]
         self._read_bytes += len(complete)
         for line in complete.decode("utf-8", "surrogateescape").split("\n"):
-            parts = line.split("\t")
             with suppress(ValueError):
-                image_id, name, reason, size_bytes, changed_ns = parts
+                image_id, name, reason, size_bytes, changed_ns = line.split("\t")
                 self._lines.append(_Line(int(image_id), name, reason, int(size_bytes), int(changed_ns)))
 
 
-def remember(images: ImageFiles, found: Iterable[BadImage]) -> None:
-    """Keep bad images for later runs, in the list beside their index, if they have one and the disk allows it."""
+def remember(images: ImageFiles, bad_images: Iterable[BadImage]) -> None:
+    """Add bad images to the list beside their index, if there is one and it can be written, for later runs."""
     if images.bad_list is not None:
         with suppress(OSError):
-            BadList(images.bad_list).add(images, found)
+            BadList(images.bad_list).add(images, bad_images)
 
 
 def _name(images: ImageFiles, image_id: int) -> str:
-    """An image's name on one line of the list."""
+    """An image's name without tabs and line breaks."""
     return images.name(image_id).translate({9: " ", 10: " ", 13: " "})
 
 
-def _encoded(image_id: int, name: str, reason: str, file_stamp: Stamp) -> bytes:
+def _encode(image_id: int, name: str, reason: str, file_stamp: Stamp) -> bytes:
     changed_ns, size_bytes = file_stamp
     reason = " ".join(reason.split())
     return os.fsencode(f"{image_id}\t{name}\t{reason}\t{size_bytes}\t{changed_ns}\n")

@@ -1,4 +1,4 @@
-"""Indexes on disk: those of whole splits, and what an interrupted pass over the images has found out so far."""
+"""Indexes on disk: complete ones, and partial ones of interrupted scans."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.datasets.folders import Layout, Listing, Stamp, stamp
-from pipelines.datasets.headers import FOUND, Found
-from pipelines.datasets.images import ImageFiles, Names
+from pipelines.datasets.headers import ROW_DTYPE, ScanResult
+from pipelines.datasets.images import PER_IMAGE, ImageFiles, Names
+from pipelines.datasets.listing import Layout, Listing, Stamp, stamp
 
-CACHE_VERSION = 3
-"""Another one, another content: also where DALI_DECODES changes."""
-ARRAYS = ("file_of", "offset", "size_bytes", "sizes", "labels", "needs_pillow", "orientation")
+CACHE_VERSION = 4
+"""Increased when the content of an index changes, which it also does with DALI_DECODES."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
-    """The index of a split."""
+class SplitIndex:
+    """The index of a split of N images."""
 
     images: ImageFiles
     classes: tuple[str, ...]
-    """Class folders' names; of labeled shards, the numbers up to the largest label; else none."""
+    """Names of class folders; of labeled shards, the numbers up to the largest label; else empty."""
     layout: Layout
-    remarks: tuple[str, ...]
-    """What a person should know about shards."""
-    left_out: Mapping[str, int]
+    notes: tuple[str, ...]
+    """Notes on shards for the user."""
+    skipped: Mapping[str, int]
     """How many files, or members of shards, are no images of the split, by kind."""
     watched: dict[str, Stamp]
-    """What tells that the index is out of date: directories, shards, and files with a fault."""
+    """Stamps of directories, shards and files with a fault: if one changes, the index is outdated."""
     changed_ns: NDArray[np.int64]
     """[N] int64: when the file of each image was changed; 0 in shards."""
 
@@ -48,13 +47,13 @@ def cache_folder() -> Path:
 
 
 def cache_file(root: Path, kind: str) -> Path:
-    """Where the index of ``root``, read as a split of such a kind, is kept."""
-    known = hashlib.sha256(f"{kind} {root.resolve()}".encode(errors="surrogateescape"))
-    return cache_folder() / f"{known.hexdigest()[:24]}.npz"
+    """The file for the index of ``root`` when it is read as ``kind``."""
+    digest = hashlib.sha256(f"{kind} {root.resolve()}".encode(errors="surrogateescape"))
+    return cache_folder() / f"{digest.hexdigest()[:24]}.npz"
 
 
-def read_cache(file: Path, root: Path) -> Split | None:
-    """The index in ``file``, or None where there is none of ``root``, or something has changed since."""
+def read_cache(file: Path, root: Path) -> SplitIndex | None:
+    """The index in ``file``, or None if there is none of ``root`` or it is outdated."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
@@ -67,14 +66,14 @@ def read_cache(file: Path, root: Path) -> Split | None:
                 root=root,
                 files=Names(blob=arrays["blob"], offsets=arrays["offsets"]),
                 faults={int(image_id): fault for image_id, fault in about["faults"].items()},
-                **{name: arrays[name] for name in ARRAYS},
+                **{name: arrays[name] for name in PER_IMAGE},
             )
-            return Split(
+            return SplitIndex(
                 images=images,
                 classes=tuple(about["classes"]),
                 layout=about["layout"],
-                remarks=tuple(about["remarks"]),
-                left_out={kind: int(count) for kind, count in about["left_out"].items()},
+                notes=tuple(about["notes"]),
+                skipped={kind: int(count) for kind, count in about["skipped"].items()},
                 watched=watched,
                 changed_ns=arrays["changed_ns"],
             )
@@ -82,17 +81,17 @@ def read_cache(file: Path, root: Path) -> Split | None:
         return None
 
 
-def write_cache(file: Path, split: Split) -> bool:
-    """Keep an index. Returns whether it could be written: it is done without."""
-    images = split.images
+def write_cache(file: Path, index: SplitIndex) -> bool:
+    """Write an index. Returns whether that succeeded; the cache is optional."""
+    images = index.images
     about = {
         "version": CACHE_VERSION,
         "root": str(images.root.resolve()),
-        "classes": split.classes,
-        "layout": split.layout,
-        "remarks": split.remarks,
-        "left_out": split.left_out,
-        "watched": split.watched,
+        "classes": index.classes,
+        "layout": index.layout,
+        "notes": index.notes,
+        "skipped": index.skipped,
+        "watched": index.watched,
         "faults": images.faults,
     }
     return write_arrays(
@@ -100,13 +99,13 @@ def write_cache(file: Path, split: Split) -> bool:
         about=np.frombuffer(json.dumps(about).encode(), np.uint8),
         blob=images.files.blob,
         offsets=images.files.offsets,
-        changed_ns=split.changed_ns,
-        **{name: getattr(images, name) for name in ARRAYS},
+        changed_ns=index.changed_ns,
+        **{name: getattr(images, name) for name in PER_IMAGE},
     )
 
 
 def write_arrays(file: Path, **arrays: NDArray[Any]) -> bool:
-    """Write arrays to a temporary name and rename it. Returns whether that could be done."""
+    """Write arrays under a temporary name, then rename the file. Returns whether that succeeded."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.npz")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -119,39 +118,40 @@ def write_arrays(file: Path, **arrays: NDArray[Any]) -> bool:
     return True
 
 
-class Partial:
-    """What a pass has found out so far, chunk by chunk, in a file that only grows.
+class PartialIndex:
+    """The results of a scan so far, by chunk, in a file that lines are appended to.
 
-    Each line holds a checksum and JSON; the first says which listing the pass goes through. What follows a line that is
-    not whole, or a first line about another listing, is forgotten. Where the file cannot be written it is done without.
+    Each line holds a checksum and JSON; the first identifies the listing that is scanned. Lines after an incomplete
+    line, or after a first line of another listing, are discarded. If the file cannot be written, the scan goes on
+    without it.
     """
 
     def __init__(self, file: Path, root: Path, listing: Listing) -> None:
         self.path = file
-        self.done: dict[int, Found] = {}
+        self.done: dict[int, ScanResult] = {}
         self._file: IO[bytes] | None = None
         about = _fingerprint(root, listing)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._file = file.open("a+b")
             self._file.seek(0)
-            kept = 0
+            valid_bytes = 0
             for n, line in enumerate(self._file):
-                value = _value(line)
+                value = _parse(line)
                 if value is None or (n == 0 and value != about):
                     break
                 if n > 0:
-                    self._take(value)
-                kept += len(line)
-            self._file.truncate(kept)
-            if kept == 0:
+                    self._restore(value)
+                valid_bytes += len(line)
+            self._file.truncate(valid_bytes)
+            if valid_bytes == 0:
                 self._append(about)
         except OSError:
             self._file = None
 
-    def add(self, chunk: int, found: Found) -> None:
-        self.done[chunk] = found
-        self._append([chunk, found.rows.tolist(), dict(found.faults), found.remark, dict(found.left_out)])
+    def add(self, chunk: int, result: ScanResult) -> None:
+        self.done[chunk] = result
+        self._append([chunk, result.rows.tolist(), dict(result.faults), result.note, dict(result.skipped)])
 
     def close(self) -> None:
         if self._file is not None:
@@ -161,13 +161,13 @@ class Partial:
         self.close()
         self.path.unlink(missing_ok=True)
 
-    def _take(self, value: Any) -> None:
-        chunk, rows, faults, remark, left_out = value
-        self.done[chunk] = Found(
-            rows=np.array([tuple(row) for row in rows], FOUND),
+    def _restore(self, value: Any) -> None:
+        chunk, rows, faults, note, skipped = value
+        self.done[chunk] = ScanResult(
+            rows=np.array([tuple(row) for row in rows], ROW_DTYPE),
             faults={int(n): fault for n, fault in faults.items()},
-            remark=remark,
-            left_out=left_out,
+            note=note,
+            skipped=skipped,
         )
 
     def _append(self, value: Any) -> None:
@@ -180,15 +180,15 @@ class Partial:
                 self._file = None
 
 
-def _value(line: bytes) -> Any:
-    """What a line holds, or None where it is not whole."""
+def _parse(line: bytes) -> Any:
+    """The value in a line, or None if the line is incomplete."""
     checksum, _, body = line.removesuffix(b"\n").partition(b" ")
-    whole = line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(body)
-    return json.loads(body) if whole else None
+    complete = line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(body)
+    return json.loads(body) if complete else None
 
 
 def _fingerprint(root: Path, listing: Listing) -> str:
-    known = hashlib.sha256(listing.files.blob.tobytes())
-    known.update(listing.files.offsets.tobytes())
-    known.update(json.dumps([CACHE_VERSION, str(root.resolve()), listing.layout, listing.watched]).encode())
-    return known.hexdigest()
+    digest = hashlib.sha256(listing.files.blob.tobytes())
+    digest.update(listing.files.offsets.tobytes())
+    digest.update(json.dumps([CACHE_VERSION, str(root.resolve()), listing.layout, listing.watched]).encode())
+    return digest.hexdigest()

@@ -1,15 +1,15 @@
 """The embedded demo set: colored, textured shapes over cluttered backgrounds, made from a seed.
 
-The class is the shape alone. Positions, sizes, rotations, colors, textures and clutter are drawn at random for every
-image, so that neither color nor background tells the class, and neither crop, flip nor jitter changes it. Every image
-shows its shape five times, so that most windows hold one, and in muted colors, so that little but the shape survives
-the jitter to recognize an image by: without this, contrastive learning would be content with colors.
+The class is the shape. Positions, sizes, rotations, colors, textures and clutter are random for every image, so that
+color and background do not depend on the class, and crop, flip and jitter preserve it. Every image shows its shape five
+times, so that most crop boxes hold one. Colors are muted, so that after the jitter they do not identify an image;
+otherwise contrastive learning would learn colors only.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -17,20 +17,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.datasets.cache import cache_folder, write_arrays
+from pipelines.datasets.images import ImageArray
+from pipelines.datasets.registry import Source, Split
 
 CLASSES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar", "heart", "hourglass")
 SIZE_PX = 32
 IMAGES = {"train": 8192, "test": 2048}
 VERSION = 1
-"""Another one, other images."""
+"""Increased when the images change."""
 CHUNK = 64
-"""Images painted at a time: few enough for the intermediate arrays to stay in the processor's cache."""
+"""Images painted at a time; few enough for the intermediate arrays to fit into the processor's cache."""
 
 Floats = NDArray[np.floating]
 
 
+def read_demo(_source: Source, splits: Sequence[str]) -> list[Split]:
+    """The splits ``train`` and ``test`` of the demo set."""
+    arrays = [load(split="test" if split == "test" else "train") for split in splits]
+    return [Split(images=ImageArray(pixels=pixels, labels=labels), classes=CLASSES) for pixels, labels in arrays]
+
+
 def load(*, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """What ``render`` makes, from the user's cache folder if it is there: painting takes seconds."""
+    """The result of ``render``, from the user's cache folder if it is there, as painting takes seconds."""
     count = IMAGES[split]
     file = cache_folder() / f"demo-{VERSION}-{split}-{count}.npz"
     try:
@@ -46,7 +54,7 @@ def load(*, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray
 
 
 def render(*, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images [N, 32, 32, 3] uint8 and labels [N] int64; classes are interleaved, so any prefix is balanced."""
+    """Images [N, 32, 32, 3] uint8 and labels [N] int64; classes alternate, so that any prefix is balanced."""
     count = IMAGES[split]
     labels = np.arange(count, dtype=np.int64) % len(CLASSES)
     images = np.empty((count, SIZE_PX, SIZE_PX, 3), np.uint8)
@@ -55,7 +63,7 @@ def render(*, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArr
         chunk = slice(start, start + CHUNK)
         images[chunk] = _paint(labels[chunk], np.random.default_rng([2022, split == "test", start]))
 
-    # NumPy works without the interpreter's lock, so threads share the chunks.
+    # NumPy releases the interpreter's lock.
     with ThreadPoolExecutor() as pool:
         list(pool.map(render_chunk, range(0, count, CHUNK)))
     return images, labels
@@ -74,7 +82,7 @@ def _paint(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.ui
 
 
 class _Painter:
-    """Paints a chunk of N images [N, H, W, 3]; every image gets its own random draws."""
+    """Paint a chunk of N images [N, H, W, 3] with random draws for each."""
 
     def __init__(self, count: int, rng: np.random.Generator) -> None:
         self.count, self.rng = count, rng
@@ -85,11 +93,11 @@ class _Painter:
         return self.rng.uniform(low, high, (self.count, *shape)).astype(np.float32)
 
     def color(self) -> Floats:
-        """[N, 1, 1, 3]: a muted color, so that jitter leaves little of it to recognize an image by."""
+        """[N, 1, 1, 3]: a muted color."""
         return np.clip(self.uniform(0.1, 0.9, 1, 1, 1) + self.uniform(-0.1, 0.1, 1, 1, 3), 0, 1)
 
     def texture(self) -> Floats:
-        """[N, H, W, 3]: a wave between two colors, anything from a slow gradient to stripes or checks."""
+        """[N, H, W, 3]: a wave between two colors, from a slow gradient to stripes or checks."""
         first, second = self.color(), self.color()
         angle, frequency = self.uniform(0, np.pi, 1, 1), self.uniform(0.5, 9, 1, 1)
         along = np.cos(angle) * self.x + np.sin(angle) * self.y
@@ -100,7 +108,7 @@ class _Painter:
         return first + (second - first) * (0.15 + 0.15 * np.clip(1.5 * wave, -1, 1))[..., None]
 
     def clutter(self, image: Floats) -> Floats:
-        """Adds a small ellipse or stroke somewhere."""
+        """Add a small ellipse or stroke."""
         angle = self.uniform(0, np.pi, 1, 1)
         dx, dy = self.x - self.uniform(-1, 1, 1, 1), self.y - self.uniform(-1, 1, 1, 1)
         along = (np.cos(angle) * dx + np.sin(angle) * dy) / self.uniform(0.08, 0.45, 1, 1)
@@ -109,7 +117,7 @@ class _Painter:
         return image * (1 - cover) + self.color() * cover
 
     def shape(self, image: Floats, labels: NDArray[np.int64], *, radius: tuple[float, float], reach: float) -> Floats:
-        """Adds the shape of each image's class, of a size within ``radius``, at most ``reach`` from the middle."""
+        """Add the shape of each image's class, of a size within ``radius``, at most ``reach`` from the center."""
         angle, size = self.uniform(-0.4, 0.4, 1, 1), self.uniform(*radius, 1, 1)
         dx, dy = self.x - self.uniform(-reach, reach, 1, 1), self.y - self.uniform(-reach, reach, 1, 1)
         u = (np.cos(angle) * dx + np.sin(angle) * dy) / size
@@ -118,13 +126,13 @@ class _Painter:
         for label, signed_distance in enumerate(_SHAPES):
             chosen = labels == label
             distance[chosen] = signed_distance(u[chosen], v[chosen])
-        # One pixel is this long in the shape's own coordinates: the width of its soft edge.
+        # The width of the soft edge: one pixel in the shape's coordinates.
         edge = 2 / SIZE_PX / size
         cover = np.clip(0.5 - distance / edge, 0, 1)[..., None]
         return image * (1 - cover) + self.texture() * cover
 
 
-# Shapes are signed distances (negative inside) in coordinates where the shape fills about [-1, 1]^2, y down.
+# Shapes are signed distances (negative inside) in coordinates in which the shape fills about [-1, 1]^2, y down.
 
 
 def _disc(u: Floats, v: Floats) -> Floats:
@@ -149,7 +157,7 @@ def _cross(u: Floats, v: Floats) -> Floats:
 
 
 def _star(u: Floats, v: Floats) -> Floats:
-    # Folded into one tenth of the star, its outline is the straight edge from the tip to the notch beside it.
+    # Folded into a tenth of the star, the outline is the straight edge from the tip to the next notch.
     sector = 2 * np.pi / 5
     folded = np.abs((np.arctan2(u, -v) + sector / 2) % sector - sector / 2)
     radius = np.hypot(u, v)

@@ -1,4 +1,4 @@
-"""What a pass over encoded images finds out: size, place, label, whether DALI decodes them as Pillow does, faults."""
+"""Headers of encoded images: size, orientation, whether DALI decodes them as Pillow does, and faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 MAX_PIXELS = 2 * 89_478_485
-"""An image that declares more is refused as a decompression bomb: the limit above which Pillow raises an error."""
+"""An image that declares more is refused as a decompression bomb; above this limit Pillow raises an error."""
 
 DALI_DECODES = {
     "JPEG": {"L", "RGB"},
@@ -22,15 +22,15 @@ DALI_DECODES = {
     "PNG": {"1", "L", "LA", "P", "RGB", "RGBA"},
     "WEBP": {"RGB", "RGBA"},
 }
-"""Formats and Pillow's modes for them that DALI 2.4 decodes to Pillow's very pixels. What is not listed differs in some
-variant (16-bit gray, CMYK without Adobe's marker, rotated TIFF, PPM with another maximum), raises, or is unknown."""
+"""Formats and Pillow's modes for which DALI 2.4 decodes the same pixels as Pillow. All others differ in some variant
+(16-bit gray, CMYK without Adobe's marker, rotated TIFF, PPM with another maximum), raise, or are untested."""
 
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-"""What the files of these formats end with."""
+"""The last bytes of an image by format."""
 TAIL_BYTES = 2**16
-"""Cameras add data behind the end mark; in so many bytes it is looked for."""
+"""The end mark is searched in this many bytes, as cameras append data to it."""
 
-FOUND = np.dtype(
+ROW_DTYPE = np.dtype(
     [
         ("offset", "i8"),
         ("size_bytes", "i8"),
@@ -42,13 +42,12 @@ FOUND = np.dtype(
         ("orientation", "u1"),
     ]
 )
-"""What is found out about an image. One with a fault is 1 x 1, with orientation 1; one in a shard was changed
-at 0."""
+"""What a scan records of an image. An image with a fault is 1 x 1, with orientation 1. In shards changed_ns is 0."""
 
 ORIENTATION = 0x0112
 """The EXIF tag."""
 
-TURNS = {
+TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -57,28 +56,29 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image of such an orientation upright; from 5 on, height and width change places."""
+"""The operation that turns an image upright, by orientation; from 5 on, it exchanges height and width."""
 
 Header = tuple[int, int, bool, int]
 """Height and width in px as stored, whether Pillow must decode the image, and its orientation (1 to 8)."""
+FAULTY: Header = (1, 1, True, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a pass found out about some images, in their order."""
+class ScanResult:
+    """What a scan of N images recorded, in their order."""
 
     rows: NDArray[np.void]
-    """[N] of FOUND."""
+    """[N] of ROW_DTYPE."""
     faults: Mapping[int, str]
-    """Why images that cannot be used cannot, by their place in ``rows``."""
-    remark: str = ""
-    """What else a person should know about the file that holds them."""
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    """How many parts of that file are no images of the data set, by kind."""
+    """Why images cannot be used, by their row."""
+    note: str = ""
+    """A note for the user on the file that holds the images."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """How many members of that file are no images of the data set, by kind."""
 
 
 def open_lazily(file: IO[bytes]) -> Image.Image:
-    """The image in ``file``, its header read and nothing decoded. Raises whatever Pillow raises, or ValueError."""
+    """The image in ``file``, its header read and nothing decoded. Raises what Pillow raises, or ValueError."""
     image = Image.open(file)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"it declares {image.height} x {image.width} pixels; {MAX_PIXELS} are the limit")
@@ -86,90 +86,89 @@ def open_lazily(file: IO[bytes]) -> Image.Image:
 
 
 def read_header(file: IO[bytes]) -> Header | str:
-    """What the header says; or why it is no image that can be used.
+    """The header of an image, or why the image cannot be used.
 
-    An image that seems to be cut off is decoded, so that it is known now and not when a batch fails on it.
+    An image without an end mark is decoded to find out now whether that fails, and not in training.
     """
     try:
         with open_lazily(file) as image:
-            largest_gray(image)
-            turn = orientation(image)
+            white_level(image)
+            orientation = read_orientation(image)
             needs_pillow = image.mode not in DALI_DECODES.get(image.format or "", ())
-            needs_pillow |= turn != 1 and turn != _known_to_dali(image)
-            found = image.height, image.width, needs_pillow, turn
-            if not _has_end(file, image.format or ""):
+            needs_pillow |= orientation != 1 and orientation != _orientation_for_dali(image)
+            header = image.height, image.width, needs_pillow, orientation
+            if not _has_end_mark(file, image.format or ""):
                 image.load()
-            return found
+            return header
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's readers meet foreign bytes: what they raise has no common base.
+    except Exception as error:  # Pillow's exceptions for damaged files have no common base class.
         return reason(error)
 
 
-def _has_end(file: IO[bytes], image_format: str) -> bool:
-    """Whether a file of a format with an end mark has one. Where Pillow reads in the file is left as it was."""
+def _has_end_mark(file: IO[bytes], image_format: str) -> bool:
+    """Whether the file has its format's end mark; True for formats without one. Keeps the file's position."""
     mark = END_MARKS.get(image_format)
     if mark is None:
         return True
-    before = file.tell()
+    position = file.tell()
     file.seek(-len(mark), os.SEEK_END)
-    found = file.read() == mark
-    if not found:
-        size = file.tell()
-        file.seek(max(0, size - TAIL_BYTES))
-        found = mark in file.read()
-    file.seek(before)
-    return found
+    has_mark = file.read() == mark
+    if not has_mark:
+        file.seek(max(0, file.tell() - TAIL_BYTES))
+        has_mark = mark in file.read()
+    file.seek(position)
+    return has_mark
 
 
-def orientation(image: Image.Image) -> int:
-    """How EXIF or XMP says that an image lies, 1 (upright) to 8; 1 where they say nothing.
+def read_orientation(image: Image.Image) -> int:
+    """An image's orientation by EXIF or XMP, 1 (upright) to 8; 1 if there is none.
 
-    What follows the pixels of a PNG is not looked at.
+    Metadata after the pixels of a PNG is ignored.
     """
-    if image.format == "TIFF":  # Pillow turns it when it decodes it
+    if image.format == "TIFF":  # Pillow turns it when it decodes it.
         return 1
-    with suppress(Exception):  # damaged metadata are no fault of the pixels
-        # Not the PNG reader's own method, which decodes all of an image to look for what follows its pixels.
-        return _valid(Image.Image.getexif(image))
+    with suppress(Exception):  # Damaged metadata is no fault of the pixels.
+        # Not the PNG reader's own method, which decodes the whole image to search for metadata after the pixels.
+        return _orientation_in(Image.Image.getexif(image))
     return 1
 
 
-def _known_to_dali(image: Image.Image) -> int:
-    """The orientation in the EXIF block, the only one that DALI looks at."""
+def _orientation_for_dali(image: Image.Image) -> int:
+    """The orientation in the EXIF block; DALI reads no XMP."""
     exif = Image.Exif()
     with suppress(Exception):
         exif.load(image.info.get("exif", b""))
-    return _valid(exif)
+    return _orientation_in(exif)
 
 
-def _valid(exif: Image.Exif) -> int:
-    found = exif.get(ORIENTATION)
-    return int(found) if found in TURNS else 1
+def _orientation_in(exif: Image.Exif) -> int:
+    value = exif.get(ORIENTATION)
+    return int(value) if value in TRANSPOSES else 1
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
     """The image turned as ``PIL.ImageOps.exif_transpose`` turns one of that orientation."""
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+    return image.transpose(TRANSPOSES[orientation]) if orientation in TRANSPOSES else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image in 8-bit RGB. Gray values of more bits are scaled and rounded; Pillow would clip them at 255.
 
-    Raises ValueError for gray values without a largest one (32-bit integers, floats).
+    Raises ValueError for gray values without a maximum (32-bit integers, floats).
     """
-    largest = largest_gray(image)
-    if largest is None:
+    white = white_level(image)
+    if white is None:
         return image.convert("RGB")
     values = np.asarray(image).astype(np.uint32)
-    scaled = (2 * 255 * values + largest) // (2 * largest)
+    scaled = (2 * 255 * values + white) // (2 * white)
     return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
 
 
-def largest_gray(image: Image.Image) -> int | None:
-    """White, in an image of one channel with more than 8 bits; None for all other images.
+def white_level(image: Image.Image) -> int | None:
+    """The largest gray value of an image with one channel of more than 8 bits; None for other images.
 
-    Raises ValueError where the format says nothing of a largest value.
+    Raises ValueError if the format defines no largest value.
     """
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floats" if image.mode == "F" else "32-bit integers"
@@ -181,7 +180,7 @@ def largest_gray(image: Image.Image) -> int | None:
 
 
 def reason(error: Exception) -> str:
-    """Why an image cannot be used, in a few words on one line."""
+    """Why an image cannot be used: an error's message on one line."""
     if isinstance(error, UnidentifiedImageError):
         return "it is no image of a format that Pillow knows"
     if isinstance(error, OSError) and error.strerror:

@@ -1,4 +1,4 @@
-"""What a split of a data set is to the pipelines: numbered images in memory or in files, with sizes and labels."""
+"""Numbered images with sizes and labels, in memory or in files."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.datasets.headers import MAX_PIXELS, open_lazily, orientation, read_header, reason, to_rgb, upright
+from pipelines.datasets.headers import open_lazily, read_header, read_orientation, reason, to_rgb, upright
 from pipelines.errors import BadImage, UserError
 
-__all__ = ["MAX_PIXELS", "UNLABELED", "ImageArray", "ImageFiles", "Images", "Names"]
-
 UNLABELED = -1
+PER_IMAGE = ("file_of", "offset", "size_bytes", "sizes", "labels", "needs_pillow", "orientation")
+"""The arrays of ``ImageFiles`` with an entry for each image."""
 OPEN_SHARDS = 256
-"""Shards that are kept open at a time; a process may have 1024 files open."""
+"""The most shards that a process keeps open; it may have 1024 files open."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageArray:
-    """Images of one size as bytes in memory, or in a memory-mapped file. Equal to itself only: it can be a key."""
+    """Images of one size in memory or in a memory-mapped file. Hashed by identity."""
 
     pixels: NDArray[np.uint8]
-    """[N, H, W, 3] or [N, 3, W, H] uint8, as ``layout`` says."""
+    """[N, H, W, 3] or [N, 3, W, H] uint8, by ``layout``."""
     labels: NDArray[np.int64]
     """[N] int64, 0 to the number of classes - 1, or UNLABELED."""
     layout: Literal["HWC", "CWH"] = "HWC"
-    """CWH is how STL-10 stores an image: color plane after plane, each column by column."""
+    """CWH is STL-10's: color planes of columns."""
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def image_hw(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[N, 2]: height and width in px of the images named by ``image_ids``."""
+        """[N, 2]: height and width in px of the images ``image_ids`` [N]."""
         height, width = (self.pixels.shape[self.layout.index(axis) + 1] for axis in "HW")
         return np.broadcast_to(np.array([height, width], np.int64), (len(image_ids), 2))
 
     def upright(self, image_ids: NDArray[np.int64] | slice) -> NDArray[np.uint8]:
-        """[N, H, W, 3] uint8."""
+        """The images as [N, H, W, 3] uint8."""
         pixels = self.pixels[image_ids]
         return pixels if self.layout == "HWC" else pixels.transpose(0, 3, 2, 1)
 
@@ -61,11 +61,11 @@ class ImageArray:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Names:
-    """File names as bytes, end to end: a million of them load in one read."""
+    """N file names as bytes, concatenated, so that a million of them load in one read."""
 
     blob: NDArray[np.uint8]
     offsets: NDArray[np.int64]
-    """[N + 1]: where each name begins, and the last one ends."""
+    """[N + 1]: where each name begins, and where the last one ends."""
 
     @classmethod
     def of(cls, names: Sequence[bytes]) -> Names:
@@ -81,7 +81,7 @@ class Names:
 
 
 class _OpenFile:
-    """A file that is open for reading until nothing refers to it any more, in whatever thread that is."""
+    """A file that is open for reading until its last reference is gone, in any thread."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -93,70 +93,70 @@ class _OpenFile:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageFiles:
-    """N encoded images in files below ``root``: each a file of its own, or many to a file (a tar shard).
+    """N encoded images in files below ``root``: one per file, or many per file (a tar shard).
 
-    What is said of each image follows its file where that turns out to have been replaced (``update``).
+    ``update`` corrects an image's entries if its file was replaced.
     """
 
     root: Path
     files: Names
     """Names of the files relative to ``root``."""
     file_of: NDArray[np.int32]
-    """[N] int32: which of the files an image lies in."""
+    """[N] int32: the index in ``files`` of the file that holds an image."""
     offset: NDArray[np.int64]
-    """[N] int64: the image's first byte in that file."""
+    """[N] int64: an image's first byte in that file."""
     size_bytes: NDArray[np.int64]
-    """[N] int64: how many bytes it has."""
+    """[N] int64: the number of encoded bytes."""
     sizes: NDArray[np.int64]
-    """[N, 2] int64: height and width in px as ``open`` returns the image; 1 x 1 where it has a fault."""
+    """[N, 2] int64: height and width in px as ``open`` returns the image; 1 x 1 if it has a fault."""
     labels: NDArray[np.int64]
     """[N] int64, 0 to the number of classes - 1, or UNLABELED."""
     needs_pillow: NDArray[np.bool_]
-    """[N] bool: not known to come out of DALI as it comes out of Pillow."""
+    """[N] bool: whether DALI may decode other pixels than Pillow."""
     orientation: NDArray[np.uint8]
-    """[N] uint8: what EXIF says, 1 (upright as stored) to 8."""
+    """[N] uint8: the orientation by EXIF, 1 (upright as stored) to 8."""
     exif_orientation: bool = False
-    """Whether images are turned upright as ``orientation`` says. As stored, they are what ImageFolder gives."""
+    """Whether images are turned upright by ``orientation``; ImageFolder leaves them as stored."""
     faults: Mapping[int, str] = field(default_factory=dict)
-    """Why images cannot be used that are known to be unreadable, by image id."""
+    """Why images cannot be used, by image id."""
     index_file: Path | None = None
-    """The index on disk that says all this; it is deleted when files turn out to have changed."""
+    """The index on disk that these images were read from; ``update`` deletes it if a file has changed."""
     bad_list: Path | None = None
-    """The list on disk of images that turned out to be bad after they were indexed."""
+    """The list on disk of images that could not be decoded after they were indexed."""
 
     def __len__(self) -> int:
         return len(self.file_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The other side opens its own files.
+        # Another process opens its own files.
         return {name: value for name, value in self.__dict__.items() if name != "_open_shards"}
 
     def image_hw(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[N, 2]: height and width in px of the images named by ``image_ids``."""
+        """[N, 2]: height and width in px of the images ``image_ids`` [N]."""
         return self.sizes[image_ids]
 
     @cached_property
     def in_shards(self) -> bool:
-        """Whether images are parts of larger files."""
+        """Whether files hold many images."""
         # A tar archive begins with a header: no image in one has offset 0.
         return bool(self.offset.any())
 
     @property
     def shard_of(self) -> NDArray[np.int32]:
-        """[N] int32: the shard of each image, for an order that reads shard after shard."""
+        """[N] int32: the shard that holds each image."""
         return self.file_of
 
     def path(self, image_id: int) -> Path:
-        """The file that is the image, or the shard that holds it."""
+        """The file or shard that holds the image."""
         return Path(os.fsdecode(self._path(image_id)))
 
     def path_bytes(self, image_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """[N, longest] uint8: the same as DALI's file reader takes it, filled up with zeros."""
+        """[N, longest] uint8: paths padded with zeros, for DALI's file reader."""
         names = np.array([self._path(image_id) for image_id in image_ids.tolist()], np.bytes_)
         return names.view(np.uint8).reshape(len(names), -1)
 
     def name(self, image_id: int) -> str:
-        """What a person calls the image: its path, or ``shard.tar: member``."""
+        """The image's name for the user: its path, or ``shard.tar: member``."""
         path = self.path(image_id)
         if not self.in_shards:
             return str(path)
@@ -168,9 +168,9 @@ class ImageFiles:
         return f"{path}: {header.name}"
 
     def encoded(self, image_id: int) -> NDArray[np.uint8]:
-        """The encoded bytes: [size_bytes] of an image in a shard, those that the file has now of one in its own file.
+        """The encoded bytes [size_bytes] uint8; of an image in its own file, all that the file holds now.
 
-        Raises BadImage if they are gone, and UserError if it is the disk that is.
+        Raises BadImage if they are missing, and UserError if the disk fails.
         """
         try:
             if not self.in_shards:
@@ -181,9 +181,9 @@ class ImageFiles:
             path = self.path(image_id)
             if isinstance(error, FileNotFoundError | ValueError) and os.path.isdir(path.parent):  # noqa: PTH112
                 raise self.bad(image_id, reason(error)) from error
-            # No fault of the image: taken out of use, it would be missing where the run goes on.
+            # No fault of the image: listed as bad, it would be missing when the run continues.
             raise UserError(
-                f"{path} cannot be read ({reason(error)}); make it readable again, and go on by --resume auto.",
+                f"{path} cannot be read ({reason(error)}); make it readable again, and continue with --resume auto.",
                 local=True,
             ) from error
         if len(content) < size:
@@ -191,57 +191,57 @@ class ImageFiles:
         return np.frombuffer(content, np.uint8)
 
     def open(self, image_id: int) -> Image.Image:
-        """One image in RGB: as torchvision's ImageFolder opens it, but for gray of 16 bits (``headers.to_rgb``), or
-        with ``exif_orientation`` upright.
+        """One image in RGB, upright with ``exif_orientation``.
 
-        It may have another size than ``sizes`` says, where its file was replaced (see ``update``). Raises BadImage
-        where it cannot be read, and UserError where its disk is gone.
+        Same as torchvision's ImageFolder, except for 16-bit gray (``headers.to_rgb``). If its file was replaced, its
+        size may differ from ``sizes`` (see ``update``). Raises BadImage if it cannot be decoded, and UserError if the
+        disk fails.
         """
         if image_id in self.faults:
             raise self.bad(image_id, self.faults[image_id])
         content = io.BytesIO(self.encoded(image_id).data)
         try:
             with open_lazily(content) as image:
-                turn = orientation(image) if self.exif_orientation else 1
-                return upright(to_rgb(image), turn)
+                orientation = read_orientation(image) if self.exif_orientation else 1
+                return upright(to_rgb(image), orientation)
         except MemoryError as error:
             name = self.name(image_id)
-            raise UserError(f"Memory ran out while {name} was decoded; end what else uses it.", local=True) from error
-        except Exception as error:  # Pillow's decoders meet foreign bytes: what they raise has no common base.
+            raise UserError(f"Memory ran out while {name} was decoded; end other processes.", local=True) from error
+        except Exception as error:  # Pillow's exceptions for damaged files have no common base class.
             raise self.bad(image_id, reason(error)) from error
 
     def update(self, image_id: int) -> bool:
-        """Read an image's header again, as its file may have been replaced since it was indexed.
+        """Read an image's header again, in case its file was replaced since it was indexed.
 
-        Returns whether anything is different now; then the index on disk is deleted, so that the next one to need it
-        makes a new one. Raises BadImage where the image cannot be read.
+        Returns whether anything changed; the index on disk is then deleted, so that the next run makes a new one.
+        Raises BadImage if the image cannot be read.
         """
         content = self.encoded(image_id)
         header = read_header(io.BytesIO(content.data))
         if isinstance(header, str):
             raise self.bad(image_id, header)
-        height, width, needs_pillow, turn = header
-        if self.exif_orientation and turn >= 5:
+        height, width, needs_pillow, orientation = header
+        if self.exif_orientation and orientation >= 5:
             height, width = width, height
         if (len(content), height, width) == (self.size_bytes[image_id], *self.sizes[image_id]):
             return False
         self.size_bytes[image_id] = len(content)
         self.sizes[image_id] = height, width
         self.needs_pillow[image_id] = needs_pillow
-        self.orientation[image_id] = turn
+        self.orientation[image_id] = orientation
         if self.index_file is not None:
             with suppress(OSError):
                 self.index_file.unlink()
         return True
 
-    def bad(self, image_id: int, why: str) -> BadImage:
-        """The error that says of an image why it cannot be used."""
-        return BadImage(self.name(image_id), image_id, why)
+    def bad(self, image_id: int, reason: str) -> BadImage:
+        """The error for an image that cannot be used."""
+        return BadImage(self.name(image_id), image_id, reason)
 
     def read_ahead(self, shard: int) -> None:
-        """Have the system read a whole shard into its cache, as far as it sees fit, without waiting for it."""
+        """Ask the system to read a shard into its page cache, without waiting for it."""
         if hasattr(os, "posix_fadvise"):
-            # A shard that is gone is told when its images are needed.
+            # A missing shard is reported when its images are needed.
             with suppress(OSError):
                 descriptor = os.open(self._prefix + self.files[shard], os.O_RDONLY)
                 try:
@@ -250,23 +250,17 @@ class ImageFiles:
                     os.close(descriptor)
 
     def limited(self, count: int) -> ImageFiles:
-        """``count`` of the images, evenly spread: folders are sorted by class."""
+        """``count`` of the images, evenly spaced, as folders are sorted by class."""
         image_ids = np.arange(count) * len(self) // count
         new_ids = {int(old): new for new, old in enumerate(image_ids)} if self.faults else {}
         return replace(
             self,
-            file_of=self.file_of[image_ids],
-            offset=self.offset[image_ids],
-            size_bytes=self.size_bytes[image_ids],
-            sizes=self.sizes[image_ids],
-            labels=self.labels[image_ids],
-            needs_pillow=self.needs_pillow[image_ids],
-            orientation=self.orientation[image_ids],
+            **{name: getattr(self, name)[image_ids] for name in PER_IMAGE},
             faults={new_ids[old]: fault for old, fault in self.faults.items() if old in new_ids},
         )
 
     def turned_upright(self) -> ImageFiles:
-        """The same images, upright by their EXIF orientation."""
+        """The same images, turned upright by ``orientation``."""
         return replace(
             self,
             sizes=np.where(self.orientation[:, None] >= 5, self.sizes[:, ::-1], self.sizes),
@@ -285,9 +279,9 @@ class ImageFiles:
         return {}
 
     def _read(self, image_id: int, first: int, size: int) -> bytes:
-        """Bytes of the shard that holds an image; fewer where it ends before.
+        """``size`` bytes from byte ``first`` on of the shard that holds an image; fewer at its end.
 
-        Not from a memory map: a shard that is truncated while it is mapped ends the process with SIGBUS.
+        Not from a memory map: if a mapped shard is truncated, SIGBUS ends the process.
         """
         shard = int(self.file_of[image_id])
         file = self._open_shards.get(shard)

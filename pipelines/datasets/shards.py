@@ -1,12 +1,11 @@
-"""Which images lie in tar shards of WebDataset's layout, where in them, with which labels, and what their headers say.
+"""Images in tar shards of WebDataset's layout, and the scan of their headers and labels.
 
-A shard is a sequence of samples, a sample a run of members with the same name up to the first dot of its last part:
-``key.jpg`` and ``key.cls``, the class as digits. Only headers and labels are read.
+A shard is a sequence of samples. A sample is a run of members with the same name up to the first dot of the last part
+of their paths: ``key.jpg`` and ``key.cls``, the class as digits.
 
-Two things that the webdataset package does not take for samples are taken here. A name with more dots is a sample of
-its own, ``22.05.png`` of the key ``22.05``, unless its run holds a plain ``22.jpg``, or a word lies between the dots as
-in ``key.left.jpg``: then it is a part of the sample ``key``. And a label that does not lie beside its image is found by
-the key.
+Two kinds of samples are read that the webdataset package does not recognize. A name with more dots is a separate
+sample (``22.05.png`` has the key ``22.05``), unless its run holds a plain ``22.jpg`` or there is a word between the
+dots: ``key.left.jpg`` is a part of the sample ``key``. And a label that is not next to its image is matched by key.
 """
 
 from __future__ import annotations
@@ -22,7 +21,9 @@ from typing import IO
 
 import numpy as np
 
-from pipelines.datasets.folders import (
+from pipelines.datasets.headers import FAULTY, ROW_DTYPE, Header, ScanResult, read_header
+from pipelines.datasets.images import UNLABELED, Names
+from pipelines.datasets.listing import (
     COMPRESSED_TAR,
     EXTENSIONS,
     HIDDEN,
@@ -33,27 +34,25 @@ from pipelines.datasets.folders import (
     kind_of,
     stamp,
 )
-from pipelines.datasets.headers import FOUND, Found, Header, read_header
-from pipelines.datasets.images import UNLABELED, Names
 from pipelines.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(extension[1:] for extension in EXTENSIONS)
 LABEL_SUFFIX = "cls"
 SIDECARS = frozenset((LABEL_SUFFIX, "json", "txt"))
-"""Suffixes of what is expected beside images."""
+"""Suffixes of members that belong to images and are not counted as skipped."""
 PART = re.compile(r"[a-z_][\w-]*")
-"""What lies between the dots of ``key.left.jpg``, in small letters."""
+"""The lower-case word between the dots of ``key.left.jpg``."""
 PARTS = "image(s) named KEY.PART.jpg, parts of a sample KEY without an image KEY.jpg"
 LINKS = "link(s) in shards"
-"""Kinds of what is left out, beside those of folders."""
+"""Kinds of skipped members, besides those of listed files."""
 MAX_LABEL = 10**6
-"""A larger label is taken for a mistake: the online linear classifier has a row of weights for each class."""
+"""A larger label is refused: the online linear classifier has a row of weights for each class."""
 
 
 def list_shards(root: Path) -> Listing | None:
-    """The shards directly in ``root``, or None where there is none.
+    """The shards directly in ``root``, or None if there are none.
 
-    Raises UserError where others are compressed, or images lie beside them.
+    Raises UserError if a shard is compressed, or ``root`` also holds image files.
     """
     watched = {".": stamp(root)}
     names = sorted(entry.name for entry in os.scandir(root) if not is_hidden(entry.name) and _is_tar(entry))
@@ -63,17 +62,17 @@ def list_shards(root: Path) -> Listing | None:
     for name in names:
         if name.lower().endswith(COMPRESSED_TAR):
             raise UserError(
-                f"{root / name} is compressed, so that no image can be read on its own; unpack it to a .tar, or if it "
-                f"does not belong to the shards beside it ({shards[0]}), move it elsewhere."
+                f"{root / name} is compressed, so that single images cannot be read; unpack it to a .tar, or move it "
+                f"elsewhere if it does not belong to the shards ({shards[0]})."
             )
-    left_out: Counter[str] = Counter()
-    beside = image_files(root, ".", {}, left_out)
-    if beside:
+    skipped: Counter[str] = Counter()
+    loose = image_files(root, ".", {}, skipped)
+    if loose:
         raise UserError(
-            f"{root} holds both shards ({shards[0]}) and image files ({beside[0]}); if these were unpacked from the "
-            f".tar, move it elsewhere, else put them into folders of their own."
+            f"{root} holds both shards ({shards[0]}) and image files ({loose[0]}); if these were unpacked from the "
+            f".tar, move it elsewhere, else move them to another folder."
         )
-    left_out[".tar"] -= len(shards)
+    skipped[".tar"] -= len(shards)
     watched |= {name: stamp(root / name) for name in shards}
     return Listing(
         layout="shards",
@@ -81,7 +80,7 @@ def list_shards(root: Path) -> Listing | None:
         labels=np.full(len(shards), UNLABELED, np.int64),
         classes=(),
         watched=watched,
-        left_out=+left_out,
+        skipped=+skipped,
     )
 
 
@@ -89,23 +88,23 @@ def _is_tar(entry: os.DirEntry[str]) -> bool:
     return entry.name.lower().endswith((".tar", *COMPRESSED_TAR)) and is_regular(entry)
 
 
-def read_shard(shard: Path) -> Found:
-    """The images of a shard in their order, with labels or UNLABELED.
+def read_shard(shard: Path) -> ScanResult:
+    """Scan the images of a shard, in their order.
 
-    Of a shard that was cut off, the images before the cut are there, the one in it has a fault, and there is a remark.
-    Raises UserError for a file that is no tar archive, a label that is none, or a sample of two images.
+    A truncated shard has a note; its last image has a fault if it is incomplete. Raises UserError if the file is no tar
+    archive, a label is invalid, or a sample has two images.
     """
     size = shard.stat().st_size
     samples: list[_Sample] = []
-    left_out: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     try:
         with tarfile.open(shard, "r:") as archive:
-            for key, run in _runs(archive, left_out):
+            for key, run in _runs(archive, skipped):
                 samples += _samples(key, run, archive, shard, size)
-            # Not archive.fileobj, which tarfile may have left anywhere.
+            # Not archive.fileobj, whose position is undefined here.
             with shard.open("rb") as file:
                 file.seek(archive.offset)
-                whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+                complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
         raise UserError(f"{shard} is no uncompressed tar archive ({error}); unpack it or delete it.") from error
     except OSError as error:
@@ -114,19 +113,19 @@ def read_shard(shard: Path) -> Found:
     others = [sample for sample in samples if sample.member is None]
     _join_labels(images, others)
     keys = {sample.key for sample in images}
-    left_out.update(kind for sample in others if sample.key not in keys for kind in sample.others)
-    return Found(
-        rows=np.array([sample.row(size) for sample in images], FOUND),
+    skipped.update(kind for sample in others if sample.key not in keys for kind in sample.others)
+    return ScanResult(
+        rows=np.array([sample.row(size) for sample in images], ROW_DTYPE),
         faults={n: sample.header for n, sample in enumerate(images) if isinstance(sample.header, str)},
-        remark="" if whole else f"{shard} is cut off: it ends without an end mark, after {len(images)} images",
-        left_out=left_out,
+        note="" if complete else f"{shard} is cut off: it ends without an end mark after {len(images)} images",
+        skipped=skipped,
     )
 
 
 def sample_key(name: str) -> tuple[str, str] | None:
-    """The key of the sample that a member belongs to, and the member's suffix; None for what is no part of a sample.
+    """Split a member's name into its sample's key and a suffix, as the webdataset package does.
 
-    The same split as the webdataset package's: at the first dot of the last part of the path.
+    None if the member belongs to no sample.
     """
     match = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", name)
     if match is None or re.match(r"__[^/]*__($|/)", name):
@@ -142,44 +141,44 @@ class _Sample:
     header: Header | str = ""
     label: int = UNLABELED
     others: list[str] = field(default_factory=list)
-    """Kinds of the other members, but for sidecars."""
+    """Kinds of the other members, without sidecars."""
 
     def row(self, shard_bytes: int) -> tuple[int, int, int, int, int, int, bool, int]:
-        """A row of FOUND."""
+        """The values of ROW_DTYPE."""
         assert self.member is not None
-        height, width, needs_pillow, turn = (1, 1, True, 1) if isinstance(self.header, str) else self.header
+        height, width, needs_pillow, orientation = FAULTY if isinstance(self.header, str) else self.header
         first = self.member.offset_data
         size = min(self.member.size, max(0, shard_bytes - first))
-        return first, size, 0, height, width, self.label, needs_pillow, turn
+        return first, size, 0, height, width, self.label, needs_pillow, orientation
 
 
 _Run = list[tuple[tarfile.TarInfo, str]]
-"""Members of the same key, with their suffixes."""
+"""Members of a sample with their suffixes."""
 
 
-def _runs(archive: tarfile.TarFile, left_out: Counter[str]) -> Iterator[tuple[str, _Run]]:
-    """Runs of members, as the webdataset package makes samples of them; ``left_out`` counts what is in none."""
+def _runs(archive: tarfile.TarFile, skipped: Counter[str]) -> Iterator[tuple[str, _Run]]:
+    """Keys and runs of members, as in the webdataset package; other members are counted in ``skipped``."""
     key, run = "", _Run()
     for member in _members(archive):
         parts = sample_key(member.name)
         if any(is_hidden(part) for part in member.name.split("/") if part not in ("", ".", "..")):
-            left_out[HIDDEN] += 1
+            skipped[HIDDEN] += 1
         elif not member.isreg():
-            left_out[LINKS] += kind_of(member.name) in EXTENSIONS
+            if kind_of(member.name) in EXTENSIONS:
+                skipped[LINKS] += 1
         elif parts is None:
-            left_out[kind_of(member.name)] += re.match("__[^/]*__", member.name) is None
+            if not re.match("__[^/]*__", member.name):
+                skipped[kind_of(member.name)] += 1
         else:
             if parts[0] != key:
                 yield key, run
                 key, run = parts[0], []
             run.append((member, parts[1]))
     yield key, run
-    for kind in [kind for kind, count in left_out.items() if not count]:
-        del left_out[kind]
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of an archive but folders, until it ends or is cut off."""
+    """The members of an archive without folders, up to its end or the point where it was truncated."""
     while True:
         try:
             member = archive.next()
@@ -187,42 +186,42 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             return
         if member is None:
             return
-        archive.members.clear()  # type: ignore[attr-defined]  # tarfile remembers all members otherwise
+        archive.members.clear()  # type: ignore[attr-defined]  # Else tarfile keeps all members.
         if not member.isdir():
             yield member
 
 
 def _samples(key: str, run: _Run, archive: tarfile.TarFile, shard: Path, shard_bytes: int) -> Iterator[_Sample]:
-    """What a run holds: the sample ``key``, or samples with dots in their keys."""
+    """The samples in a run: ``key``, or several with dots in their keys."""
     plain = any(suffix in IMAGE_SUFFIXES for _, suffix in run)
     samples: dict[str, _Sample] = {}
     for member, suffix in run:
-        between, dot, last = suffix.rpartition(".")
-        own_key, own_suffix = key, suffix
-        if dot and not plain and not PART.fullmatch(between):
-            own_key, own_suffix = member.name.rpartition(".")[0], last
-        sample = samples.setdefault(own_key, _Sample(key=own_key))
-        _add(sample, member, own_suffix, archive, shard, shard_bytes)
+        word, dot, last = suffix.rpartition(".")
+        full_key = key
+        if dot and not plain and not PART.fullmatch(word):
+            full_key, suffix = member.name.rpartition(".")[0], last
+        sample = samples.setdefault(full_key, _Sample(key=full_key))
+        _add(sample, member, suffix, archive, shard, shard_bytes)
     yield from samples.values()
 
 
 def _add(
     sample: _Sample, member: tarfile.TarInfo, suffix: str, archive: tarfile.TarFile, shard: Path, shard_bytes: int
 ) -> None:
-    """Enter a member into its sample."""
-    cut = member.offset_data + member.size > shard_bytes
+    """Add a member to its sample."""
+    truncated = member.offset_data + member.size > shard_bytes
     if suffix in IMAGE_SUFFIXES:
         if sample.member is not None:
-            raise UserError(f"{shard} holds two images of the name {sample.key}; give each image a name of its own.")
+            raise UserError(f"{shard} holds two images named {sample.key}; give each image another name.")
         sample.member = member
-        if cut:
+        if truncated:
             sample.header = f"its shard was cut off at byte {shard_bytes}, before the image's end"
         elif member.issparse():
-            sample.header = "it is stored without its zeros; make the shard without tar's --sparse"
+            sample.header = "it is stored as a sparse file; make the shard without tar's --sparse"
         else:
             sample.header = read_header(_content(archive, member))
     elif suffix == LABEL_SUFFIX:
-        if not cut:
+        if not truncated:
             sample.label = _label(_content(archive, member).read(), member, shard)
     elif suffix not in SIDECARS:
         sample.others.append(PARTS if suffix.rpartition(".")[2] in IMAGE_SUFFIXES else kind_of(member.name))
@@ -240,18 +239,18 @@ def _label(content: bytes, member: tarfile.TarInfo, shard: Path) -> int:
 
 
 def _join_labels(images: Sequence[_Sample], others: Sequence[_Sample]) -> None:
-    """Give images the labels that lie elsewhere in the shard, where their keys leave no doubt."""
+    """Give images the labels elsewhere in the shard whose keys are unique."""
     lone = [sample for sample in others if sample.label != UNLABELED]
     if not lone:
         return
-    times = Counter(sample.key for sample in images), Counter(sample.key for sample in lone)
+    counts = Counter(sample.key for sample in images), Counter(sample.key for sample in lone)
     labels = {sample.key: sample.label for sample in lone}
     for image in images:
-        if image.label == UNLABELED and [count[image.key] for count in times] == [1, 1]:
+        if image.label == UNLABELED and [count[image.key] for count in counts] == [1, 1]:
             image.label = labels[image.key]
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     content = archive.extractfile(member)
-    assert content is not None, "only regular files are asked for"
+    assert content is not None, "only regular files have samples"
     return content

@@ -56,7 +56,7 @@ def embed_split(config: EmbedConfig) -> None:
     """From a configuration to the file."""
     from pipelines.datasets.fingerprint import fingerprint
     from pipelines.datasets.images import ImageFiles
-    from pipelines.datasets.index import open_split
+    from pipelines.datasets.registry import open_split
     from stec.distributed import failures, processes
     from stec.evaluation.embed import embed, fingerprint_of_weights, is_complete
     from stec.loaders import evaluation_loader

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.errors import UserError
-from stec.config import DATA_SETS, LARGEST_VIEW_PX, SMALLEST_VIEW_PX, DataSetName, DataSetTraits
+from stec.config import LARGEST_VIEW_PX, SMALLEST_VIEW_PX
 from stec.settings import Switch, check_ranges, setting
 
 if TYPE_CHECKING:

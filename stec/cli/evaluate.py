@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> None:
     line is its accuracy."""
     config = parse(EvalConfig, arguments, name="eval")
     config.validate()
-    from pipelines.datasets.index import open_split
+    from pipelines.datasets.registry import open_split
     from pipelines.files import write_json
     from stec.distributed import processes
     from stec.evaluation.evaluate import MEASURES, evaluate

@@ -1,4 +1,4 @@
-"""Index every split of a data set of image files or shards, and tell what it holds and which images are bad."""
+"""``launch.py index``: index every split of a data set of image files or shards, and print its facts and bad images."""
 
 from __future__ import annotations
 
@@ -16,88 +16,88 @@ from stec.distributed.launcher import is_main_process
 from stec.settings import Switch
 
 if TYPE_CHECKING:
-    from pipelines.datasets.cache import Split
+    from pipelines.datasets.cache import SplitIndex
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """Index a data set of image files or tar shards, and tell what it holds and which images are bad."""
+    """Index a data set of image files or tar shards, and print its facts and its bad images."""
 
     data_dir: tyro.conf.Positional[Path]
     """Folder that holds train and val, or images."""
     verify: Literal["headers", "full"] = "headers"
-    """full: decode every image, and write the list of bad ones."""
+    """full: decode every image, and write a list of the bad ones."""
     exif_orientation: Switch = 0
-    """1: sizes of images that are turned upright, as training takes them with the same flag."""
+    """1: print sizes of images turned upright, as in training with the same flag."""
     bad: Path = Path("bad-images.tsv")
-    """With --verify full: where that list goes, a line of name, tab, reason for each bad image."""
+    """With --verify full: file for the list of bad images, a line with name, tab and reason for each."""
 
 
 def run(arguments: list[str]) -> None:
-    """Index every split of a data set of image files or shards, and tell what it holds and which images are bad."""
+    """Index every split of a data set of image files or shards, and print its facts and its bad images."""
     config = parse(IndexConfig, arguments, name="index")
     check_place(config.bad, "--bad")
 
     from pipelines.datasets.cache import cache_file
-    from pipelines.datasets.index import check_classes, check_labels, splits_below, turned
-    from pipelines.datasets.remarks import remarks
+    from pipelines.datasets.image_folders import apply_orientation, check_classes, check_labels, splits_below
+    from pipelines.datasets.notes import notes_on
     from pipelines.files import atomic_write
-    from pipelines.splits import read_split, verified
+    from pipelines.splits import read_split, verify_split
     from stec.console import Console
 
     console = Console(enabled=is_main_process())
-    splits: dict[str, Split] = {}
+    splits: dict[str, SplitIndex] = {}
     facts = []
     with console.counting() as progress:
         for name, (root, kind) in splits_below(config.data_dir).items():
             started = time.perf_counter()
-            split = read_split(root, kind, progress, check_files=True)
+            index = read_split(root, kind, progress, check_files=True)
             if config.verify == "full":
-                split = verified(split, progress)
-            split = turned(split, bool(config.exif_orientation))
-            check_labels(split)
+                index = verify_split(index, progress)
+            index = apply_orientation(index, bool(config.exif_orientation))
+            check_labels(index)
             if name == "train":
-                check_classes(split)
-            kept = cache_file(root, kind)
+                check_classes(index)
+            file = cache_file(root, kind)
             facts.append(
                 {
-                    **index_facts(split),
+                    **index_facts(index),
                     "seconds": f"{time.perf_counter() - started:.1f}",
-                    "index": str(kept) if kept.exists() else f"{kept} could not be written",
+                    "index": str(file) if file.exists() else f"{file} could not be written",
                 }
             )
-            splits[name] = split
+            splits[name] = index
     rows = [[fact, *(of_split[fact] for of_split in facts)] for fact in facts[0]]
     console.table(f"Index of {config.data_dir}", ["", *splits], rows)
-    for split in splits.values():
-        for remark in remarks(split):
-            console.say(remark)
-    bad = [(split.images.name(n), why) for split in splits.values() for n, why in split.images.faults.items()]
-    for name, why in bad[:10]:
-        console.say(f"Bad image: {name} ({why})")
+    for index in splits.values():
+        for note in notes_on(index):
+            console.say(note)
+    bad = [(index.images.name(n), reason) for index in splits.values() for n, reason in index.images.faults.items()]
+    for name, reason in bad[:10]:
+        console.say(f"Bad image: {name} ({reason})")
     if config.verify == "full":
-        # A name may hold anything but a zero byte; a line of the list holds one name.
-        lines = (f"{name}\t{why}".translate({10: " ", 13: " "}) + "\n" for name, why in bad)
+        # A name may hold line breaks; the list has one line per name.
+        lines = (f"{name}\t{reason}".translate({10: " ", 13: " "}) + "\n" for name, reason in bad)
         atomic_write(config.bad, "".join(lines).encode(errors="surrogateescape"))
         console.say(f"{len(bad)} bad images are listed in {config.bad}.")
     elif len(bad) > 10:
         console.say(f"... and {len(bad) - 10} more; --verify full lists them all.")
 
 
-def index_facts(split: Split) -> dict[str, str]:
-    """What ``launch.py index`` tells about a split."""
+def index_facts(index: SplitIndex) -> dict[str, str]:
+    """Names and values that ``launch.py index`` prints of a split."""
     import numpy as np
 
-    images = split.images
+    images = index.images
     good = np.setdiff1d(np.arange(len(images)), list(images.faults))
-    odd = good[images.needs_pillow[good]]
-    kinds = Counter(Path(images.name(n)).suffix.lower() for n in odd.tolist()).most_common()
+    by_pillow = good[images.needs_pillow[good]]
+    kinds = Counter(Path(images.name(n)).suffix.lower() for n in by_pillow.tolist()).most_common()
     by_area = images.sizes[good][np.argsort(images.sizes[good].prod(axis=1), kind="stable")]
     smallest, median, largest = (f"{height} x {width}" for height, width in by_area[[0, len(by_area) // 2, -1]])
     return {
-        "layout": split.layout,
+        "layout": index.layout,
         "images": str(len(images)),
-        "classes": str(len(split.classes)) if split.classes else "no labels",
+        "classes": str(len(index.classes)) if index.classes else "no labels",
         "bytes": str(images.size_bytes.sum()),
         "smallest image, px": smallest,
         "median image, px": median,

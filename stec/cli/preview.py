@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> None:
 
     import torch
 
-    from pipelines.datasets.index import open_data_set
+    from pipelines.datasets.registry import open_data_set
     from pipelines.files import atomic_write
     from stec.console import Console
     from stec.evaluation.examples import examples

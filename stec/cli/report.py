@@ -19,7 +19,7 @@ from stec.settings import check_ranges, setting
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from pipelines.datasets.index import DataSet
+    from pipelines.datasets.registry import DataSet
     from stec.evaluation.report import Look, Neighbors
     from stec.models.model import Model
     from stec.runs.run_record import RunRecord
@@ -81,7 +81,7 @@ def run(arguments: list[str]) -> None:
 
 def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator) -> Look:
     """What the run's model makes of its images, as far as both can be had."""
-    from pipelines.datasets.index import open_data_set
+    from pipelines.datasets.registry import open_data_set
     from stec.evaluation.examples import examples
     from stec.evaluation.predictions import confusion
     from stec.evaluation.report import Look

@@ -20,7 +20,7 @@ from stec.settings import as_path
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from pipelines.datasets.index import DataSet
+    from pipelines.datasets.registry import DataSet
     from pipelines.loader import Loader
     from stec.console import Console
 
@@ -82,11 +82,10 @@ def run_training(config: TrainConfig) -> None:
     """Train as configured, and write the files of the run."""
     from pipelines.datasets.fingerprint import fingerprint
     from stec.distributed import failures, processes
-    from stec.loaders import evaluation_loader, training_loader
+    from stec.loaders import Data, evaluation_loader, training_loader
     from stec.runs.run_folder import open_run_folder
     from stec.startup import start
     from stec.training import loop, trackers
-    from stec.training.data import Data
     from stec.training.initial_model import initial_model
 
     accelerator, console, precision = start(
@@ -126,7 +125,7 @@ def run_training(config: TrainConfig) -> None:
     folder, resumed, notes = processes.on_main_process(accelerator, lambda: open_run_folder(config, environment))
     loader.sampler.bad.list_in(folder.bad_images, say=print_error, main=accelerator.is_main_process)
     console.facts(title(config), facts(config, data_set, loader, environment, str(folder.path.resolve())))
-    for note in (*data_set.remarks, *notes):
+    for note in (*data_set.notes, *notes):
         console.say(note)
     if resumed is not None:
         console.say(f"Resuming after step {resumed['step']}.")
@@ -177,7 +176,7 @@ def check_processes(config: TrainConfig, num_processes: int) -> None:
 
 def open_training_data(config: TrainConfig, accelerator: Accelerator, console: Console) -> DataSet:
     """The data set, downloaded and indexed by the main process first. Raises UserError if it is missing or damaged."""
-    from pipelines.datasets.index import open_data_set
+    from pipelines.datasets.registry import open_data_set
     from stec.distributed import processes
 
     with console.counting() as progress:

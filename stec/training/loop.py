@@ -14,12 +14,12 @@ from pipelines.files import write_json
 from stec.config import TrainConfig
 from stec.console import Console
 from stec.distributed.processes import on_main_process
+from stec.loaders import Data
 from stec.models.model import Model
 from stec.objectives.objective import Objective
 from stec.profiling import StepProfile, part, start_profile
 from stec.runs.run_folder import RunFolder
 from stec.training.checkpoint_writer import CheckpointWriter, TrainingState
-from stec.training.data import Data
 from stec.training.initial_model import compile_encoder
 from stec.training.metrics_log import MetricsLog
 from stec.training.optim import learning_rate_at, make_optimizer

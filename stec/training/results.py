@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from stec.config import TrainConfig
 from stec.evaluation.evaluate import Measure, evaluate
+from stec.loaders import Data
 from stec.models.model import Model
 from stec.runs.run_folder import RunFolder
-from stec.training.data import Data
 from stec.training.initial_model import initial_model
 from stec.weights.export import write_safetensors
 

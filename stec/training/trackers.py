@@ -18,8 +18,6 @@ from pipelines.files import atomic_write
 from stec.runs.run_folder import RunFolder
 
 PROJECT = "stec"
-TRACKIO_ELSEWHERE = ("TRACKIO_DIR", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
-"""Environment variables with which a user keeps trackio's log outside of the run's folder."""
 
 Report = Callable[[str], None]
 
@@ -44,7 +42,7 @@ def start(
     """Start the trackers with these names, on the main process only.
 
     ``settings`` are those of ``TrainConfig.to_json``; ``after_step`` is the step from which the run resumes, or 0.
-    ``report`` gets the command that shows a log. Raises UserError if a tracker cannot be started.
+    Raises UserError if a tracker cannot be started.
     """
     for name in names:
         try:
@@ -60,26 +58,21 @@ def start(
         accelerator.trackers.append(tracker)
         if name == "tensorboard":
             report(f"Watch by: tensorboard --logdir {shlex.quote(str(folder.path))}")
-        elif name == "trackio":
-            where = f"TRACKIO_DIR={shlex.quote(os.environ['TRACKIO_DIR'])} " if "TRACKIO_DIR" in os.environ else ""
-            report(f"Watch by: {where}trackio show --project {PROJECT}")
 
 
 def _make(name: str, folder: RunFolder, after_step: int) -> GeneralTracker:
     """Accelerate's tracker, set to continue a resumed run's log if it can."""
+    run_name = folder.path.resolve().name
     if name == "tensorboard":
         return TensorBoardTracker(name, folder.path, purge_step=after_step + 1)
     if name == "trackio":
-        if not any(variable in os.environ for variable in TRACKIO_ELSEWHERE):
-            os.environ["TRACKIO_DIR"] = str(folder.path.resolve() / name)
-        return TrackioTracker(PROJECT, name=folder.path.resolve().name, resume="allow" if after_step else "never")
+        return TrackioTracker(PROJECT, name=run_name, resume="allow" if after_step else "never")
     if name == "wandb":
         run_id = folder.path / name / "run-id"
         if not run_id.exists():
             run_id.parent.mkdir(exist_ok=True)
             atomic_write(run_id, uuid.uuid4().hex.encode())
         project = os.environ.get("WANDB_PROJECT", PROJECT)
-        run_name = folder.path.resolve().name
         return WandBTracker(project, dir=str(folder.path), name=run_name, id=run_id.read_text(), resume="allow")
     kind = LOGGER_TYPE_TO_CLASS[name]
     return kind(PROJECT, folder.path) if kind.requires_logging_directory else kind(PROJECT)

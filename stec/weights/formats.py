@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import torch
 
+from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, atomic_write_folder
 from stec import __version__
-from stec.config import DATA_SETS, group_of_settings
+from stec.config import group_of_settings
 from stec.weights.export import PARTS, on_cpu, write_safetensors
 from stec.weights.pretrained import Trained
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from stec.config import TrainConfig, with_settings
 from stec.models.encoder import Encoder, Stem
@@ -23,9 +24,6 @@ except ImportError as error:
     raise UserError(
         "The Hugging Face Hub needs the package huggingface_hub; install it by pip install -e '.[export]'."
     ) from error
-
-HUB_DATA_SETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
-"""Data sets by their names on the Hub."""
 
 CARD = """\
 # {name}
@@ -78,6 +76,7 @@ class HubEncoder(
         encoder = self.metadata.get("encoder", {})
         results = self.metadata.get("results", {})
         data_set = config.get("dataset")
+        hub_name = DATA_SETS[data_set].hub_name if data_set in DATA_SETS else None
         method, how = _method(config)
         model_name = " ".join(filter(None, [method, encoder["arch"], data_set]))
         measured = {title: results[f"{name}_after"] for name, title in RESULTS.items() if f"{name}_after" in results}
@@ -86,13 +85,13 @@ class HubEncoder(
             library_name="stec",
             pipeline_tag="image-feature-extraction",
             tags=self._hub_mixin_info.model_card_data.tags,
-            datasets=[HUB_DATA_SETS[data_set]] if data_set in HUB_DATA_SETS else None,
+            datasets=[hub_name] if hub_name else None,
             metrics=["accuracy"] if measured else None,
             model_name=model_name,
             eval_results=[
                 EvalResult(
                     task_type="image-classification",
-                    dataset_type=HUB_DATA_SETS.get(data_set, data_set),
+                    dataset_type=hub_name or data_set,
                     dataset_name=data_set,
                     metric_type="accuracy",
                     metric_name=title,

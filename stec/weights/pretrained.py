@@ -13,9 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from pipelines.files import read_object
-from stec.config import DATA_SETS, Arch, ModelSettings
+from stec.config import Arch, ModelSettings
 from stec.models.encoder import STEMS, Encoder, Stem
 from stec.models.heads import COMMAND_SHAPE, InverseModel, make_classifier
 from stec.models.model import Model

@@ -1,0 +1,125 @@
+"""Data sets of image files or tar shards: ``imagenet``, with labeled splits, and ``folder``, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.datasets.cache import SplitIndex
+from pipelines.datasets.images import UNLABELED
+from pipelines.datasets.listing import is_hidden
+from pipelines.datasets.notes import count_empty_classes, largest_label, notes_on
+from pipelines.datasets.registry import Source, Split
+from pipelines.errors import UserError
+from pipelines.splits import Kind, read_split
+
+SPLITS = ("train", "val")
+
+
+def read_imagenet(source: Source, splits: Sequence[str]) -> list[Split]:
+    """The splits ``train`` and ``val``, each in class folders or shards with labels."""
+    indexes = [_read_labeled(source, name) for name in splits]
+    if len(indexes) == 2:
+        _check_same_classes(*indexes)
+    return [Split(images=index.images, classes=index.classes, notes=notes_on(index)) for index in indexes]
+
+
+def read_folder(source: Source, _splits: Sequence[str]) -> list[Split]:
+    """All images below a folder, or in the shards in it, without their labels."""
+    if not source.data_dir.is_dir():
+        raise UserError(f"--data_dir {source.data_dir} is no folder; name the one that holds the images.")
+    index = read_split(source.data_dir, "loose images", source.progress)
+    index = apply_orientation(index, source.exif_orientation)
+    unlabeled = replace(index.images, labels=np.full(len(index.images), UNLABELED, np.int64))
+    return [Split(images=unlabeled, notes=notes_on(index))]
+
+
+def apply_orientation(index: SplitIndex, exif_orientation: bool) -> SplitIndex:
+    """The index, with its images turned upright if ``exif_orientation``."""
+    return replace(index, images=index.images.turned_upright()) if exif_orientation else index
+
+
+def check_labels(index: SplitIndex) -> None:
+    """Raise UserError if some usable images have labels and others do not."""
+    missing = np.setdiff1d(np.flatnonzero(index.images.labels == UNLABELED), list(index.images.faults))
+    if index.classes and len(missing):
+        raise UserError(
+            f"{index.images.name(int(missing[0]))} has no label (.cls), but other images have one ({len(missing)} "
+            f"without a label); give all images labels or none."
+        )
+
+
+def check_classes(index: SplitIndex) -> None:
+    """Raise UserError if shards for training have more classes than images, and most classes are empty.
+
+    The online linear classifier has a row of weights for each class.
+    """
+    count, empty = len(index.classes), count_empty_classes(index)
+    if count > len(index.images) and 2 * empty > count:
+        raise UserError(
+            f"{empty} of the {count} classes of {index.images.root} have no image; the largest label is that of "
+            f"{largest_label(index)}; number the classes from 0 without gaps."
+        )
+
+
+def splits_below(data_dir: Path) -> dict[str, tuple[Path, Kind]]:
+    """The splits in ``data_dir`` by name: ``train`` and ``val`` if they hold folders or shards, else all its images.
+
+    Raises UserError if it is no folder.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir} is no folder; name the one that holds the data set.")
+    try:
+        named: dict[str, tuple[Path, Kind]] = {
+            name: (data_dir / name, "class folders")
+            for name in SPLITS
+            if (data_dir / name).is_dir()
+            and any(
+                not is_hidden(path.name) and (path.is_dir() or path.suffix.lower() == ".tar")
+                for path in (data_dir / name).iterdir()
+            )
+        }
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable.") from error
+    return named or {"all images": (data_dir, "loose images")}
+
+
+def _read_labeled(source: Source, name: str) -> SplitIndex:
+    root = source.data_dir / name
+    if not root.is_dir():
+        raise UserError(_missing_splits(source.data_dir))
+    index = apply_orientation(read_split(root, "class folders", source.progress), source.exif_orientation)
+    if not index.classes:
+        raise UserError(f"The shards in {root} hold no labels (.cls); use --dataset folder to train without labels.")
+    check_labels(index)
+    if name == "train":
+        check_classes(index)
+    return index
+
+
+def _check_same_classes(train: SplitIndex, val: SplitIndex) -> None:
+    if train.layout == val.layout == "class folders" and train.classes != val.classes:
+        unmatched = sorted(set(train.classes) ^ set(val.classes))
+        raise UserError(
+            f"{train.images.root} and {val.images.root} must hold the same class folders, but {unmatched[0]} is in one "
+            f"of them only ({len(unmatched)} such folders); complete the data set."
+        )
+    if len(val.classes) > len(train.classes):
+        raise UserError(
+            f"{val.images.root} has {len(val.classes)} classes (the largest label is that of {largest_label(val)}), "
+            f"but {train.images.root} has {len(train.classes)}; both must number the classes in the same way."
+        )
+
+
+def _missing_splits(data_dir: Path) -> str:
+    required = " and ".join(SPLITS)
+    candidates = [data_dir.resolve().parent]
+    if data_dir.is_dir():
+        candidates += sorted(path for path in data_dir.iterdir() if path.is_dir())
+    for candidate in candidates:
+        if all((candidate / split).is_dir() for split in SPLITS):
+            return f"--data_dir {data_dir} does not hold {required}, but {candidate} does; use --data_dir {candidate}."
+    return f"--data_dir {data_dir} must hold the folders {required}, each with class folders or tar shards."

@@ -1,0 +1,50 @@
+"""Notes on a split of image files for the user to read before training."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipelines.datasets.cache import SplitIndex
+from pipelines.datasets.images import UNLABELED
+from pipelines.datasets.listing import format_counts
+
+LARGE_PIXELS = 2_000_000
+"""If half of the images are larger, decoding takes most of the time (measured in docs/train-on-my-images.md)."""
+
+
+def notes_on(index: SplitIndex) -> tuple[str, ...]:
+    """A sentence each on skipped files, truncated shards, empty classes, and rotated or large photographs."""
+    images = index.images
+    notes = [f"{note}." for note in index.notes]
+    if index.skipped:
+        notes.insert(0, f"Skipped in {images.root}: {format_counts(index.skipped)}.")
+    if index.classes and (empty := count_empty_classes(index)):
+        notes.append(
+            f"{empty} of {len(index.classes)} classes have no image in {images.root}; the largest label is that of "
+            f"{largest_label(index)}."
+        )
+    rotated = int((images.orientation != 1).sum())
+    if rotated and not images.exif_orientation:
+        notes.append(
+            f"{rotated} of {len(images)} images in {images.root} are rotated by EXIF and used as they are stored; "
+            f"--exif_orientation 1 turns them upright."
+        )
+    median = int(np.median(images.sizes.prod(axis=1)))
+    if median > LARGE_PIXELS:
+        notes.append(
+            f"The images in {images.root} are large (median {median / 1e6:.0f} megapixels), so decoding them takes "
+            f"most of the time; train on smaller copies (docs/train-on-my-images.md)."
+        )
+    return tuple(notes)
+
+
+def count_empty_classes(index: SplitIndex) -> int:
+    """The number of classes without an image."""
+    labels = index.images.labels
+    return len(index.classes) - len(np.unique(labels[labels != UNLABELED]))
+
+
+def largest_label(index: SplitIndex) -> str:
+    """The name of an image with the largest label, and the label in parentheses."""
+    n = int(index.images.labels.argmax())
+    return f"{index.images.name(n)} ({index.images.labels[n]})"
