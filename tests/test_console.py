@@ -90,7 +90,7 @@ def outside_of_notebooks() -> dict[str, str]:
 
 def read(descriptor: int) -> Iterator[bytes]:
     """Yield the output of a command until it ends."""
-    with suppress(OSError):  # Linux's way to say that nobody holds the other end any more
+    with suppress(OSError):  # Linux raises an error if the other end is closed
         while chunk := os.read(descriptor, 4096):
             yield chunk
 
@@ -270,7 +270,7 @@ def test_the_cursor_is_back_after_ctrl_c(tmp_path: Path) -> None:
     stream = pyte.ByteStream(screen)
     ours, its = os.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 100, 40, 0, 0))
-    # A terminal may throw away at Ctrl-C what is still to be drawn; here it shall not.
+    # By default, a terminal discards pending output at Ctrl-C.
     attributes = termios.tcgetattr(its)
     attributes[3] |= termios.NOFLSH
     termios.tcsetattr(its, termios.TCSANOW, attributes)
@@ -279,7 +279,7 @@ def test_the_cursor_is_back_after_ctrl_c(tmp_path: Path) -> None:
     hidden = pressed = False
     for chunk in read(ours):
         if its:
-            os.close(its)  # the run has it
+            os.close(its)  # the run has opened it
             its = 0
         stream.feed(chunk)
         if not pressed and any(row.startswith("epoch 3/10000 ") for row in rows(screen)):
@@ -294,7 +294,7 @@ def test_the_cursor_is_back_after_ctrl_c(tmp_path: Path) -> None:
 
 def test_the_next_steps_are_commands_that_work(tmp_path: Path) -> None:
     folder = tmp_path / "a run"
-    # float32, as eval has by default: 64 test images are few enough for one to be classified otherwise in bf16.
+    # float32, the default of eval, because bf16 may classify one of the 64 test images differently.
     trained = Run(*SMALL, "--mixed_precision", "no", "--max_epochs", "1", "--results_path", folder)
     trained.end()
     commands = [shlex.split(line) for line in trained.out.splitlines() if line.startswith("    python ")]

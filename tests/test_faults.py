@@ -192,7 +192,7 @@ def test_killed_at_any_moment(whole: Path, tmp_path: Path) -> None:
     assert_same_outcome(folder, whole)
 
 
-# --- Asked to stop ---
+# --- Requests to stop ---
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,7 @@ def test_one_process_fails(fault: Prepare, code: int | None, sentence: str, tmp_
         both[1].process.kill()
     both[1].process.join(60)
     assert both[1].process.exitcode == code or code is None
-    # The main process may have saved the step in question before it noticed.
+    # The main process may have saved the step of the failure before it detected it.
     assert list(checkpoint.checkpoints(folder))[-1] in (2, 3)
 
 
@@ -529,7 +529,7 @@ def test_no_undamaged_checkpoint_is_left(whole: Path, tmp_path: Path) -> None:
     assert after == before
 
 
-# --- Results without the checkpoints that they came from ---
+# --- Results without their checkpoints ---
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""The losses: against slow code, known values and symmetries; two processes against one."""
+"""The losses, compared with slow code, known values and symmetries; two processes compared with one."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_nt_xent_in_half_precision_is_computed_in_single() -> None:
 def test_nt_xent_in_chunks_is_the_plain_one(
     dtype: torch.dtype, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss, metrics and gradients, whatever the size of a chunk."""
+    """Loss, metrics and gradients, with chunks of any size."""
     z_i, z_j = unit_vectors(13)
     z_j = F.normalize(z_i + 0.5 * z_j, dim=1)
     monkeypatch.setattr(simclr, "CHUNK_BYTES", chunk_rows * 4 * 26)
@@ -91,7 +91,7 @@ def test_nt_xent_in_chunks_is_the_plain_one(
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation gives."""
+    """Records the size of the largest tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def test_bins_are_equal_parts_of_their_range() -> None:
 
 
 def test_masked_pairs_leave_no_trace() -> None:
-    """Neither in the loss nor in the gradient, not even where they are not finite."""
+    """Neither in the loss nor in the gradient, even if they are not finite."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 6, 2, 3, generator=generator)
     command, valid = torch.randn(5, 2, 3, generator=generator), torch.tensor([True, False, True, False, True])
@@ -192,7 +192,7 @@ def half_of_the_work(rank: int, folder: Path) -> None:
 
 
 def test_a_head_that_is_absent_has_no_metrics() -> None:
-    """SimCLR, and the online classifier alone; each loss is the weighted loss of the heads that there are."""
+    """SimCLR, and only the online classifier; the loss is the weighted sum of the other heads' losses."""
     outputs, _, _, labels = some_outputs()
     objective = Objective(ObjectiveSettings(discrimination_lambda=2, supervised_lambda=0.5))
     contrastive = {"loss", "contrastive_loss", "contrastive_accuracy", "cross_view_accuracy", "cross_view_entropy"}

@@ -1,4 +1,4 @@
-"""LARS against a slow reference and against PyTorch's SGD; the official parameter groups; the schedule's ends."""
+"""LARS, compared with a slow reference and PyTorch's SGD; the official parameter groups; the ends of the schedule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs through the command line, as a user starts them."""
+"""Complete runs through the command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALL = (
 
 
 def run_on(processes: int, *arguments: str | Path) -> str:
-    """Run on several processes through Accelerate's launcher; returns what was printed."""
+    """Run on several processes through Accelerate's launcher; returns the output."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     launcher += ["--main_process_port", "0"]
     command = [*launcher, str(ROOT / "launch.py"), *map(str, arguments)]
@@ -54,7 +54,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished run and what it printed."""
+    """A finished run and its output."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     out, _ = run("--results_path", folder)
     return folder, out
