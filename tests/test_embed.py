@@ -1,9 +1,10 @@
-"""Features on disk: those of a plain loop, whatever interrupts their making."""
+"""Features on disk equal those of a plain loop, also after interruptions."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file
 from torchvision import transforms
@@ -23,8 +25,9 @@ from torchvision import transforms
 import launch
 from pipelines.datasets import demo
 from pipelines.splits import read_split
+from stec.cli.embed import HOW_TO_CONTINUE
 from stec.config import ModelSettings
-from stec.evaluation.embed import Parts
+from stec.evaluation.embed import DONE, PartialFeatures
 from stec.models.model import Model
 from stec.weights.export import write_safetensors
 from tests.conftest import smooth_image
@@ -71,9 +74,9 @@ def class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def small(out: Path, weights: Path, *more: str) -> list[str]:
-    """Of the demo set's 256 training images, in 8 parts of 32."""
-    small_parts = ["--batch_size", "2", "--split", "train", "--num_workers", "1"]
-    return ["embed", str(out), "--dataset", "demo", "--ckpt_path", str(weights), *small_parts, *more]
+    """Of the demo set's 256 training images, in 8 spans of 32."""
+    small_spans = ["--batch_size", "2", "--split", "train", "--num_workers", "1"]
+    return ["embed", str(out), "--dataset", "demo", "--ckpt_path", str(weights), *small_spans, *more]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def whole(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def everything_beside(out: Path) -> dict[str, bytes]:
+def files_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.parent.glob(f"{out.stem}.*")}
 
 
@@ -120,7 +123,7 @@ def test_features_of_files_are_those_of_a_plain_torchvision_loop(class_folders: 
     assert made["labels"].tolist() == folder.targets and made["ids"].tolist() == list(range(24))
     names = [str(Path(path).relative_to(class_folders / "train")) for path, _ in folder.samples]
     assert out.with_suffix(".names.txt").read_text().splitlines() == names
-    assert not out.with_name("out.safetensors.parts").exists()
+    assert not out.with_name("out.safetensors.partial").exists()
 
     out.unlink()
     assert launch.main([*arguments, "--backend", "dali"]) == 0
@@ -152,21 +155,21 @@ def test_two_processes_make_what_one_makes(whole: Path, weights: Path, tmp_path:
     assert "256 x 32 features" in processes[0].out and not processes[1].out
     found, expected = np.load(tmp_path / "features.npy"), np.load(whole)
     np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
-    assert everything_beside(tmp_path / "features.npy").keys() == everything_beside(whole).keys()
+    assert files_of(tmp_path / "features.npy").keys() == files_of(whole).keys()
 
 
 # --- Interrupted ---
 
 
 @dataclass(frozen=True)
-class SignalAtPart:
-    """Sends this process a signal, once, when it begins to bring a part to the disk."""
+class SignalAtSpan:
+    """Sends this process a signal, once, when it flushes the features of a span to disk."""
 
-    part: int
+    span: int
     number: signal.Signals
 
     def __call__(self) -> None:
-        write, flush, written = Parts.write, os.fsync, 0
+        write, flush, written = PartialFeatures.write, os.fsync, 0
         signals = iter([self.number])
 
         def signalled(descriptor: int) -> None:
@@ -174,47 +177,47 @@ class SignalAtPart:
                 os.kill(os.getpid(), number)
             flush(descriptor)
 
-        def writing(self_: Parts, *what: object) -> None:
+        def writing(self_: PartialFeatures, *what: object) -> None:
             nonlocal written
             written += 1
-            with patch.object(os, "fsync", signalled if written == self.part else flush):
+            with patch.object(os, "fsync", signalled if written == self.span else flush):
                 write(self_, *what)
 
-        patch.object(Parts, "write", writing).start()
+        patch.object(PartialFeatures, "write", writing).start()
 
 
-def there(out: Path) -> dict[str, int]:
-    """Parts on the disk, each with the time at which it was written."""
-    return {path.name: path.stat().st_mtime_ns for path in out.with_name(f"{out.name}.parts").glob("0*.safetensors")}
+def complete(out: Path) -> set[int]:
+    """The spans of 32 images that are complete on disk."""
+    status = np.fromfile(out.with_name(f"{out.name}.partial") / "status", np.uint8)
+    return {n for n, span in enumerate(status.reshape(-1, 32)) if (span == DONE).all()}
 
 
 def test_killed_it_goes_on_to_the_same_bits(whole: Path, weights: Path, tmp_path: Path) -> None:
-    """Twice in the middle of writing a part, the second time on two processes; no whole part is made again."""
+    """Twice while a span is written, the second time on two processes; no complete span is made again."""
     out = tmp_path / "features.npy"
-    killed = Run(*small(out, weights), prepare=SignalAtPart(3, signal.SIGKILL))
+    killed = Run(*small(out, weights), prepare=SignalAtSpan(3, signal.SIGKILL))
     killed.process.join(120)
     assert killed.process.exitcode == -signal.SIGKILL
-    first = there(out)
-    assert sorted(first) == ["000000.safetensors", "000001.safetensors"] and not out.exists()
+    first = complete(out)
+    assert first == {0, 1} and not out.exists()
 
-    one, two = together(2, *small(out, weights), prepare=[None, SignalAtPart(2, signal.SIGKILL)])
+    one, two = together(2, *small(out, weights), prepare=[None, SignalAtSpan(2, signal.SIGKILL)])
     two.process.join(120)
-    assert "Process 1 died or does not answer; the same command goes on" in one.end(code=2)
-    second = there(out)
-    assert second.items() > first.items() and not out.exists()
+    assert "Process 1 died or does not answer; the same command continues" in one.end(code=2)
+    second = complete(out)
+    assert second > first and not out.exists()
 
     remade: list[int] = []
-    write: Callable[..., None] = Parts.write
+    write: Callable[..., None] = PartialFeatures.write
 
-    def noted(self_: Parts, part: int, *what: object) -> None:
-        remade.append(part)
-        write(self_, part, *what)
+    def noted(self_: PartialFeatures, image_ids: NDArray[np.int64], *rows: object) -> None:
+        remade.append(int(image_ids[0]) // 32)
+        write(self_, image_ids, *rows)
 
-    with patch.object(Parts, "write", noted):
+    with patch.object(PartialFeatures, "write", noted):
         assert launch.main(small(out, weights)) == 0
-    assert not {f"{part:06d}.safetensors" for part in remade} & second.keys()
-    assert len(remade) + len(second) == 8
-    assert everything_beside(out) == everything_beside(whole)
+    assert not set(remade) & second and len(remade) + len(second) == 8
+    assert files_of(out) == files_of(whole)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -222,68 +225,68 @@ def test_signals_stop_in_a_sentence(
     number: signal.Signals, code: int, whole: Path, weights: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "features.npy"
-    stopped = Run(*small(out, weights), prepare=SignalAtPart(3, number))
+    stopped = Run(*small(out, weights), prepare=SignalAtSpan(3, number))
     stopped.end(code)
-    assert stopped.err == "Stopped at once; the same command goes on from the parts that are done.\n"
-    assert there(out) and not out.exists()
+    assert stopped.err.endswith(f"; {HOW_TO_CONTINUE}.\n") and stopped.err.count("\n") == 1
+    assert complete(out) and not out.exists()
     assert launch.main(small(out, weights)) == 0
-    assert everything_beside(out) == everything_beside(whole)
+    assert files_of(out) == files_of(whole)
 
 
 def test_a_second_process_is_refused_while_the_first_lives(whole: Path, weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "features.npy"
-    first = Run(*small(out, weights), prepare=SignalAtPart(3, signal.SIGSTOP))
-    while len(there(out)) < 2:
+    first = Run(*small(out, weights), prepare=SignalAtSpan(3, signal.SIGSTOP))
+    while not (out.with_name(f"{out.name}.partial") / "about.json").exists() or len(complete(out)) < 2:
         assert first.process.is_alive()
         time.sleep(0.01)
-    said = Run(*small(out, weights)).end(2)
-    assert f"{out} is being made by process {first.process.pid} on {socket.gethostname()}; wait for it" in said
+    output = Run(*small(out, weights)).end(2)
+    assert f"{out} is being made by process {first.process.pid} on {socket.gethostname()}; wait for it" in output
     first.process.kill()
     first.process.join()
     assert launch.main(small(out, weights)) == 0
-    assert everything_beside(out) == everything_beside(whole)
+    assert files_of(out) == files_of(whole)
 
 
-def test_parts_of_another_encoder_are_not_mixed_in(
+def test_features_of_another_encoder_are_not_mixed_in(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "features.safetensors"
-    Run(*small(out, weights), prepare=SignalAtPart(3, signal.SIGTERM)).end(143)
-    before = there(out)
+    Run(*small(out, weights), prepare=SignalAtSpan(3, signal.SIGTERM)).end(143)
+    before = complete(out)
     write_weights(tmp_path / "other.safetensors", stem="cifar", trained_on="demo", width=4, seed=1)
     assert launch.main(small(out, tmp_path / "other.safetensors")) == 2
-    assert "parts that were made otherwise (weights changed); delete it to start anew" in capsys.readouterr().err
+    assert "(weights changed)" in capsys.readouterr().err
     assert launch.main(small(out, weights, "--batch_size", "3")) == 2
     assert "(batch_size changed)" in capsys.readouterr().err
-    about = tmp_path / "features.safetensors.parts" / "about.json"
-    told = about.read_text()
+    about = tmp_path / "features.safetensors.partial" / "about.json"
+    settings = about.read_text()
     about.write_text("[]")
     assert launch.main(small(out, weights)) == 2
-    assert f"{about} holds no JSON object; delete {about.parent} to start anew" in capsys.readouterr().err
-    about.write_text(told)
-    assert there(out) == before
+    assert f"{about} holds no JSON object; delete {about.parent}" in capsys.readouterr().err
+    about.write_text(settings)
+    assert complete(out) == before
 
     assert launch.main(small(out, weights)) == 0
     made = out.read_bytes()
     assert launch.main(small(out, weights)) == 0
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     assert launch.main(small(out, tmp_path / "other.safetensors")) == 2
     assert "exists and holds something else; delete it" in capsys.readouterr().err
     assert out.read_bytes() == made
 
 
-def test_a_damaged_part_is_named(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_partial_file_is_reported(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "features.npy"
-    Run(*small(out, weights), prepare=SignalAtPart(4, signal.SIGTERM)).end(143)
-    damaged = out.with_name("features.npy.parts") / "000001.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
+    Run(*small(out, weights), prepare=SignalAtSpan(4, signal.SIGTERM)).end(143)
+    features = tmp_path / "features.npy.partial" / "features.npy"
+    features.write_bytes(features.read_bytes()[:-1])
     assert launch.main(small(out, weights)) == 2
-    assert "000001.safetensors is damaged" in capsys.readouterr().err
-    damaged.unlink()
+    assert f"{features.parent} is damaged" in capsys.readouterr().err
+    shutil.rmtree(features.parent)
     assert launch.main(small(out, weights)) == 0
 
 
-def test_bad_images_are_left_out(
+def test_bad_images_are_omitted(
     class_folders: Path,
     weights: Path,
     tmp_path: Path,
@@ -303,9 +306,9 @@ def test_bad_images_are_left_out(
     cut.write_bytes(cut.read_bytes()[:900])
     capsys.readouterr()
     assert launch.main(["embed", str(tmp_path / "rest.npy"), *arguments]) == 0
-    said = capsys.readouterr()
-    assert said.err.count("Bad image, left out") == 1 and names[20] in said.err
-    assert "22 x 32 features" in said.out and "2 bad ones left out" in said.out
+    output = capsys.readouterr()
+    assert output.err.count("Bad image, omitted") == 1 and names[20] in output.err
+    assert "22 x 32 features" in output.out and "2 bad images omitted" in output.out
     left = np.delete(np.arange(24), bad)
     np.testing.assert_array_equal(np.load(tmp_path / "rest.ids.npy"), left)
     np.testing.assert_array_equal(np.load(tmp_path / "rest.npy"), np.load(tmp_path / "all.npy")[left])
@@ -321,18 +324,18 @@ WRONG = {
         ["out.npy", "--dataset", "folder", "--data_dir", "."],
         "--dataset folder has no test images; name another --split or data set.",
     ),
-    "another architecture": (["out.npy", "--arch", "resnet50"], "does not fit the model"),
+    "another architecture": (["out.npy", "--arch", "resnet50"], "does not match --arch resnet50"),
     "no batches": (["out.npy", "--batch_size", "0"], "--batch_size 0 is too small"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_told_in_a_sentence(
+def test_invalid_input_ends_in_one_sentence(
     case: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, sentence = WRONG[case]
     monkeypatch.chdir(tmp_path)
     assert launch.main(["embed", "--dataset", "demo", "--ckpt_path", str(weights), *arguments]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert sentence in output and "Traceback" not in output
     assert not list(tmp_path.iterdir())

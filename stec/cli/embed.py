@@ -1,4 +1,4 @@
-"""Write an encoder's features of all images of a split to a file."""
+"""``launch.py embed``: write the features of all images of a split to a file."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from stec.cli.outputs import check_place
 if TYPE_CHECKING:
     from pipelines.datasets.images import ImageFiles
 
-GOING_ON = "the same command goes on from the parts that are done"
+HOW_TO_CONTINUE = "the same command continues where it was"
 STOPPED = 143
-"""Exit code after SIGTERM, as a shell gives it: the features are not complete."""
+"""Exit code after SIGTERM, as a shell reports it: the features are not complete."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(EncoderConfig):
-    """Write an encoder's features of all images of a split to a file. Stopped, the same command goes on."""
+    """Write the features of all images of a split to a file. If it is stopped, the same command continues."""
 
     out: tyro.conf.Positional[Path]
-    """File to write: .safetensors, or .npy to map into memory; labels, ids and names stand in it or beside it."""
+    """File to write: .npy, for memory mapping, or .safetensors; labels, ids and names are in it or next to it."""
     split: Literal["train", "labeled", "test"] = "test"
-    """train: what pre-training sees; labeled: what classifiers are fitted to (the same, but for STL-10); test."""
+    """train: the images of pre-training; labeled: those of linear probing (the same except for STL-10); test."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         super().validate()
         if self.out.suffix not in (".safetensors", ".npy"):
-            raise UserError(f"{self.out} must end in .safetensors or .npy, the formats that are written.")
+            raise UserError(f"{self.out} must end in .safetensors or .npy, the supported formats.")
         check_place(self.out, inputs=(self.ckpt_path,))
 
 
 def run(arguments: list[str]) -> None:
-    """Write an encoder's features of all images of a split to a file."""
+    """Write the features of all images of a split to a file."""
     config = parse(EmbedConfig, arguments, name="embed")
     config.validate()
 
     from stec.training import stops
 
-    with stops.immediately(STOPPED, GOING_ON):
+    with stops.immediately(STOPPED, HOW_TO_CONTINUE):
         embed_split(config)
 
 
 def embed_split(config: EmbedConfig) -> None:
-    """From a configuration to the file."""
+    """Write the file that the flags describe."""
     from pipelines.datasets.fingerprint import fingerprint
     from pipelines.datasets.images import ImageFiles
     from pipelines.datasets.registry import open_split
@@ -96,12 +96,12 @@ def embed_split(config: EmbedConfig) -> None:
             "precision": precision,
         }
         if processes.on_main_process(accelerator, lambda: is_complete(config.out, about)):
-            console.say(f"{config.out} is complete already.")
+            console.say(f"{config.out} is already complete.")
             return
         files = images if isinstance(images, ImageFiles) else None
         encoder.to(accelerator.device)
         started = time.perf_counter()
-        with failures.shared(GOING_ON):
+        with failures.shared(HOW_TO_CONTINUE):
             count = embed(
                 encoder,
                 loader,
@@ -111,14 +111,14 @@ def embed_split(config: EmbedConfig) -> None:
                 known_bad=files.faults if files else {},
                 name_of=partial(_name_below, files) if files else None,
                 progress=progress,
-                say=lambda text: print(text, file=sys.stderr),
+                report=lambda text: print(text, file=sys.stderr),
             )
     seconds = time.perf_counter() - started
-    left_out = f", {len(images) - count} bad ones left out" if count < len(images) else ""
-    console.say(f"{config.out}: {count} x {encoder.feature_dim} features in {seconds:.1f} s{left_out}")
+    omitted = f", {len(images) - count} bad images omitted" if count < len(images) else ""
+    console.say(f"{config.out}: {count} x {encoder.feature_dim} features in {seconds:.1f} s{omitted}")
     accelerator.end_training()
 
 
 def _name_below(images: ImageFiles, image_id: int) -> str:
-    """An image's path, or shard and member, below the split's folder."""
+    """The path of an image, or its shard and member, below the folder of the split."""
     return images.name(image_id).removeprefix(f"{images.root}/")

@@ -1,4 +1,4 @@
-"""Features of a whole split as a file: made in parts, which outlive an interruption, and then joined."""
+"""Features of a whole split as a file: written batch by batch into a partial file that outlives an interruption."""
 
 from __future__ import annotations
 
@@ -6,34 +6,36 @@ import hashlib
 import json
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from pipelines.batch import PlainLoader
 from pipelines.errors import BadImage, UserError
-from pipelines.files import atomic_write, lock, read_object, remove_leftovers, sign, unwritable, write_json
+from pipelines.files import atomic_write, lock, read_object, sign, unwritable, write_json
 from stec.distributed.processes import on_main_process
 from stec.evaluation.evaluate import encode_batches
 from stec.models.encoder import Encoder
 from stec.runs.background import Background
-from stec.weights.export import write_safetensors
 
-PART_BATCHES = 16
-"""Batches whose features are written to the disk together: what a killed process loses at most."""
+SPAN_BATCHES = 16
+"""Batches whose features are flushed to disk together: the most that a killed process loses."""
+MISSING, DONE, BAD = 0, 1, 2
+"""What the status file holds for each image."""
 
 
 def fingerprint_of_weights(state: Mapping[str, Tensor]) -> str:
-    """A digest of weights: of their names, shapes and bytes."""
+    """The SHA-256 of the names, dtypes, shapes and bytes of a state dict."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -43,26 +45,28 @@ def fingerprint_of_weights(state: Mapping[str, Tensor]) -> str:
 
 
 def is_complete(out: Path, about: Mapping[str, Any]) -> bool:
-    """Whether ``out`` holds these features already. Raises UserError where it, or the .json beside it, holds something
-    else.
+    """Whether ``out`` already holds these features.
+
+    Raises UserError if ``out``, or the .json file next to it, holds something else.
     """
-    beside = out.with_suffix(".json") if out.suffix == ".npy" else out
-    if not out.exists() and not beside.exists():
+    metadata_file = out.with_suffix(".json") if out.suffix == ".npy" else out
+    if not out.exists() and not metadata_file.exists():
         return False
     try:
         if out.suffix == ".npy":
-            found = json.loads(beside.read_text())
+            existing = json.loads(metadata_file.read_text())
         else:
             with safe_open(out, "np") as file:
-                found = json.loads((file.metadata() or {}).get("stec", "null"))
+                existing = json.loads((file.metadata() or {}).get("stec", "null"))
     except (OSError, ValueError, SafetensorError):
-        found = None
-    if not out.exists() and isinstance(found, dict) and found.keys() == about.keys():
-        return False  # of features that were deleted
-    if out.exists() and found == about:
+        existing = None
+    if not out.exists() and isinstance(existing, dict) and existing.keys() == about.keys():
+        return False  # the metadata of features that were deleted
+    if out.exists() and existing == about:
         return True
-    existing = out if out.exists() else beside
-    raise UserError(f"{existing} exists and holds something else; delete it, or name another file.")
+    raise UserError(
+        f"{out if out.exists() else metadata_file} exists and holds something else; delete it, or choose another file."
+    )
 
 
 def embed(
@@ -75,160 +79,170 @@ def embed(
     known_bad: Mapping[int, str],
     name_of: Callable[[int], str] | None,
     progress: Callable[[str, int, int], None],
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> int:
-    """Write the features of the loader's images to ``out``, in order, and return how many images that are.
+    """Write the features of the loader's images to ``out``, in order, and return the number of rows.
 
-    Bad images are left out and told to ``say``; ``known_bad`` are those known before, with reasons. ``about`` is what
-    the features depend on: parts made with the same are kept. ``name_of`` gives the names that stand beside them, by
-    image id. All processes share the work, and ``out`` must be on a disk that all of them see. Raises UserError where
-    parts were made otherwise or the disk refuses.
+    Bad images are omitted and passed to ``report`` in a sentence; ``known_bad`` are those known before, with reasons.
+    ``about`` is what the features depend on: a partial file with the same is continued. ``name_of`` gives the names
+    that are written next to the features, by image id. All processes share the work, and ``out`` must be on a disk that
+    all of them see. Raises UserError if the partial file has other settings or the disk cannot be written.
     """
-    parts = Parts(out, size=PART_BATCHES * loader.batch_size, images=len(loader))
-    missing = on_main_process(accelerator, lambda: parts.open(about))
-    own = np.array_split(np.array(missing, np.int64), accelerator.num_processes)[accelerator.process_index]
-    left, bad = deque(own.tolist()), dict(known_bad)
-    if accelerator.is_main_process and len(missing) < parts.count:
-        say(f"Going on: {parts.count - len(missing)} of {parts.count} parts are there.")
-    # A failed write is raised by the ``finish`` before the next one.
-    with Background(lambda: None) as saving:
-        while left:
-            stretches = [parts.image_ids(part, without=bad) for part in left]
-            features = encode_batches(encoder, loader, accelerator, *stretches)
+    partial_file = PartialFeatures(out, images=len(loader), feature_dim=encoder.feature_dim)
+    status = on_main_process(accelerator, lambda: partial_file.open(about, list(known_bad)))
+    # The batches do not depend on interruptions, so neither do the bits of the features.
+    span = SPAN_BATCHES * loader.batch_size
+    spans = [np.arange(first, min(first + span, len(loader))) for first in range(0, len(loader), span)]
+    missing = [image_ids for image_ids in spans if (status[image_ids] == MISSING).any()]
+    if accelerator.is_main_process and len(missing) < len(spans):
+        report(f"Continuing: {len(spans) - len(missing)} of {len(spans)} spans are complete.")
+    own = [
+        missing[n] for n in np.array_split(range(len(missing)), accelerator.num_processes)[accelerator.process_index]
+    ]
+    done = 0
+    # An error of a write is raised by the ``finish`` before the next one.
+    with Background(lambda: None) as writer:
+        while done < len(own):
+            good = [image_ids[status[image_ids] != BAD] for image_ids in own[done:]]
+            features = encode_batches(encoder, loader, accelerator, *good)
             try:
-                for image_ids in stretches:
+                for image_ids in good:
                     rows = _next_rows(features, len(image_ids), encoder.feature_dim)
-                    saving.finish()
-                    saving.start(partial(parts.write, left.popleft(), rows, image_ids))
-                    progress("parts", len(own) - len(left), len(own))
-            except BadImage as error:
-                # What was made of this part is made again without it.
-                bad[error.image_id] = error.reason
-                say(f"Bad image, left out: {error.name} ({error.reason})")
-        saving.finish()
+                    writer.finish()
+                    writer.start(partial(partial_file.write, image_ids, rows.numpy()))
+                    done += 1
+                    progress("spans", done, len(own))
+            except BadImage as bad:
+                # The batches of this span are encoded again without it.
+                status[bad.image_id] = BAD
+                partial_file.mark(np.array([bad.image_id]), BAD)
+                report(f"Bad image, omitted: {bad.name} ({bad.reason})")
+        writer.finish()
     accelerator.wait_for_everyone()
-    return on_main_process(accelerator, lambda: parts.join(about, loader.labels, name_of))
+    return on_main_process(accelerator, lambda: partial_file.finish(about, loader.labels, name_of))
 
 
 def _next_rows(batches: Iterator[Tensor], count: int, feature_dim: int) -> Tensor:
-    """The next batches' features, ``count`` rows in all: [count, feature_dim] on the host."""
-    taken, rows = [], 0
+    """The next batches' features, ``count`` rows in total: [count, feature_dim] on the host."""
+    parts, rows = [], 0
     while rows < count:
-        taken.append(next(batches))
-        rows += len(taken[-1])
-    return torch.cat(taken).cpu() if taken else torch.empty(0, feature_dim)
+        parts.append(next(batches))
+        rows += len(parts[-1])
+    return torch.cat(parts).cpu() if parts else torch.empty(0, feature_dim)
 
 
-class Parts:
-    """A folder of files, each with the features of ``size`` images that follow each other, or fewer at the end.
+class PartialFeatures:
+    """A folder next to ``out`` with the features [images, D] as .npy, a status byte per image, and what they depend on.
 
-    A part is there whole or not at all, so which ones are there is all that is to be known of how far the work is.
+    Rows are written to their places before their status, so the status tells which rows are valid after a crash. They
+    are written with ``pwrite``: of a memory map, processes on several machines would overwrite each other's pages.
     """
 
-    def __init__(self, out: Path, *, size: int, images: int) -> None:
-        self.out, self.size, self.images = out, size, images
-        self.folder = out.with_name(f"{out.name}.parts")
-        self.count = len(range(0, images, size))
+    def __init__(self, out: Path, *, images: int, feature_dim: int) -> None:
+        self.out, self.images, self.feature_dim = out, images, feature_dim
+        self.folder = out.with_name(f"{out.name}.partial")
+        self.features, self.status = self.folder / "features.npy", self.folder / "status"
         self._lock: int | None = None
 
-    def open(self, about: Mapping[str, Any]) -> list[int]:
-        """The numbers of the parts that are not there yet; from here on they are this process's to write.
+    def open(self, about: Mapping[str, Any], bad: list[int]) -> NDArray[np.uint8]:
+        """Create the folder, or lock the existing one; returns the status of each image.
 
-        Raises UserError where another process writes them, or those there were made otherwise.
+        Raises UserError if another process is writing it, or its features depend on something else.
         """
-        file = self.folder / "about.json"
+        about_file = self.folder / "about.json"
+        remedy = f"delete {self.folder} to start from the beginning"
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock = lock(
                 self.folder / ".lock",
-                lambda holder: f"{self.out} is being made by {holder}; wait for it or stop it, or name another file.",
+                lambda holder: f"{self.out} is being made by {holder}; wait for it or stop it, or choose another file.",
             )
             if self._lock is not None:
                 sign(self._lock)
-            remove_leftovers(self.folder)
+            if not about_file.exists():
+                # The status last but for ``about``: what is killed in between begins again.
+                open_memmap(self.features, "w+", "<f4", (self.images, self.feature_dim))
+                self.status.write_bytes(bytes(self.images))
+                write_json(about_file, about)
         except OSError as error:
             raise unwritable(self.folder, error) from error
-        if not file.exists():
-            write_json(file, about)
-        elif (found := read_object(file, f"delete {self.folder} to start anew")) != about:
-            differing = [name for name in about if found.get(name) != about[name]]
+        existing = read_object(about_file, remedy)
+        if existing != about:
+            differing = [name for name in about if existing.get(name) != about[name]]
             raise UserError(
-                f"{self.folder} holds parts that were made otherwise ({', '.join(differing)} changed); delete it to "
-                f"start anew, or name another file."
+                f"{self.folder} holds features with other settings ({', '.join(differing)} changed); {remedy}, or "
+                f"choose another file."
             )
-        return [part for part in range(self.count) if not self._file(part).exists()]
+        if bad:
+            self.mark(np.array(bad), BAD)
+        try:
+            status = np.fromfile(self.status, np.uint8)
+            shape = np.load(self.features, mmap_mode="r").shape
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder} is damaged ({error}); {remedy}.") from error
+        if len(status) != self.images or shape != (self.images, self.feature_dim):
+            raise UserError(f"{self.folder} is damaged (files of another length); {remedy}.")
+        return status
 
-    def image_ids(self, part: int, without: Mapping[int, str]) -> NDArray[np.int64]:
-        """The images of a part, bad ones left out."""
-        ids = np.arange(part * self.size, min((part + 1) * self.size, self.images))
-        return ids[~np.isin(ids, list(without))]
+    def write(self, image_ids: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
+        """Write the rows of these images, then mark them. Raises UserError if the disk cannot be written."""
+        row_bytes = 4 * self.feature_dim
+        try:
+            with self.features.open("r+b", buffering=0) as file:
+                header_bytes = os.fstat(file.fileno()).st_size - self.images * row_bytes
+                for image_id, row in zip(image_ids.tolist(), rows.astype("<f4", copy=False)):
+                    os.pwrite(file.fileno(), row.data, header_bytes + image_id * row_bytes)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise unwritable(self.features, error) from error
+        self.mark(image_ids, DONE)
 
-    def write(self, part: int, features: Tensor, image_ids: NDArray[np.int64]) -> None:
-        write_safetensors({"features": features, "ids": torch.from_numpy(image_ids)}, self._file(part), {})
+    def mark(self, image_ids: NDArray[np.int64], value: int) -> None:
+        """Set the status of these images. Raises UserError if the disk cannot be written."""
+        try:
+            with self.status.open("r+b", buffering=0) as file:
+                for image_id in image_ids.tolist():
+                    os.pwrite(file.fileno(), bytes([value]), image_id)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise unwritable(self.status, error) from error
 
-    def join(self, about: Mapping[str, Any], labels: NDArray[np.int64], name_of: Callable[[int], str] | None) -> int:
-        """Make the file of the parts, part by part, and what stands beside it; then drop them. The number of images."""
-        ids = np.concatenate([self._read(part, "ids") for part in range(self.count)])
-        small = {"ids": ids, "labels": labels[ids]}
-        feature_dim = self._read(0, "features").shape[1]
+    def finish(self, about: Mapping[str, Any], labels: NDArray[np.int64], name_of: Callable[[int], str] | None) -> int:
+        """Write the file and what belongs next to it, delete the folder, and return the number of rows.
+
+        A .npy file without bad images is the partial file, renamed. safetensors copies all features into memory.
+        """
+        ids = np.flatnonzero(np.fromfile(self.status, np.uint8) == DONE)
+        arrays = {"ids": ids, "labels": labels[ids]}
+        features = np.load(self.features, mmap_mode="r")
         if name_of is not None:
             names = (" ".join(name_of(image_id).splitlines()) for image_id in ids.tolist())
             atomic_write(self.out.with_suffix(".names.txt"), "".join(f"{name}\n" for name in names).encode())
-        if self.out.suffix == ".npy":
-            for name, values in small.items():
-                atomic_write(self.out.with_suffix(f".{name}.npy"), partial(np.save, arr=values))
-            write_json(self.out.with_suffix(".json"), about)
-            start = partial(_start_npy, shape=(len(ids), feature_dim))
-        else:
-            start = partial(_start_safetensors, shape=(len(ids), feature_dim), small=small, about=about)
-
-        def content(file: IO[bytes]) -> None:
-            start(file)
-            for part in range(self.count):
-                file.write(self._read(part, "features").data)
-
-        atomic_write(self.out, content)
         try:
+            if self.out.suffix == ".npy":
+                for name, values in arrays.items():
+                    atomic_write(self.out.with_suffix(f".{name}.npy"), partial(np.save, arr=values))
+                write_json(self.out.with_suffix(".json"), about)
+                self._without_bad_images(features, ids).replace(self.out)
+            else:
+                rows = np.load(self._without_bad_images(features, ids), mmap_mode="r")
+                metadata = {"stec": json.dumps(about, sort_keys=True)}
+                save_file({"features": rows, **arrays}, self.folder / "out.safetensors", metadata)
+                (self.folder / "out.safetensors").replace(self.out)
             if self._lock is not None:
                 os.close(self._lock)  # NFS keeps the names of open files
             shutil.rmtree(self.folder)
         except OSError as error:
-            raise unwritable(self.folder, error) from error
+            raise unwritable(self.out, error) from error
         return len(ids)
 
-    def _file(self, part: int) -> Path:
-        return self.folder / f"{part:06d}.safetensors"
-
-    def _read(self, part: int, name: str) -> NDArray[Any]:
-        try:
-            with safe_open(self._file(part), "np") as file:
-                values: NDArray[Any] = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self._file(part)} is damaged ({error}); delete it to have it made again.") from error
-        return values
-
-
-def _start_npy(file: IO[bytes], shape: tuple[int, int]) -> None:
-    """Everything of a ``.npy`` file but the features, which follow."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-
-
-def _start_safetensors(
-    file: IO[bytes], shape: tuple[int, int], small: Mapping[str, NDArray[np.int64]], about: Mapping[str, Any]
-) -> None:
-    """Everything of a safetensors file but the features, which follow: the library would want them all in memory.
-
-    Its format: the header's length, the header, then tensor after tensor. The wider numbers come first, so that all
-    are aligned.
-    """
-    header: dict[str, Any] = {"__metadata__": {"stec": json.dumps(about, sort_keys=True)}}
-    end = 0
-    for name, values in small.items():
-        header[name] = {"dtype": "I64", "shape": values.shape, "data_offsets": [end, end + values.nbytes]}
-        end += values.nbytes
-    header["features"] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * shape[0] * shape[1]]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for values in small.values():
-        file.write(values.data)
+    def _without_bad_images(self, features: NDArray[np.float32], ids: NDArray[np.int64]) -> Path:
+        """A file with the rows ``ids`` alone: the partial file itself if these are all."""
+        if len(ids) == self.images:
+            return self.features
+        compact = self.folder / "compact.npy"
+        rows = open_memmap(compact, "w+", "<f4", (len(ids), self.feature_dim))
+        for chunk in np.array_split(np.arange(len(ids)), max(1, len(ids) // 10_000)):
+            rows[chunk] = features[ids[chunk]]
+        rows.flush()
+        return compact
