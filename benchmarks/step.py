@@ -39,6 +39,7 @@ from pipelines.cpus import available_cpus
 from pipelines.datasets.registry import DataSet, DataSetName, open_data_set
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
+from stec.architectures import Arch
 from stec.config import TrainConfig
 from stec.console import Console
 from stec.loaders import Data, policy_of
@@ -75,7 +76,7 @@ class Options(Output):
     """Whose images to train on."""
     data_dir: Path | None = None
     """Folder that holds the data set."""
-    arch: Literal["resnet18", "resnet50"] = "resnet18"
+    arch: Arch = "resnet18"
     """Encoder."""
     width: int = 64
     """Channels of its first stage."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.errors import UserError
+from stec.architectures import Arch
 from stec.compatibility import RENAMED_SETTINGS, with_current_names
 from stec.settings import OnResume, Switch, check_ranges, checked_value, setting, settings_of
 
@@ -26,8 +27,6 @@ MANY = 10**6
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """Accelerate's experiment trackers; each is also the name of a package."""
-
-Arch = Literal["resnet18", "resnet50"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,8 @@ class ModelSettings:
     width: int = setting(64, at_least=1, on_resume="never")
     """Channels of the encoder's first stage; 16 is a narrow encoder for CPUs."""
     hidden_mlp: int = setting(-1, on_resume="never")
-    """Width of the projection's hidden layer; -1: 512 for resnet18, 2048 for resnet50."""
+    """Width of the projection's hidden layer; -1: the default of the architecture (512 for resnet18, 2048 for
+    resnet50)."""
     feat_dim: int = setting(128, at_least=1, on_resume="never")
     """Dimension of the projected features that the contrastive loss compares."""
     manip_hidden_mlp: int = setting(512, at_least=1, on_resume="never")

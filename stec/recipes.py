@@ -8,9 +8,8 @@ from functools import partial
 from typing import Literal
 
 from pipelines.errors import UserError
+from stec.architectures import Arch
 from stec.config import TrainConfig
-
-Arch = Literal["resnet18", "resnet50"]
 
 
 def demo() -> TrainConfig:

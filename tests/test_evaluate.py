@@ -123,7 +123,7 @@ def test_each_image_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> 
     """For all measures together; where there are many labeled images, only those that some measure needs."""
     encoder, accelerator = Encoder("resnet18", "cifar", 4), Accelerator(cpu=True)
     for limit in (1000, 50):
-        monkeypatch.setattr("stec.evaluation.evaluate.FIT_LIMIT", limit)
+        monkeypatch.setattr("stec.evaluation.evaluate.MAX_LABELED", limit)
         labeled, test = Counting(200), Counting(40)
         arguments: dict[str, Any] = {"labeled": labeled, "test": test, "classes": 4, "accelerator": accelerator}
         scores = evaluate(
@@ -139,7 +139,7 @@ def test_each_image_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> 
             "linear_probing_1_percent",
             "knn20",
         ]
-        assert [of.fitted_to for of in scores.values()] == [None, min(limit, 200), 20, 4, min(limit, 200)]
+        assert [of.labeled_images for of in scores.values()] == [None, min(limit, 200), 20, 4, min(limit, 200)]
         assert (test.asked == 1).all() and labeled.asked.max() == 1
         assert labeled.asked.sum() == (
             200 if limit == 1000 else len({*range(0, 200, 4), *class_balanced(labeled.labels, 0.1, 0)})
@@ -214,7 +214,7 @@ def test_all_measures_on_one_process_and_on_two(tmp_path: Path, capsys: pytest.C
     assert list(classifier["class_accuracies"]) == list(demo.CLASSES)
     for shown in (
         "linear probing",
-        "fit to 10 %",
+        "low-shot 10 %",
         "kNN, k 20",
         "hourglass",
         f"{one['measures']['knn20']['accuracy']:.1%}",
@@ -228,7 +228,7 @@ def test_an_encoder_is_evaluated_on_another_data_set(tmp_path: Path, capsys: pyt
     write_weights(weights, stem="stl10", trained_on="stl10", width=4)
     assert launch.main([*EVAL, str(weights), "--json", str(tmp_path / "out.json")]) == 0
     said = capsys.readouterr().out
-    assert "Not measured: online linear classifier." in said and "was trained on stl10" in said
+    assert "Not measured: online_classifier." in said and "was trained on stl10" in said
     measured = json.loads((tmp_path / "out.json").read_text())
     assert list(measured["measures"]) == [
         "linear_probing",
@@ -238,7 +238,7 @@ def test_an_encoder_is_evaluated_on_another_data_set(tmp_path: Path, capsys: pyt
     ]
     assert measured["trained_on"] == "stl10" and "accuracy" not in measured
     assert launch.main([*EVAL, str(weights), "--measures", "online_classifier", "knn"]) == 2
-    assert "online linear classifier cannot be measured: The online linear classifier of" in capsys.readouterr().err
+    assert "online_classifier cannot be measured: The online linear classifier of" in capsys.readouterr().err
     assert launch.main([*EVAL, str(weights), "--trained_on", "demo"]) == 2
     assert "encoder.conv1.weight is (4, 3, 7, 7) instead of (4, 3, 3, 3)" in capsys.readouterr().err
 
@@ -258,8 +258,8 @@ def test_a_runs_folder_and_an_official_checkpoint_need_no_flags(
     model = Model(ModelSettings(arch="resnet50", width=8, hidden_mlp=4, feat_dim=4), stem="cifar", classes=10)
     torch.save({"state_dict": to_official_names(model.state_dict())}, official)
     for path, flags, wrong, truth in (
-        (folder, ["--arch", "resnet18"], ["--width", "5"], "--width 5 asks for: it is a resnet18 of width 4"),
-        (official, [], ["--arch", "resnet18"], "--arch resnet18 asks for: it is a resnet50 of width 8"),
+        (folder, ["--arch", "resnet18"], ["--width", "5"], "does not match --width 5: it is a resnet18 of width 4"),
+        (official, [], ["--arch", "resnet18"], "does not match --arch resnet18: it is a resnet50 of width 8"),
     ):
         assert launch.main([*EVAL, str(path), *classifier, *flags]) == 0
         assert capsys.readouterr().out.splitlines()[-1].startswith("accuracy ")

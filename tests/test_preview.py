@@ -234,7 +234,7 @@ def test_words_say_what_was_executed() -> None:
     for name, value in values.items():
         getattr(commands, name)[0, 1] = value
     assert dict(in_words(commands, 1)) == {
-        "window": "30 x 20 px at left 3, top 5, 25% of the image",
+        "crop box": "30 x 20 px at left 3, top 5, 25% of the image",
         "flip": "left to right",
         "jitter": "hue -0.050 turns, then brightness x 1.25, then saturation x 1.50, then contrast x 0.50".replace(
             " ", "\u00a0"
@@ -245,7 +245,7 @@ def test_words_say_what_was_executed() -> None:
     }
 
 
-def test_the_believed_window_is_drawn_and_measured() -> None:
+def test_the_predicted_crop_box_is_drawn_and_measured() -> None:
     commands = some_commands(1, area=(0.3, 0.6))
     true = command_bins(torch.from_numpy(relative_windows(commands)), 501)
     said = predictions(model_that_says(true, 501), torch.zeros(1, 2, 3, 32, 32), commands, "official")
@@ -253,11 +253,11 @@ def test_the_believed_window_is_drawn_and_measured() -> None:
     assert predicted.heading == "view j, as predicted"
     assert (np.asarray(predicted.image) == color_of("predicted")).all(axis=-1).sum() > 100
     words = dict(predicted.words)
-    assert words["bins"] == "6 of 6 right" and "wrongly" not in words["flip"]
+    assert words["bins"] == "6 of 6 correct" and "wrongly" not in words["flip"]
     assert int(re.match("[0-9]+", words["overlap"])[0]) > 90
     wrong = replace(said, windows=said.windows + np.array([0.5, 0, 0, 0]), flips=~said.flips)
     words = dict(panels(replace(one_example(commands), predictions=wrong))[-1].words)
-    assert re.match(r"(29|30|31)\.\d px too far right", words["center"]) and "wrongly" in words["flip"]
+    assert re.match(r"(29|30|31)\.\d px too far right", words["center"]) and "wrong" in words["flip"]
 
 
 def test_a_sheet_has_a_row_for_each_image() -> None:

@@ -202,8 +202,8 @@ def test_mistakes_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureF
         ([str(tmp_path / "no run")], f"{tmp_path / 'no run'} is no run"),
         ([str(folder), str(tmp_path / "absent")], f"{tmp_path / 'absent'} is no run"),
         ([], "needs the folder of a run"),
-        ([str(folder), "--out", str(tmp_path)], "name an .html file in an existing folder"),
-        ([str(folder), "--out", str(tmp_path / "nowhere" / "r.html")], "name an .html file in an existing folder"),
+        ([str(folder), "--out", str(tmp_path)], "give an .html file in an existing folder"),
+        ([str(folder), "--out", str(tmp_path / "nowhere" / "r.html")], "give an .html file in an existing folder"),
         ([str(folder), "--images", "0"], "--images 0 is too small"),
     ]:
         assert launch.main(["report", *arguments]) == 2
@@ -303,7 +303,7 @@ def test_the_page_needs_nothing_else_and_its_buttons_hide_a_run(browser, page_fi
     page, events = opened(browser, page_file)
     headings = page.locator("h2").all_inner_texts()
     assert headings == [
-        "Runs", "Results", "Learning curves", "Pace", "Views", "What the inverse model predicts",
+        "Runs", "Results", "Learning curves", "Pace", "Views", "Predictions of the inverse model",
         "kNN", "Settings",
     ]  # fmt: skip
     loss = page.locator("figure", has=page.get_by_text("Loss", exact=True))

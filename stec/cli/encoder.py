@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.errors import UserError
+from stec.architectures import Arch
 from stec.config import LARGEST_VIEW_PX, SMALLEST_VIEW_PX
 from stec.settings import Switch, check_ranges, setting
 
@@ -38,7 +39,7 @@ class EncoderConfig:
     trained_on: DataSetName | None = None
     """Data set that the encoder was trained on, which determines its stem, and whether its online classifier is used;
     default: that in the weights' metadata, otherwise --dataset."""
-    arch: Literal["resnet18", "resnet50"] | None = None
+    arch: Arch | None = None
     """Architecture that the encoder must have; default: that of the weights."""
     width: int | None = setting(None, at_least=1)
     """Channels that the encoder's first stage must have; default: those of the weights."""

@@ -1,4 +1,4 @@
-"""Evaluate a trained encoder and its online linear classifier on the test images."""
+"""``launch.py eval``: measure a trained encoder and its online linear classifier on the test images."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pipelines.errors import UserError
 from stec.cli.encoder import EncoderConfig, read_encoder
 from stec.cli.flags import parse
 from stec.cli.outputs import check_place
+from stec.settings import setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from stec.evaluation.evaluate import Score
 
 CLASSES_SHOWN = 20
-"""Of data sets with more classes, the table leaves them to the file of ``--json``."""
+"""With more classes, only the worst and the best are in the table; ``--json`` has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,30 +30,27 @@ class EvalConfig(EncoderConfig):
     """Evaluate a trained encoder and its online linear classifier on the test images."""
 
     measures: tuple[Literal["online_classifier", "linear_probing", "low_shot", "knn"], ...] = ()
-    """What is measured: the file's online classifier, a linear classifier fitted to the labeled images, others fitted
-    to 10 % and
-    to 1 % of them, kNN; default: all that the weights and the data allow."""
-    seed: int = 0
-    """Which images make up the 10 % and 1 %."""
+    """Measures: the file's online linear classifier; linear probing on the labeled images; low-shot, on 10 % and 1 % of
+    them; kNN. Default: all that weights and data allow."""
+    seed: int = setting(0, at_least=0)
+    """Seed of the images of low_shot."""
     json: Path | None = None
     """Also write the results to this file."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         super().validate()
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed} is too small; give 0 or more.")
         if self.json is not None:
-            # No data set holds such files.
+            # No data set contains such files.
             data_dir = None if self.json.suffix == ".json" else self.data_dir
             check_place(self.json, "--json", inputs=(self.ckpt_path, data_dir))
 
 
 def run(arguments: list[str]) -> None:
-    """Evaluate a trained encoder and its online classifier on the test images; with an online classifier, the last
-    line is its accuracy."""
+    """Print the measures; the last line is the accuracy of the online linear classifier, if it is measured."""
     config = parse(EvalConfig, arguments, name="eval")
     config.validate()
+
     from pipelines.datasets.registry import open_split
     from pipelines.files import write_json
     from stec.distributed import processes
@@ -61,26 +59,24 @@ def run(arguments: list[str]) -> None:
     from stec.startup import start
 
     accelerator, console, precision = start(config.mixed_precision)
-
     trained, trained_on = read_encoder(config)
     model = trained.model("classifier")
-    asked = config.measures or MEASURES
+    requested = config.measures or MEASURES
     with console.counting() as progress:
 
         def open_images(split: Literal["labeled", "test"]) -> tuple[Images, tuple[str, ...]]:
-            fetch = bool(config.download) and accelerator.is_main_process
             return open_split(
                 config.dataset,
                 config.data_dir,
                 split,
-                download=fetch,
+                download=bool(config.download) and accelerator.is_main_process,
                 exif_orientation=bool(config.exif_orientation),
                 progress=progress,
             )
 
         opened: list[tuple[Images, tuple[str, ...]]] = []
 
-        def why_not_labeled() -> str:
+        def reason_without_labeled() -> str:
             try:
                 opened.append(open_images("labeled"))
             except UserError as error:
@@ -90,23 +86,23 @@ def run(arguments: list[str]) -> None:
         test, classes = processes.main_process_first(accelerator, lambda: open_images("test"))
         labeled: Images | None = None
         reasons = dict.fromkeys(MEASURES, "")
-        if set(asked) != {"online_classifier"}:
-            reason = processes.on_main_process(accelerator, why_not_labeled)
+        if set(requested) != {"online_classifier"}:
+            reason = processes.on_main_process(accelerator, reason_without_labeled)
             reasons = dict.fromkeys(MEASURES, reason)
             if not reason:
                 labeled, known = opened[0] if opened else open_images("labeled")
                 if known[: len(classes)] != classes:
                     raise UserError(f"The test images in {config.data_dir} have other classes than the labeled ones.")
                 classes = known
-    reasons["online_classifier"] = why_no_classifier(config, model.classifier, trained_on, len(classes))
-    measures = tuple(measure for measure in asked if not reasons[measure])
-    left_out = [(measure, reasons[measure]) for measure in asked if reasons[measure]]
-    if left_out and (config.measures or not measures):
-        raise UserError(f"{left_out[0][0]} cannot be measured: {left_out[0][1]}")
+    reasons["online_classifier"] = reason_without_classifier(config, model.classifier, trained_on, len(classes))
+    measures = tuple(measure for measure in requested if not reasons[measure])
+    omitted = [(measure, reasons[measure]) for measure in requested if reasons[measure]]
+    if omitted and (config.measures or not measures):
+        raise UserError(f"{omitted[0][0]} cannot be measured: {omitted[0][1]}")
 
     model.to(accelerator.device)
     console.say(f"{config.ckpt_path} on the {len(test)} test images of {config.dataset}, precision {precision}")
-    for measure, reason in left_out:
+    for measure, reason in omitted:
         console.say(f"Not measured: {measure}. {reason}")
     loader_of = partial(
         evaluation_loader, data=config, traits=config.traits, batch_size=config.batch_size, device=accelerator.device
@@ -122,7 +118,7 @@ def run(arguments: list[str]) -> None:
             accelerator=accelerator,
             seed=config.seed,
         )
-    console.table("Of the test images", ["", *map(column, scores)], table(scores, classes))
+    console.table("On the test images", ["", *map(column, scores)], table(scores, classes))
     classifier = scores.get("online_classifier")
     summary = (
         {}
@@ -140,13 +136,13 @@ def run(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
-def why_no_classifier(config: EvalConfig, classifier: nn.Linear | None, trained_on: str, classes: int) -> str:
-    """Why the file's online linear classifier cannot be evaluated, empty if it can."""
+def reason_without_classifier(config: EvalConfig, classifier: nn.Linear | None, trained_on: str, classes: int) -> str:
+    """The reason why the file's online linear classifier cannot be evaluated; empty if it can."""
     if classifier is None:
-        return f"{config.ckpt_path} holds no online linear classifier; fit one by --measures linear_probing."
+        return f"{config.ckpt_path} holds no online linear classifier; use --measures linear_probing."
     if trained_on != config.dataset:
         return (
-            f"The online linear classifier of {config.ckpt_path} was trained on {trained_on}; fit one by --measures "
+            f"The online linear classifier of {config.ckpt_path} was trained on {trained_on}; use --measures "
             f"linear_probing."
         )
     known = classifier.out_features
@@ -159,14 +155,14 @@ def why_no_classifier(config: EvalConfig, classifier: nn.Linear | None, trained_
 
 
 def column(name: str) -> str:
-    """What a person calls a score."""
+    """The column heading of a score."""
     if name.startswith("knn"):
         return f"kNN, k {name[3:]}"
-    return name.replace("_percent", " %").replace("linear_probing_", "fit to ").replace("_", " ")
+    return name.replace("_percent", " %").replace("linear_probing_", "low-shot ").replace("_", " ")
 
 
 def table(scores: Mapping[str, Score], classes: Sequence[str]) -> list[list[str]]:
-    """Rows of the closing table: a column for each score."""
+    """Rows of the final table, with one column per score."""
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
@@ -176,7 +172,7 @@ def table(scores: Mapping[str, Score], classes: Sequence[str]) -> list[list[str]
         ["top-1", *(percent(score.accuracy) for score in of_all)],
         ["top-5", *(percent(score.top5_accuracy) for score in of_all)],
         ["loss", *("-" if score.loss is None else f"{score.loss:.3f}" for score in of_all)],
-        ["fitted to", *("-" if score.fitted_to is None else str(score.fitted_to) for score in of_all)],
+        ["labeled images", *("-" if score.labeled_images is None else str(score.labeled_images) for score in of_all)],
     ]
     shown = {name: [score.class_accuracies[k] for score in of_all] for k, name in enumerate(classes)}
     if len(classes) > CLASSES_SHOWN:

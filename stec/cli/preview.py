@@ -1,4 +1,4 @@
-"""Show the views of some images in a picture, as training sees or saw them, and what an inverse model predicts."""
+"""``launch.py preview``: a picture of the views of some images as training sees them, with predictions."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from stec.settings import check_ranges, setting
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Show some images' views in a picture, with what was executed in words; takes every flag of training, too."""
+    """Write a picture of the views of some images, with the commands in words; also takes all flags of training."""
 
     out: tyro.conf.Positional[Path]
-    """The picture to write, ending in .png."""
+    """Picture to write, ending in .png."""
     config: Path | None = None
-    """A run's config.json: show what that run trained on."""
+    """config.json of a run: show what that run trained on."""
     epoch: int = setting(0, at_least=0)
-    """Epoch, counted from 0 as in metrics.jsonl."""
+    """Epoch, counted from 0, as in metrics.jsonl."""
     position: int = setting(0, at_least=0)
     """First position in the epoch, counted from 0."""
     count: int = setting(4, at_least=1, at_most=100)
-    """Images to show."""
+    """Number of images."""
     ckpt_path: Path | None = None
-    """Also show where the inverse model of this run's folder or file predicts view j's window to be."""
+    """Also show the crop box of view j that the inverse model of this run or file predicts."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         check_ranges(self)
         if self.out.suffix.lower() != ".png":
-            raise UserError(f"{self.out} does not end in .png, the format that is written.")
+            raise UserError(f"{self.out} does not end in .png, the supported format.")
 
 
 def run(arguments: list[str]) -> None:
-    """Show the views of some images in a picture, as training sees or saw them."""
-    # Behind flags of training, which are not known here, it could not be told from their values.
+    """Write a picture of the views of some images as training sees them."""
+    # After flags of training, which are not known here, it could not be distinguished from their values.
     if not arguments or (arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments)):
         raise UserError("launch.py preview needs the name of the picture first: launch.py preview OUT.png ...")
     config, rest = parse_some(PreviewConfig, arguments, name="preview")
@@ -67,14 +67,14 @@ def run(arguments: list[str]) -> None:
 
     console = Console(enabled=is_main_process())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    asked = None
+    inverse = None
     if config.ckpt_path is not None:
         trained = read_trained(config.ckpt_path, otherwise=settings.traits.stem)
-        asked = trained.model("inverse_model").to(device), trained.convention or settings.objective.affine
-        if asked[0].inverse_model is None:
+        inverse = trained.model("inverse_model").to(device), trained.convention or settings.objective.affine
+        if inverse[0].inverse_model is None:
             raise UserError(
-                f"{config.ckpt_path} holds no inverse model (SimCLR, an encoder alone and a linear probing have none); "
-                f"give an S-TEC run's folder or its model.safetensors, or leave --ckpt_path out."
+                f"{config.ckpt_path} holds no inverse model (SimCLR, encoders and linear probing have none); give the "
+                f"folder or model.safetensors of an S-TEC run, or omit --ckpt_path."
             )
     with console.counting() as progress:
         data_set = open_data_set(
@@ -90,7 +90,7 @@ def run(arguments: list[str]) -> None:
         device=device,
         precision=resolve_precision(settings.run.mixed_precision, device) if device.type == "cuda" else "no",
     )
-    # A run leaves out what does not fill its last batch.
+    # A run drops the last, incomplete batch of an epoch.
     positions, where = loader.sampler.epoch_length, ""
     if config.config is not None and (config.config.parent / "starts.jsonl").is_file():
         loader.sampler.bad.know(config.config.parent / "bad-images.tsv")
@@ -108,7 +108,7 @@ def run(arguments: list[str]) -> None:
         position=config.position,
         count=min(config.count, positions - config.position),
         classes=data_set.classes,
-        asked=asked,
+        inverse=inverse,
     )
     picture = sheet(
         f"{title(settings).split(' (')[0]} on {settings.data.dataset}",

@@ -1,4 +1,4 @@
-"""Show runs side by side on one HTML page: curves, results, settings, and what their models make of their images."""
+"""``launch.py report``: runs side by side on one HTML page: curves, results, settings, views and predictions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipelines.datasets.registry import DataSet
     from stec.evaluation.report import Look, Neighbors
     from stec.models.model import Model
+    from stec.objectives.geometry import Convention
     from stec.runs.run_record import RunRecord
 
 BATCH_SIZE = 64
@@ -30,16 +31,16 @@ EXAMPLES, QUERIES, NEIGHBORS = 3, 6, 5
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Show runs side by side on one HTML page that needs no network; unfinished runs, too."""
+    """Write an HTML page that shows runs side by side, also unfinished ones."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs."""
     out: Path = Path("report.html")
-    """The page to write."""
+    """Page to write."""
     images: int = setting(1024, at_least=1)
-    """Pairs of training views that an inverse model is asked about, and images that neighbors are sought among."""
+    """Number of pairs of training views for the predictions, and of images among which neighbors are searched."""
     data_dir: Path | None = None
-    """Folder that holds the data set, if it is no longer the one that the runs name."""
+    """Folder that holds the data set, if it has moved."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
@@ -47,9 +48,9 @@ class ReportConfig:
             raise UserError("launch.py report needs the folder of a run: launch.py report RUN [RUN ...].")
         check_ranges(self)
         if self.out.suffix.lower() not in (".html", ".htm") or self.out.is_dir() or not self.out.parent.is_dir():
-            raise UserError(f"--out {self.out} cannot be written; name an .html file in an existing folder.")
+            raise UserError(f"--out {self.out} cannot be written; give an .html file in an existing folder.")
         if importlib.util.find_spec("plotly") is None:
-            raise UserError("launch.py report draws with plotly, which is not installed; run pip install plotly.")
+            raise UserError("launch.py report needs plotly, which is not installed; run pip install plotly.")
 
 
 def run(arguments: list[str]) -> None:
@@ -68,19 +69,19 @@ def run(arguments: list[str]) -> None:
 
     looks = []
     for record in records:
-        with console.waiting(f"looking at {record.path}"):
+        with console.waiting(f"reading {record.path}"):
             looks.append(look_into(record, config, accelerator))
         for remark in (*record.remarks, *looks[-1].remarks):
             console.say(f"{record.path}: {remark}")
     if accelerator.is_main_process:
-        # Names of files may be no valid Unicode.
+        # File names may be invalid Unicode.
         atomic_write(config.out, report(records, looks).encode(errors="replace"))
     console.say(f"The report is in {config.out.resolve()}")
     accelerator.end_training()
 
 
 def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator) -> Look:
-    """What the run's model makes of its images, as far as both can be had."""
+    """Views, predictions and neighbors of a run, as far as its model and data are available."""
     from pipelines.datasets.registry import open_data_set
     from stec.evaluation.examples import examples
     from stec.evaluation.predictions import confusion
@@ -92,20 +93,20 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
     if record.config is None:
         return look
     settings = record.config.updated(data_dir=wanted.data_dir or record.config.data.data_dir, accumulate=1)
-    asked = None
+    model: tuple[Model, Convention] | None = None
     try:
         if record.weights is not None:
             trained = read_trained(
                 record.weights, otherwise=settings.traits.stem, stem_set_by="the dataset in config.json"
             )
-            asked = (
+            model = (
                 trained.model("inverse_model").to(accelerator.device),
                 trained.convention or settings.objective.affine,
             )
         else:
-            look.remarks.append("There are no weights yet: what the model predicts and finds similar is left out.")
+            look.remarks.append("There are no weights yet: predictions and neighbors are omitted.")
     except UserError as error:
-        look.remarks.append(f"{error} What the model predicts and finds similar is left out.")
+        look.remarks.append(f"{error} Predictions and neighbors are omitted.")
     try:
         data_set = open_data_set(
             settings.data.dataset,
@@ -120,19 +121,19 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
         )
         for loader in (one_by_one, batches):
             loader.sampler.bad.know(record.path / "bad-images.tsv")
-        predicting = asked if asked is not None and asked[0].inverse_model is not None else None
+        inverse = model if model is not None and model[0].inverse_model is not None else None
         look.examples = examples(
-            one_by_one, epoch=0, position=0, count=EXAMPLES, classes=data_set.classes, asked=predicting
+            one_by_one, epoch=0, position=0, count=EXAMPLES, classes=data_set.classes, inverse=inverse
         )
-        if predicting is not None:
+        if inverse is not None:
             steps = min(batches.steps_per_epoch, wanted.images // batch_size)
-            look.confusion = confusion(predicting[0], itertools.islice(batches.batches(0), steps), predicting[1])
-        elif asked is not None:
-            look.remarks.append("The run has no inverse model, so nothing is predicted.")
-        if asked is not None:
-            look.neighbors = neighbors(asked[0], settings, data_set, wanted.images, accelerator)
+            look.confusion = confusion(inverse[0], itertools.islice(batches.batches(0), steps), inverse[1])
+        elif model is not None:
+            look.remarks.append("The run has no inverse model, so there are no predictions.")
+        if model is not None:
+            look.neighbors = neighbors(model[0], settings, data_set, wanted.images, accelerator)
             if not look.neighbors:
-                look.remarks.append("The data set has no test images, so no neighbors are shown.")
+                look.remarks.append("The data set has no test images, so there are no neighbors.")
     except UserError as error:
         look.remarks.append(f"The data cannot be shown: {error}")
     return look
@@ -141,7 +142,7 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
 def neighbors(
     model: Model, settings: TrainConfig, data_set: DataSet, limit: int, accelerator: Accelerator
 ) -> list[Neighbors]:
-    """Some test images, and what the encoder finds most similar among at most ``limit`` labeled images."""
+    """Some test images, each with its nearest among at most ``limit`` labeled images."""
     from stec.evaluation.evaluate import evenly_spread, extract_features, nearest
     from stec.evaluation.report import Neighbors
     from stec.loaders import evaluation_loader
@@ -162,9 +163,9 @@ def neighbors(
         for images, image_ids in ((data_set.labeled, bank_ids), (data_set.test, query_ids))
     )
     similarity, rows = nearest(bank, queries, NEIGHBORS, accelerator.device)
-    found = []
+    rows_of_page = []
     for n, image_id in enumerate(query_ids.tolist()):
-        found.append(
+        rows_of_page.append(
             Neighbors(
                 image=data_set.test.open(image_id),
                 name=data_set.classes[int(queries.labels[n])],
@@ -174,4 +175,4 @@ def neighbors(
                 ],
             )
         )
-    return found
+    return rows_of_page

@@ -1,1 +1,1 @@
-"""Measures of a trained encoder, its features on disk, pictures, and the report of runs."""
+"""Measures of a trained encoder, its features on disk, previews, and the report of runs."""

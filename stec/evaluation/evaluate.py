@@ -1,4 +1,4 @@
-"""How good features are: the trained online linear classifier, linear probing on all labels and on few, and kNN."""
+"""Measures of features: the online linear classifier, linear probing on all labels and on few (low-shot), and kNN."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from pipelines.batch import PlainLoader
 from stec.models.encoder import Encoder
 
 Measure = Literal["online_classifier", "linear_probing", "low_shot", "knn"]
-"""The trained online classifier; a linear classifier fitted to the labeled images; the same fitted to few of them;
-the nearest of
-them. ``MEASURES`` has them in the order of tables."""
+"""The online linear classifier; a linear classifier on the features of the labeled images; the same on few of them; the
+nearest of them. ``MEASURES`` has them in the order of tables."""
 MEASURES: tuple[Measure, ...] = ("online_classifier", "linear_probing", "low_shot", "knn")
 NEIGHBORS = 20
 KNN = f"knn{NEIGHBORS}"
 """Name of the neighbors' score."""
-FIT_LIMIT = 50_000
+MAX_LABELED = 50_000
 """At most so many labeled images serve as neighbors and for the linear probing."""
 PERCENTAGES = (10, 1)
-"""Shares of the labels that ``low_shot`` fits to, in percent."""
+"""Percentages of the labeled images for ``low_shot``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +44,16 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How well the images of a data set were classified; shares are 0 to 1."""
+    """How well the images of a data set were classified; accuracies are 0 to 1."""
 
     accuracy: float
     top5_accuracy: float
     class_accuracies: list[float | None]
-    """Of each class, the share of its images that were told to be of it; None of a class without images."""
+    """The accuracy on the images of each class; None for a class without images."""
     loss: float | None
-    """Mean cross-entropy; None where the classifier gives no probabilities."""
-    fitted_to: int | None
-    """Labeled images that the classifier was made of; None of the trained online linear classifier."""
+    """Mean cross-entropy; None if the classifier has no probabilities."""
+    labeled_images: int | None
+    """Number of labeled images that the classifier used; None for the online linear classifier."""
 
 
 def evaluate(
@@ -68,7 +67,7 @@ def evaluate(
     accelerator: Accelerator,
     seed: int = 0,
 ) -> dict[str, Score]:
-    """Every measure's score on the test images, by name; each image passes the encoder once.
+    """The score of every measure on the test images, by name; each image is encoded once.
 
     All processes share that work and return the same. ``classifier`` is needed for the measure of that name,
     ``labeled``
@@ -89,7 +88,7 @@ def evaluate(
         classify = knn_votes if name == KNN else linear_probing_logits
         known = bank[torch.from_numpy(np.searchsorted(image_ids, of_score))]
         classified = classify(known, queries, classes, accelerator.device)
-        scores[name] = score(classified, queries.labels, fitted_to=len(of_score), probabilities=name != KNN)
+        scores[name] = score(classified, queries.labels, labeled_images=len(of_score), probabilities=name != KNN)
     return scores
 
 
@@ -98,7 +97,7 @@ def _chosen(labeled: PlainLoader | None, measures: Collection[Measure], seed: in
     chosen: dict[str, NDArray[np.int64]] = {}
     if labeled is None:
         return chosen
-    spread = evenly_spread(len(labeled), FIT_LIMIT)
+    spread = evenly_spread(len(labeled), MAX_LABELED)
     if "linear_probing" in measures:
         chosen["linear_probing"] = spread
     if "low_shot" in measures:
@@ -110,16 +109,16 @@ def _chosen(labeled: PlainLoader | None, measures: Collection[Measure], seed: in
 
 
 def evenly_spread(count: int, limit: int) -> NDArray[np.int64]:
-    """Numbers of at most ``limit`` of ``count`` images, evenly spread, since images may be sorted by class."""
+    """Numbers of at most ``limit`` of ``count`` images, evenly spread, because images may be sorted by class."""
     chosen = min(count, limit)
     return np.arange(chosen) * count // chosen
 
 
 def class_balanced(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """Ascending numbers of about ``fraction`` of the images, as many of each class, at least one; all where a class has
-    fewer.
+    """Ascending numbers of about ``fraction`` of the images: equally many of each class, at least one, or all of a
+    class that has fewer.
 
-    A pure function of the labels and the seed; what a smaller fraction holds, a larger one holds, too.
+    A pure function of the labels and the seed; a smaller fraction is a subset of a larger one.
     """
     present = np.unique(labels)
     per_class = max(1, round(fraction * len(labels) / len(present)))
@@ -128,13 +127,13 @@ def class_balanced(labels: NDArray[np.int64], fraction: float, seed: int) -> NDA
 
 
 def encode_batches(
-    encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, *stretches: NDArray[np.int64]
+    encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, *id_ranges: NDArray[np.int64]
 ) -> Iterator[Tensor]:
     """Features [n, D] float32 on the device, batch after batch of the loader, of an encoder in evaluation mode."""
     was_training = encoder.training
     encoder.eval()
     try:
-        for batch in loader.batches(*stretches):
+        for batch in loader.batches(*id_ranges):
             with torch.no_grad(), accelerator.autocast():
                 yield encoder(batch.images).float()
     finally:
@@ -144,25 +143,27 @@ def encode_batches(
 def extract_features(
     encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, image_ids: NDArray[np.int64]
 ) -> Features:
-    """Features of the images of these numbers, in this order, on every process; the work is shared.
+    """Features of the images with these ids, in this order, on every process.
 
-    Each process takes one stretch of the images; the stretches are padded to equal length for the exchange.
+    Each process encodes one range of the images; ranges are padded to equal length for the gather.
     """
-    stretches = np.array_split(image_ids, accelerator.num_processes)
-    longest = len(stretches[0])
+    id_ranges = np.array_split(image_ids, accelerator.num_processes)
+    longest = len(id_ranges[0])
     own = torch.zeros(longest, encoder.feature_dim, device=accelerator.device)
     done = 0
-    for features in encode_batches(encoder, loader, accelerator, stretches[accelerator.process_index]):
+    for features in encode_batches(encoder, loader, accelerator, id_ranges[accelerator.process_index]):
         own[done : done + len(features)] = features
         done += len(features)
     gathered = accelerator.gather(own).cpu().split(longest)
     return Features(
-        features=torch.cat([part[: len(ids)] for part, ids in zip(gathered, stretches)]),
+        features=torch.cat([part[: len(ids)] for part, ids in zip(gathered, id_ranges)]),
         labels=torch.from_numpy(loader.labels[image_ids]),
     )
 
 
-def score(classified: Tensor, labels: Tensor, *, fitted_to: int | None = None, probabilities: bool = True) -> Score:
+def score(
+    classified: Tensor, labels: Tensor, *, labeled_images: int | None = None, probabilities: bool = True
+) -> Score:
     """The score of logits or votes [N, C], the highest of which tells an image's class, where the labels are [N].
 
     ``probabilities``: they are logits.
@@ -176,7 +177,7 @@ def score(classified: Tensor, labels: Tensor, *, fitted_to: int | None = None, p
         top5_accuracy=float(best.any(dim=1).float().mean()),
         class_accuracies=[right / all_ if all_ else None for right, all_ in zip(correct.tolist(), per_class.tolist())],
         loss=float(F.cross_entropy(classified, labels)) if probabilities else None,
-        fitted_to=fitted_to,
+        labeled_images=labeled_images,
     )
 
 
@@ -204,7 +205,7 @@ def knn_votes(bank: Features, queries: Features, classes: int, device: torch.dev
 
 
 def linear_probing_logits(bank: Features, queries: Features, classes: int, device: torch.device) -> Tensor:
-    """[N, C] on the host: the queries' logits of a logistic regression fitted to the bank's standardized features.
+    """[N, C] on the host: the queries' logits of a logistic regression on the bank's standardized features.
 
     Full-batch L-BFGS with an L2 penalty of 1e-4 on the weights; deterministic.
     """

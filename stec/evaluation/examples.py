@@ -1,4 +1,4 @@
-"""Images as training sees them, one by one, to be looked at."""
+"""Single images as training sees them, for previews and reports."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def examples(
     position: int,
     count: int,
     classes: Sequence[str],
-    asked: tuple[Model, Convention] | None = None,
+    inverse: tuple[Model, Convention] | None = None,
 ) -> list[Example]:
-    """What stands at ``count`` positions of an epoch from ``position`` on, up to its end.
+    """The images at ``count`` positions of an epoch from ``position`` on, at most to its end.
 
-    The loader's batches are of one image each, so that they can begin anywhere; a view depends on seed, epoch and
-    position, not on its batch. ``asked`` is a model whose inverse model says what it predicts.
+    The batches of the loader must have one image, so that they can begin at any position; a view depends on seed, epoch
+    and position, not on its batch. ``inverse`` is a model whose predictions are shown, and its convention.
     """
     sampler = loader.sampler
-    assert sampler.global_batch_size == 1, "a batch of several images cannot begin anywhere"
-    made = []
+    assert sampler.global_batch_size == 1, "a batch of several images cannot begin at any position"
+    shown = []
     first = epoch * sampler.steps_per_epoch + position
     for batch in itertools.islice(loader.batches(first), min(count, sampler.steps_per_epoch - position)):
         image_id = int(batch.image_ids[0])
         label = int(sampler.images.labels[image_id])
         name = f", {classes[label]}" if label != UNLABELED and classes else ""
         pixels = batch.views[0].float().movedim(-3, -1).cpu().numpy()
-        paired = asked is not None and sampler.views == 2
-        made.append(
+        predict = inverse if sampler.views == 2 else None
+        shown.append(
             Example(
                 title=f"number {image_id}, at position {int(batch.positions[0])}{name}",
                 source=sampler.images.open(image_id),
                 views=np.rint(pixels * 255).astype(np.uint8),
                 commands=batch.commands,
-                predictions=predictions(asked[0], batch.views, batch.commands, asked[1]) if asked and paired else None,
+                predictions=predictions(predict[0], batch.views, batch.commands, predict[1]) if predict else None,
             )
         )
-    return made
+    return shown

@@ -1,4 +1,4 @@
-"""Pictures of commands: the source image with both windows, the views, the values in words, and what is predicted."""
+"""Pictures of commands: the source image with both crop boxes, the views, the values in words, and predictions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stec.objectives.geometry import window_matrices, windows_of
 PANEL_PX = 288
 """Height and width of a panel: a multiple of 32, 96 and 144."""
 COLORS = {"i": "#1769c4", "j": "#e07a00", "predicted": "#b5179e"}
-"""Of what belongs to view i, to view j, and to the window that is predicted to be view j's."""
+"""Colors of view i, view j, and the predicted crop box of view j."""
 NAMES = "ij"
 JITTER = ("brightness", "contrast", "saturation", "hue_turns")
 
@@ -27,9 +27,9 @@ _PAPER, _INK, _FAINT = "#ffffff", "#1b1f24", "#6a737d"
 _MARGIN, _GAP, _LINE, _SIZE = 36, 24, 20, 15
 _NAME_WIDTH = 66
 _WIDE = {"i": 6, "j": 4, "predicted": 4}
-"""Widths of outlines: view i's is wider, so that it shows where both are the same."""
+"""Widths of outlines: that of view i is wider, so that it is visible if both are the same."""
 _ROOM = 0.14
-"""Of a panel's width on each side, for predicted windows that reach beyond the image."""
+"""Fraction of a panel's width on each side, for predicted crop boxes that extend beyond the image."""
 
 Words = tuple[tuple[str, str], ...]
 """Names and values."""
@@ -37,7 +37,7 @@ Words = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """An image as training saw it."""
+    """An image as training sees it."""
 
     title: str
     source: Image.Image
@@ -47,31 +47,31 @@ class Example:
     commands: Commands
     """Of this image alone: arrays are [1, V]."""
     predictions: Predictions | None = None
-    """Of an inverse model about this pair."""
+    """Predictions of an inverse model for this pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A picture with words."""
+    """A picture with a table of words."""
 
     heading: str
     color: str | None
-    """Of the heading; None is that of all text."""
+    """Color of the heading; None is the default."""
     image: Image.Image
     """PANEL_PX high and wide, RGBA: transparent where there is nothing."""
     words: Words
 
 
 def panels(example: Example) -> list[Panel]:
-    """The source with the views' windows, each view, and with an inverse model the window that it predicts in."""
+    """The source with the crop boxes of the views, each view, and with predictions the predicted crop box."""
     source, commands = example.source, example.commands
     windows, flips = windows_of(window_matrices(commands)[0])
     canvas = _Canvas(source)
     canvas.windows({NAMES[v]: (window, bool(flips[v])) for v, window in enumerate(windows)})
     facts = (("image", example.title), ("size", f"{source.width} x {source.height} px"))
-    made = [Panel(heading="source", color=None, image=canvas.image, words=facts)]
+    shown = [Panel(heading="source", color=None, image=canvas.image, words=facts)]
     for v, view in enumerate(example.views):
-        made.append(
+        shown.append(
             Panel(
                 heading=f"view {NAMES[v]}",
                 color=COLORS[NAMES[v]],
@@ -88,7 +88,7 @@ def panels(example: Example) -> list[Panel]:
                 "predicted": (example.predictions.windows[0], bool(example.predictions.flips[0])),
             }
         )
-        made.append(
+        shown.append(
             Panel(
                 heading="view j, as predicted",
                 color=COLORS["predicted"],
@@ -96,24 +96,24 @@ def panels(example: Example) -> list[Panel]:
                 words=_error_in_words(example, windows[1], bool(flips[1]), example.predictions),
             )
         )
-    return made
+    return shown
 
 
 def in_words(commands: Commands, v: int) -> Words:
-    """What was executed to make view ``v`` of the first image of ``commands``."""
+    """The executed command of view ``v`` of the first image of ``commands``."""
 
     def value(name: str) -> float:
         return float(getattr(commands, name)[0, v])
 
-    share = value("width") * value("height") / (value("source_width") * value("source_height"))
-    window = f"{_window(value('left'), value('top'), value('width'), value('height'))}, {share:.0%} of the image"
+    fraction = value("width") * value("height") / (value("source_width") * value("source_height"))
+    box = f"{_window(value('left'), value('top'), value('width'), value('height'))}, {fraction:.0%} of the image"
     steps = [
         f"hue {value(name):+.3f} turns" if name == "hue_turns" else f"{name} x {value(name):.2f}"
         for name in (JITTER[kind] for kind in commands.order[0, v])
     ]
     jitter = ", then ".join(step.replace(" ", NO_BREAK) for step in steps)
     return (
-        ("window", window),
+        ("crop box", box),
         ("flip", "left to right" if commands.flip[0, v] else "no"),
         ("jitter", jitter if commands.jitter[0, v] else "no"),
         ("gray", "yes" if commands.gray[0, v] else "no"),
@@ -123,7 +123,7 @@ def in_words(commands: Commands, v: int) -> Words:
 
 
 def _error_in_words(example: Example, true: NDArray[np.float64], flipped: bool, predictions: Predictions) -> Words:
-    """How far the predicted window of view j is from the true one."""
+    """The difference between the predicted and the true crop box of view j."""
     height, width = example.source.height, example.source.width
     pixels = np.array([width, height, width, height])
     predicted, best = predictions.windows[0], predictions.best_windows[0]
@@ -131,7 +131,7 @@ def _error_in_words(example: Example, true: NDArray[np.float64], flipped: bool, 
     ratio = predicted[2:] / true[2:]
     right = int((predictions.true_bins[0] == predictions.predicted_bins[0]).sum())
     words = [
-        ("window", _window(*(predicted * pixels).round().tolist())),
+        ("crop box", _window(*(predicted * pixels).round().tolist())),
         (
             "center",
             f"{abs(x):.1f} px too far {'right' if x > 0 else 'left'}, {abs(y):.1f} px {'down' if y > 0 else 'up'}",
@@ -140,13 +140,13 @@ def _error_in_words(example: Example, true: NDArray[np.float64], flipped: bool, 
         (
             "flip",
             ("left to right" if predictions.flips[0] else "no")
-            + ("" if predictions.flips[0] == flipped else ", wrongly"),
+            + ("" if predictions.flips[0] == flipped else ", wrong"),
         ),
-        ("overlap", f"{overlap(predicted, true):.0%} of the union ({overlap(best, true):.0%} with every bin right)"),
-        ("bins", f"{right} of 6 right"),
+        ("overlap", f"{overlap(predicted, true):.0%} of the union ({overlap(best, true):.0%} with all bins correct)"),
+        ("bins", f"{right} of 6 correct"),
     ]
     if example.commands.solarize.any():
-        words.append(("note", "solarized pairs are not trained on"))
+        words.append(("note", "solarized pairs are excluded from training"))
     return tuple(words)
 
 
@@ -155,7 +155,7 @@ def _window(left: float, top: float, width: float, height: float) -> str:
 
 
 class _Canvas:
-    """A square that holds an image as large as it goes, with ``room`` around it (a share of the side)."""
+    """A square with an image as large as possible, and ``room`` around it (a fraction of the side)."""
 
     def __init__(self, picture: Image.Image, *, room: float = 0.0, dim: float = 0.0) -> None:
         self.image = Image.new("RGBA", (PANEL_PX, PANEL_PX))
@@ -163,7 +163,7 @@ class _Canvas:
         scale = side / max(picture.size)
         self.size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
         self.corner = (PANEL_PX - self.size[0]) // 2, (PANEL_PX - self.size[1]) // 2
-        # Small images show their pixels as they are.
+        # Small images are shown with visible pixels.
         filtering = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
         shown = picture.resize(self.size, filtering)
         if dim:
@@ -172,8 +172,7 @@ class _Canvas:
         self.draw = ImageDraw.Draw(self.image)
 
     def windows(self, windows: dict[str, tuple[NDArray[np.float64], bool]]) -> None:
-        """The outlines of windows (left, top, width, height, as shares of the image), whether they are flipped, by
-        their names, which stand on top."""
+        """Draw crop boxes (left, top, width, height, as fractions of the image; whether flipped), by their names."""
         boxes = {name: self._box(window, name) for name, (window, _) in windows.items()}
         for name, box in boxes.items():
             if name == "predicted":
@@ -184,7 +183,7 @@ class _Canvas:
             self._tag(boxes[name], name, flipped)
 
     def _box(self, window: NDArray[np.float64], name: str) -> tuple[int, int, int, int]:
-        """The first and the last pixel of a window, which its lines lie within."""
+        """The first and the last pixel of a crop box; its lines are drawn inside."""
         x, y = (
             [self.corner[k] + round(float(share) * self.size[k]) for share in (window[k], window[k] + window[k + 2])]
             for k in (0, 1)
@@ -226,7 +225,7 @@ class _Canvas:
 
 
 def sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Image.Image:
-    """All panels of the examples, a row each, under a title: an RGB picture."""
+    """An RGB picture with a title and one row of panels per example."""
     rows = [panels(example) for example in examples]
     large, small, bold = (ImageFont.load_default(size) for size in (26, _SIZE, 18))
     wrapped = [[_wrap(panel.words, small) for panel in row] for row in rows]
@@ -251,14 +250,14 @@ def sheet(title: str, subtitle: str, examples: Sequence[Example]) -> Image.Image
 
 
 def png(picture: Image.Image) -> bytes:
-    """The picture as the content of a PNG file."""
+    """The picture encoded as PNG."""
     content = io.BytesIO()
     picture.save(content, "PNG", optimize=True)
     return content.getvalue()
 
 
 def _wrap(words: Words, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[tuple[str, str]]:
-    """Lines of name and text that are not wider than a panel; a name stands before its first line only."""
+    """Lines of name and text that fit into a panel; a name is given in its first line only."""
     lines = []
     for name, value in words:
         line = ""

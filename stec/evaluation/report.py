@@ -1,9 +1,11 @@
-"""Runs side by side on one HTML page that needs nothing else: no network, no other file."""
+"""Runs side by side on one self-contained HTML page: no network, no other files."""
 
 from __future__ import annotations
 
 import base64
 import html
+import importlib.resources
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,19 +15,19 @@ import plotly.graph_objects as go
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from plotly.offline import get_plotlyjs
 
 from stec.config import rule_on_resume
-from stec.evaluation.page import page
 from stec.evaluation.preview import Example, panels, png
 from stec.objectives.inverse import bin_centers
 from stec.runs.run_folder import RESULTS
 from stec.runs.run_record import RunRecord
 
 POINTS = 1000
-"""A curve of more points than this becomes one of means over equal stretches."""
+"""A curve with more points is averaged over equal ranges."""
 THUMBNAIL_PX = 128
 HOVER_CHARACTERS = 24
-"""Of a line of a run's name beside the pointer: as many as fit into the chart on a phone."""
+"""Characters per line of a run's name in the tooltip of a chart: as many as fit on a phone."""
 
 RUN_COLORS = ("#3b7dd8", "#e07a00", "#2a9d6f", "#c23bae", "#8a6d3b", "#d1495b", "#6c63c7", "#5f6b76")
 
@@ -43,12 +45,12 @@ LEARNING = {
 }
 PACE = {"images_per_second": "Images per second", "wait_fraction": "Share of time waiting for data"}
 ENTRIES = (("x scale", "x shear", "x shift"), ("y shear", "y scale", "y shift"))
-"""The entries of the command; a window's shears are 0."""
+"""The entries of the command; crop boxes have no shear."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbors:
-    """A test image and the images whose features are nearest to its own."""
+    """A test image and the images with the most similar features."""
 
     image: Image.Image
     name: str
@@ -58,18 +60,18 @@ class Neighbors:
 
 @dataclass(kw_only=True)
 class Look:
-    """What a run's model and data show."""
+    """What is shown of a run's model and data."""
 
     examples: list[Example] = field(default_factory=list)
     confusion: NDArray[np.int64] | None = None
     """[2, 3, K, K], as ``stec.evaluation.predictions.confusion`` counts."""
     neighbors: list[Neighbors] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    """What is left out and why, a sentence each."""
+    """What is missing and why, one sentence each."""
 
 
 def report(records: Sequence[RunRecord], looks: Sequence[Look]) -> str:
-    """The report, a whole HTML document. Everything that came from files is escaped."""
+    """The report as an HTML document. Everything that comes from files is escaped."""
     names = _names(records)
     keys = "".join(
         f'<button type="button" aria-pressed="true" data-run="{n}">{_dot(n)}{_safe(name)}</button>'
@@ -83,27 +85,30 @@ def report(records: Sequence[RunRecord], looks: Sequence[Look]) -> str:
         _section(
             "Views",
             _by_run(names, [_views(look.examples) for look in looks]),
-            "What training saw, first positions of the first epoch: the source with both windows (a double arrow "
-            "means flipped), the views, and where the inverse model predicts view j's window to be.",
+            "The first positions of the first epoch: the source with both crop boxes (a double arrow means flipped), "
+            "the views, and the crop box of view j that the inverse model predicts.",
         ),
         _section(
-            "What the inverse model predicts",
+            "Predictions of the inverse model",
             _by_run(names, [_confusion(n, look.confusion) for n, look in enumerate(looks)]),
-            "Each entry of the command from view i to view j: of the pairs whose true bin is in a row, the share that "
-            "is predicted to be in each column. A window's shear is always 0.",
+            "For each entry of the command from view i to view j: of the pairs whose true bin is a row, the fraction "
+            "that is predicted to be in each column. Crop boxes have no shear.",
         ),
         _section(
             "kNN",
             _by_run(names, [_neighbors(look.neighbors) for look in looks]),
-            "Test images, and the labeled images whose features are most similar (cosine).",
+            "Test images, and the labeled images with the most similar features (cosine).",
         ),
         _section("Settings", _settings(records, names)),
     ]
-    return page(
-        title="Report of " + ", ".join(names),
-        above=f'<nav aria-label="runs">{keys}</nav>' if len(names) > 1 else "",
-        body="".join(sections),
-    )
+    content = {
+        "title": _safe("Report of " + ", ".join(names)),
+        "plotly": get_plotlyjs(),
+        "navigation": f'<nav aria-label="runs">{keys}</nav>' if len(names) > 1 else "",
+        "body": "".join(sections),
+    }
+    template = importlib.resources.files("stec.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{ (\w+) \}\}", lambda name: content[name[1]], template)
 
 
 def _safe(text: object) -> str:
@@ -127,7 +132,7 @@ def _section(heading: str, content: str, explanation: str = "") -> str:
 
 
 def _by_run(names: Sequence[str], contents: Sequence[str]) -> str:
-    """What there is of each run, under its name; only the first is unfolded."""
+    """The content of each run under its name; only the first one is unfolded."""
     shown = [n for n, content in enumerate(contents) if content]
     return "".join(
         f'<details data-of="{n}"{" open" if n == shown[0] else ""}><summary>{_dot(n)}{_safe(names[n])}</summary>'
@@ -140,7 +145,7 @@ def _by_run(names: Sequence[str], contents: Sequence[str]) -> str:
 
 
 def _table(names: Sequence[str], rows: Iterable[tuple[str, Sequence[str], str]]) -> str:
-    """Rows of a name, a cell of HTML for each run, and a class."""
+    """A table with rows of a name, one HTML cell per run, and a CSS class."""
     head = "".join(f'<th scope="col" data-of="{n}">{_dot(n)}{_safe(name)}</th>' for n, name in enumerate(names))
     body = "".join(
         f'<tr class="{kind}"><th scope="row">{_safe(name)}</th>'
@@ -173,7 +178,7 @@ def _facts(records: Sequence[RunRecord], names: Sequence[str]) -> str:
 
 def _remarks(records: Sequence[RunRecord], looks: Sequence[Look], names: Sequence[str]) -> str:
     return "".join(
-        f'<aside data-of="{n}"><h3>{_dot(n)}Missing from {_safe(names[n])}</h3><ul>'
+        f'<aside data-of="{n}"><h3>{_dot(n)}Missing in {_safe(names[n])}</h3><ul>'
         + "".join(f"<li>{_safe(remark)}</li>" for remark in remarks)
         + "</ul></aside>"
         for n, (record, look) in enumerate(zip(records, looks))
@@ -182,7 +187,7 @@ def _remarks(records: Sequence[RunRecord], looks: Sequence[Look], names: Sequenc
 
 
 def _results(records: Sequence[RunRecord], names: Sequence[str]) -> str:
-    """Before and after training, the best of the runs marked."""
+    """Results before and after training; the best run is bold."""
     rows: list[tuple[str, Sequence[str], str]] = []
 
     def add(label: str, name: str, form: str, before: str | None = None) -> None:
@@ -204,12 +209,12 @@ def _results(records: Sequence[RunRecord], names: Sequence[str]) -> str:
         add(label, f"{name}_after", ".1%", f"{name}_before")
     add("inverse model, accuracy per entry", "inverse_model_accuracy", ".1%")
     add("images/s, whole training", "images_per_second", ",.0f")
-    add("share of time waiting for data", "wait_fraction", ".1%")
+    add("fraction of time waiting for data", "wait_fraction", ".1%")
     return _table(names, rows) if rows else ""
 
 
 def _settings(records: Sequence[RunRecord], names: Sequence[str]) -> str:
-    """Differing settings first, those that change what is learned marked; the others are folded away."""
+    """Differing settings first, marked if the weights depend on them; the others are folded."""
     known = list(dict.fromkeys(name for record in records for name in record.settings))
     differing, equal = [], []
     for name in known:
@@ -220,7 +225,7 @@ def _settings(records: Sequence[RunRecord], names: Sequence[str]) -> str:
         else:
             differing.append((name, cells, "" if rule_on_resume().get(name) == "free" else "differs"))
     differing.sort(key=lambda row: row[2], reverse=True)
-    explanation = "<p>Marked: settings that change what is learned.</p>"
+    explanation = "<p>Marked: settings that the weights depend on.</p>"
     shown = explanation + _table(names, differing) if differing else ""
     if equal:
         heading = f"{len(equal)} settings that are the same" if len(records) > 1 else f"{len(equal)} settings"
@@ -232,7 +237,7 @@ def _settings(records: Sequence[RunRecord], names: Sequence[str]) -> str:
 
 
 def _chart(figure: go.Figure, caption: str) -> str:
-    # What the browser's color scheme decides is in the page's style; everything else suits both.
+    # Colors that depend on the browser's color scheme are in the style of the page.
     figure.update_layout(
         template="none",
         margin={"l": 8, "r": 16, "t": 8, "b": 8},
@@ -240,7 +245,7 @@ def _chart(figure: go.Figure, caption: str) -> str:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12},
         showlegend=False,
-        # A finger that moves over a chart scrolls the page.
+        # On a phone, dragging over a chart scrolls the page.
         dragmode=False,
         hoverlabel={"align": "left"},
     )
@@ -253,9 +258,9 @@ def _chart(figure: go.Figure, caption: str) -> str:
 
 
 def _curves(records: Sequence[RunRecord], names: Sequence[str], metrics: dict[str, str]) -> str:
-    """A chart for each metric, a curve for each run. What is 0 throughout was not trained."""
+    """One chart per metric, one curve per run. A loss that is always 0 was not trained."""
     in_epochs = all(record.steps_per_epoch for record in records if record.metrics)
-    made = []
+    charts = []
     for metric, caption in metrics.items():
         figure = go.Figure()
         for n, record in enumerate(records):
@@ -283,23 +288,21 @@ def _curves(records: Sequence[RunRecord], names: Sequence[str], metrics: dict[st
             )
         if not figure.data:
             continue
-        share = metric.endswith(("accuracy", "share"))
+        is_fraction = metric.endswith(("accuracy", "fraction"))
         figure.update_xaxes(rangemode="tozero", title="epoch" if in_epochs else "step")
-        figure.update_yaxes(hoverformat=".1%" if share else ".4g", tickformat="~%" if share else None)
+        figure.update_yaxes(hoverformat=".1%" if is_fraction else ".4g", tickformat="~%" if is_fraction else None)
         if metric not in PACE:
             figure.update_yaxes(exponentformat="e")
-        if share or metric in PACE or metric == "learning_rate":
+        if is_fraction or metric in PACE or metric == "learning_rate":
             figure.update_yaxes(rangemode="tozero")
-        made.append(_chart(figure, caption))
-    return f'<div class="charts">{"".join(made)}</div>' if made else ""
+        charts.append(_chart(figure, caption))
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
 def _thinned(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The columns of points [N, 2], or of means over at most POINTS stretches of them."""
-    stretches = (
-        np.array_split(points, POINTS) if len(points) > POINTS else [points[n : n + 1] for n in range(len(points))]
-    )
-    means = np.array([stretch.mean(axis=0) for stretch in stretches])
+    """The columns of points [N, 2], or of their means over POINTS ranges."""
+    ranges = np.array_split(points, POINTS) if len(points) > POINTS else [points[n : n + 1] for n in range(len(points))]
+    means = np.array([points_of_range.mean(axis=0) for points_of_range in ranges])
     return means[:, 0], means[:, 1]
 
 
@@ -311,16 +314,16 @@ def _confusion(run: int, counts: NDArray[np.int64] | None) -> str:
     centers = bin_centers(bins, n_bins).numpy()
     gap = 2 if n_bins <= 16 else 0
     color = RUN_COLORS[run % len(RUN_COLORS)]
-    made = []
+    charts = []
     for row, column in np.ndindex(2, 3):
         of_entry = counts[row, column]
         totals = of_entry.sum(axis=1, keepdims=True)
-        shares = np.where(totals > 0, of_entry / np.maximum(totals, 1), np.nan)
+        fractions = np.where(totals > 0, of_entry / np.maximum(totals, 1), np.nan)
         figure = go.Figure(
             go.Heatmap(
                 x=centers[:, row, column],
                 y=centers[:, row, column],
-                z=shares,
+                z=fractions,
                 customdata=of_entry,
                 zmin=0,
                 zmax=1,
@@ -335,16 +338,16 @@ def _confusion(run: int, counts: NDArray[np.int64] | None) -> str:
         figure.update_xaxes(title="predicted", showgrid=False, ticks="outside", tickangle=0)
         figure.update_yaxes(title="true", showgrid=False, ticks="outside")
         right = np.trace(of_entry) / max(of_entry.sum(), 1)
-        made.append(_chart(figure, f"{ENTRIES[row][column]}: {right:.0%} right"))
+        charts.append(_chart(figure, f"{ENTRIES[row][column]}: {right:.0%} correct"))
     pairs = int(counts[0, 0].sum())
-    return f'<p>{pairs} pairs.</p><div class="charts three">{"".join(made)}</div>'
+    return f'<p>{pairs} pairs.</p><div class="charts three">{"".join(charts)}</div>'
 
 
 # --- Pictures ---
 
 
 def _picture(picture: Image.Image, description: str) -> str:
-    """An image element that holds its picture; small ones are shown pixel by pixel."""
+    """An image element with an embedded picture; small ones are shown with visible pixels."""
     content = base64.b64encode(png(picture)).decode()
     small = ' class="pixels"' if max(picture.size) < 100 else ""
     return (
@@ -354,7 +357,7 @@ def _picture(picture: Image.Image, description: str) -> str:
 
 
 def _views(examples: Sequence[Example]) -> str:
-    made = []
+    rows = []
     for example in examples:
         figures = []
         for panel in panels(example):
@@ -364,12 +367,12 @@ def _views(examples: Sequence[Example]) -> str:
                 f"<figure><figcaption{color}>{_safe(panel.heading)}</figcaption>"
                 f"{_picture(panel.image, f'{panel.heading}: {example.title}')}<dl>{words}</dl></figure>"
             )
-        made.append(f'<div class="panels">{"".join(figures)}</div>')
-    return "".join(made)
+        rows.append(f'<div class="panels">{"".join(figures)}</div>')
+    return "".join(rows)
 
 
 def _neighbors(rows: Sequence[Neighbors]) -> str:
-    made = []
+    lines = []
     for row in rows:
         figures = [f'<figure class="query">{_thumbnail(row.image, row.name)}<figcaption>{_safe(row.name)}</figcaption>']
         for picture, name, similarity in row.nearest:
@@ -378,8 +381,8 @@ def _neighbors(rows: Sequence[Neighbors]) -> str:
                 f"<figure{same}>{_thumbnail(picture, name)}<figcaption>{_safe(name)} <small>{similarity:.2f}</small>"
                 f"</figcaption>"
             )
-        made.append(f'<div class="neighbors">{"</figure>".join(figures)}</figure></div>')
-    return f'<div class="scroll">{"".join(made)}</div>' if made else ""
+        lines.append(f'<div class="neighbors">{"</figure>".join(figures)}</figure></div>')
+    return f'<div class="scroll">{"".join(lines)}</div>' if lines else ""
 
 
 def _thumbnail(picture: Image.Image, name: str) -> str:

@@ -9,33 +9,33 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from stec.architectures import ARCHITECTURES
+
 Stem = Literal["cifar", "stl10", "imagenet"]
 """``cifar``: 3x3 convolution, stride 1; ``stl10``: 7x7, stride 2; ``imagenet``: 7x7, stride 2, then max-pool."""
 STEMS: tuple[Stem, ...] = get_args(Stem)
 
-ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-}
-
+BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 NARROW = 16
-"""Below this width an encoder is not channels-last: oneDNN, which computes PyTorch's convolutions on CPUs, writes past
-its workspace in the gradient of a strided 1x1 convolution of fewer channels than a vector holds, and crashes or hangs
-(uxlfoundation/oneDNN issue 6035)."""
+"""Encoders of a smaller width are not channels-last: oneDNN, which computes PyTorch's convolutions on CPUs, writes past
+its workspace in the gradient of a strided 1x1 convolution with fewer channels than a vector register holds, and crashes
+or hangs (uxlfoundation/oneDNN issue 6035)."""
 
 
 class Encoder(nn.Module):
     """Images [N, 3, H, W] in [0, 1] to features [N, D] with D = ``feature_dim``.
 
     ``width`` is the number of channels of the first stage; the others have 2, 4 and 8 times as many. With width 64 the
-    parameters have the names and shapes of torchvision's ResNet of the same name, but for the absent ``fc`` and, with
-    the ``cifar`` stem, ``conv1``. Parameters and images are channels-last in memory, but for narrow encoders.
+    parameters have the names and shapes of torchvision's ResNet of the same name, except for ``fc``, which is missing,
+    and, with the ``cifar`` stem, ``conv1``. Parameters and images are channels-last in memory, except of narrow
+    encoders.
     """
 
     def __init__(self, arch: str, stem: Stem, width: int = 64) -> None:
         super().__init__()
-        block, depths = ARCHITECTURES[arch]
+        architecture = ARCHITECTURES[arch]
+        block = BLOCKS[architecture.block]
         if stem == "cifar":
             self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
         else:
@@ -46,7 +46,7 @@ class Encoder(nn.Module):
 
         channels = width
         stages = []
-        for k, depth in enumerate(depths):
+        for k, depth in enumerate(architecture.depths):
             planes = width * 2**k
             blocks = []
             for n in range(depth):
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         self.to(memory_format=self.memory_format)
 
     def _initialize(self) -> None:
-        """As the official code does: half the variance that is usual before a ReLU, in every convolution."""
+        """Initialize as the official code: convolutions with half the usual variance before a ReLU."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_in = module.weight[0].numel()

@@ -7,12 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stec.architectures import ARCHITECTURES
 from stec.config import ModelSettings
 from stec.models.encoder import Encoder, Stem
 from stec.models.heads import InverseModel, Projection, make_classifier
-
-DEFAULT_HIDDEN_MLP = {"resnet18": 512, "resnet50": 2048}
-"""Width of the projection's hidden layer if ``hidden_mlp`` is -1, by architecture, as in the official code."""
 
 
 class Outputs(NamedTuple):
@@ -91,7 +89,8 @@ class Model(nn.Module):
         self.classifier: nn.Linear | None
         self.encoder = Encoder(settings.arch, stem, settings.width)
         feature_dim = self.encoder.feature_dim
-        hidden_dim = DEFAULT_HIDDEN_MLP[settings.arch] if settings.hidden_mlp == -1 else settings.hidden_mlp
+        default_dim = ARCHITECTURES[settings.arch].hidden_mlp
+        hidden_dim = default_dim if settings.hidden_mlp == -1 else settings.hidden_mlp
         self.classifier = make_classifier(feature_dim, classes) if classes else None
         self.projection = self.inverse_model = None
         if stop_gradient == 2:

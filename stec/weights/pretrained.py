@@ -16,7 +16,8 @@ from torch import Tensor
 from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from pipelines.files import read_object
-from stec.config import Arch, ModelSettings
+from stec.architectures import ARCHITECTURES
+from stec.config import ModelSettings
 from stec.models.encoder import STEMS, Encoder, Stem
 from stec.models.heads import COMMAND_SHAPE, InverseModel, make_classifier
 from stec.models.model import Model
@@ -39,7 +40,7 @@ class Trained:
 
     path: Path
     """The file that they were read from."""
-    arch: Arch
+    arch: str
     stem: Stem
     width: int
     state: dict[str, Tensor]
@@ -128,12 +129,25 @@ def read_trained(
         raise UserError(f"{path} holds no encoder of ours: its conv1.weight has {first.ndim} dimensions instead of 4.")
     return Trained(
         path=path,
-        arch="resnet50" if "encoder.layer1.0.conv3.weight" in state else "resnet18",
+        arch=_architecture_of(state, path),
         stem=stem or _stem_of(first, metadata, path, otherwise, stem_set_by),
         width=len(first),
         state=state,
         metadata=metadata,
         stem_set_by=stem_set_by,
+    )
+
+
+def _architecture_of(state: Mapping[str, Tensor], path: Path) -> str:
+    """The architecture with the blocks and depths of an encoder. Raises UserError if there is none."""
+    block = "bottleneck" if "encoder.layer1.0.conv3.weight" in state else "basic"
+    blocks = {tuple(name.split(".")[1:3]) for name in state if name.startswith("encoder.layer")}
+    depths = tuple(sum(stage == f"layer{k}" for stage, _ in blocks) for k in range(1, 5))
+    for name, architecture in ARCHITECTURES.items():
+        if (architecture.block, architecture.depths) == (block, depths):
+            return name
+    raise UserError(
+        f"{path} holds an encoder of {block} blocks and depths {depths}, which is none of {', '.join(ARCHITECTURES)}."
     )
 
 
