@@ -23,7 +23,7 @@ from benchmarks import report
 from benchmarks.report import Figures, Output
 from pipelines.errors import UserError
 from stec.console import Console
-from stec.objectives.objective import nt_xent
+from stec.objectives.simclr import nt_xent
 from tests.plain import plain_nt_xent
 
 VERSIONS: dict[str, Callable[..., Any]] = {"whole matrix": plain_nt_xent, "in chunks": nt_xent}

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from stec.config import rule_on_resume
 from stec.evaluation.preview import Example, panels, png
-from stec.objectives.objective import bin_centers
+from stec.objectives.inverse import bin_centers
 from stec.runs.run_folder import RESULTS
 from stec.runs.run_record import RunRecord
 
@@ -33,13 +33,14 @@ RUN_COLORS = ("#3b7dd8", "#e07a00", "#2a9d6f", "#c23bae", "#8a6d3b", "#d1495b", 
 
 LEARNING = {
     "loss": "Loss",
-    "discrimination": "Contrastive loss (NT-Xent)",
-    "manipulation": "Inverse model: loss",
-    "supervised": "Online linear classifier: loss",
-    "discrimination_accuracy": "Contrastive accuracy, among all other views",
-    "manipulation_accuracy": "Inverse model: accuracy per entry",
-    "supervised_accuracy": "Online linear classifier: accuracy on training views",
-    "contrast_entropy": "Entropy of the contrast, nats",
+    "contrastive_loss": "Contrastive loss (NT-Xent)",
+    "inverse_loss": "Inverse model: loss",
+    "classifier_loss": "Online linear classifier: loss",
+    "contrastive_accuracy": "Contrastive accuracy, among all other views",
+    "inverse_accuracy": "Inverse model: accuracy per entry",
+    "classifier_accuracy": "Online linear classifier: accuracy on training views",
+    "cross_view_accuracy": "Contrastive accuracy, among the other views j",
+    "cross_view_entropy": "Entropy of the contrastive prediction, nats",
     "learning_rate": "Learning rate",
 }
 PACE = {"images_per_second": "Images per second", "wait_fraction": "Share of time waiting for data"}
