@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train on a SLURM cluster, over as many jobs as it takes:
+# Train on a SLURM cluster; a run may take several jobs:
 #
 #     sbatch configs/slurm.sh --recipe imagenet-resnet50 --data_dir DATA --num_nodes 2 --results_path runs/imagenet
 #
-# Two minutes before the time is up SLURM sends SIGUSR1 to the processes. They finish the step, save and exit with the
-# code below; the job then queues itself again and goes on from the checkpoint.
+# Two minutes before the time limit SLURM sends SIGUSR1 to the processes. They finish the step, save and exit with
+# $STOPPED; the script then queues the job again, which resumes from the checkpoint.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -19,8 +19,8 @@ STOPPED=85
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=29500
 
-# SLURM starts the processes itself, with what Accelerate's launcher would tell them, and without it: it would neither
-# pass the signal on nor return their exit code. exec makes Python the process that gets the signal.
+# srun starts the processes without Accelerate's launcher, which would neither forward the signal nor return their exit
+# code. exec makes Python the process that gets the signal.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=0 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS

@@ -1,7 +1,7 @@
-"""A data set of one's own, trained with our loader, model and objective: ``python examples/custom_dataset.py``.
+"""Train on your data set with the loader, model and objective of this project: ``python examples/custom_dataset.py``.
 
-Anything that fits into memory, or into a memory-mapped file, is an ``ImageArray``: uint8 [N, H, W, 3] of any size. (For
-files in a folder there is ``open_data_set("folder", path)``.)
+Images in memory or in a memory-mapped file are an ``ImageArray``: uint8 [N, H, W, 3] of any size. For image files use
+``open_data_set("folder", path)``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STEPS, BATCH, SIZE_PX, SEED = 8, 32, 32, 0
 
 
 def paint(count: int) -> NDArray[np.uint8]:
-    """[count, 48, 64, 3]: colored waves; here one's own images are read."""
+    """Colored waves, uint8 [count, 48, 64, 3]. Read your images here."""
     random = np.random.default_rng(SEED)
     y, x = np.mgrid[0:48, 0:64] / 8
     angle, color = random.uniform(0, np.pi, (count, 1, 1)), random.uniform(0, 1, (count, 1, 1, 3))
@@ -28,9 +28,9 @@ def paint(count: int) -> NDArray[np.uint8]:
 
 
 def main() -> list[float]:
-    """Train for some steps; returns their losses."""
+    """Train for ``STEPS`` steps and return their losses."""
     torch.manual_seed(SEED)
-    # Without labels (-1) there is nothing for an online linear classifier to learn, hence ``classes=0`` below.
+    # Label -1 means unlabeled. Without labels there is no online linear classifier, hence ``classes=0`` below.
     images = ImageArray(pixels=paint(256), labels=np.full(256, -1))
     sampler = Sampler(images, stec.Policy(size=SIZE_PX), seed=SEED, batch_size=BATCH)
     loader = Loader(sampler, backend="auto", device=torch.device("cpu"), workers=2)

@@ -1,7 +1,6 @@
-"""S-TEC's objective in a plain PyTorch loop with torchvision's encoder and transforms: ``python
-examples/custom_loop.py``.
+"""Use the losses in a plain PyTorch loop with torchvision's encoder and transforms: ``python examples/custom_loop.py``.
 
-A view is made by whatever executes its command; the same commands then say what the inverse model has to recover.
+The commands that this loop executes are also the target of the inverse model.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ STEPS, BATCH, SIZE_PX, SEED = 8, 32, 32, 0
 
 
 def make_view(image: Image, commands: stec.Commands, n: int, v: int) -> Tensor:
-    """[3, 32, 32]: view ``v`` of image ``n``; its window and flip alone, as ``main`` draws nothing else."""
-    window = [int(getattr(commands, name)[n, v]) for name in ("top", "left", "height", "width")]
-    view = F.resized_crop(image, *window, [SIZE_PX, SIZE_PX])
+    """View ``v`` of image ``n``, float32 [3, 32, 32]. Only crop box and flip: the policy changes no colors."""
+    crop_box = [int(getattr(commands, name)[n, v]) for name in ("top", "left", "height", "width")]
+    view = F.resized_crop(image, *crop_box, [SIZE_PX, SIZE_PX])
     return torch.as_tensor(F.to_tensor(F.hflip(view) if commands.flip[n, v] else view))
 
 
 def main() -> list[float]:
-    """Train for some steps; returns their losses."""
+    """Train for ``STEPS`` steps and return their losses."""
     torch.manual_seed(SEED)
     images = open_data_set("demo", None).train
     policy = stec.Policy(size=SIZE_PX, p_color_jitter=0, p_grayscale=0)
@@ -52,7 +51,7 @@ def main() -> list[float]:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        print(f"step {step}: loss {loss:.3f}, entries of the command that were recovered {accuracy:.1%}")
+        print(f"step {step}: loss {loss:.3f}, accuracy of the inverse model {accuracy:.1%}")
     return losses
 
 

@@ -192,7 +192,7 @@ def test_evaluation_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert launch.main([*EVAL, str(tmp_path / "absent.ckpt"), "--batch_size", "0"]) == 2
     assert "--batch_size 0 is too small" in capsys.readouterr().err
     assert launch.main([*EVAL, str(tmp_path / "absent.ckpt"), "--json", str(tmp_path)]) == 2
-    assert "name a file in an existing folder" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
     assert launch.main(["--recipe", "stl10-resnet18-linear-probing", "--gpus", "1"]) == 2
     assert "name its weights by --ckpt_path" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The files in ``configs/`` say what their names say, to Accelerate and to SLURM."""
+"""The files in ``configs/`` start what their names describe."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ CONFIGS = ROOT / "configs"
     ],
 )
 def test_accelerate_reads_them(name: str, machines: int, processes: int, kind: str) -> None:
-    """With its own reader, which refuses unknown keys."""
+    """Accelerate's reader rejects unknown keys."""
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert (config.num_machines, config.num_processes, config.distributed_type) == (machines, processes, kind)
     assert config.use_cpu == (name == "cpu")
 
 
 @pytest.mark.parametrize(("name", "processes"), [("cpu", 1), ("cpu-2", 2)])
-def test_those_for_cpus_run(name: str, processes: int, tmp_path: Path) -> None:
-    """On pictures without labels, so that nothing is evaluated."""
+def test_cpu_configs_run(name: str, processes: int, tmp_path: Path) -> None:
+    """On images without labels, so that nothing is evaluated."""
     for n in range(16):
         Image.fromarray(smooth_image(40, 50, n)).save(tmp_path / f"{n}.png")
     flags = f"--dataset folder --data_dir {tmp_path} --view_size 32 --batch_size 8 --width 4 --max_epochs 1"
@@ -52,10 +52,10 @@ def test_those_for_cpus_run(name: str, processes: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("training_exits_with", "job_exits_with", "requeued"), [(0, 0, False), (85, 0, True), (2, 2, False)]
 )
-def test_the_slurm_job_queues_itself_again_when_it_was_stopped(
+def test_the_slurm_job_is_requeued_after_a_stop(
     training_exits_with: int, job_exits_with: int, requeued: bool, tmp_path: Path
 ) -> None:
-    """SLURM's two commands are stand-ins here: two tasks, the second of which ends as training does."""
+    """With scripts in place of scontrol, srun and python: two tasks, of which the second returns the exit code."""
     (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$1" = show ] && echo first && exit\necho "$@" >> "$LOG"\n')
     (tmp_path / "python").write_text(
         '#!/bin/sh\necho "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $@" >> "$LOG"\nexit $((RANK * CODE))\n'

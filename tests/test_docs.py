@@ -1,4 +1,4 @@
-"""README and docs: documented commands parse, flags and files exist, links resolve, and their code runs."""
+"""README and docs: commands parse, flags and files exist, links resolve, code runs."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def inline(text: str) -> list[str]:
 def commands(page: str) -> list[str]:
     """The command lines of a page."""
     blocks = [line for block in fenced(PAGES[page]) for line in block.splitlines()]
-    found = [part.strip() for line in [*blocks, *inline(PAGES[page])] for part in line.split(" && ")]
-    found = [re.sub(r"^(\w+=\S+ )+", "", command) for command in found]
-    return [command for command in found if command.split(" ")[0] in PROGRAMS and command not in OTHERS]
+    lines = [part.strip() for line in [*blocks, *inline(PAGES[page])] for part in line.split(" && ")]
+    lines = [re.sub(r"^(\w+=\S+ )+", "", command) for command in lines]
+    return [command for command in lines if command.split(" ")[0] in PROGRAMS and command not in OTHERS]
 
 
 class Parsed(Exception):
@@ -84,7 +84,7 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "run", lambda _benchmark: 0)
 
-    def stops(parser: Callable[..., object]) -> Callable[..., object]:
+    def stop_after(parser: Callable[..., object]) -> Callable[..., object]:
         def parse_only(*arguments: object, **named: object) -> object:
             config = parser(*arguments, **named)
             if hasattr(config, "validate"):
@@ -104,7 +104,7 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
         elif name == "train":
             assert launch.main([*arguments, "--print_config"]) == 0
         elif parsers := [parser for parser in ("parse", "parse_train") if hasattr(module, parser)]:
-            with patch.object(module, parsers[-1], stops(getattr(module, parsers[-1]))), pytest.raises(Parsed):
+            with patch.object(module, parsers[-1], stop_after(getattr(module, parsers[-1]))), pytest.raises(Parsed):
                 launch.main(arguments)
         else:
             assert launch.main(arguments) == 0
@@ -114,10 +114,10 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
             command = command.replace(placeholder, value)
         match shlex.split(command):
             case ["accelerate", "launch", *arguments]:
-                given = launch_command_parser().parse_args(arguments)
-                assert given.config_file is None or (ROOT / given.config_file).is_file()
-                assert given.training_script == ("launch" if given.module else "launch.py")
-                call_launch(given.training_script_args)
+                parsed = launch_command_parser().parse_args(arguments)
+                assert parsed.config_file is None or (ROOT / parsed.config_file).is_file()
+                assert parsed.training_script == ("launch" if parsed.module else "launch.py")
+                call_launch(parsed.training_script_args)
             case ["python", "launch.py", *arguments] | ["launch.py", *arguments] | ["stec", *arguments]:
                 call_launch(arguments)
             case ["sbatch", script, *arguments]:
@@ -132,16 +132,16 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
             case ["python", script]:
                 assert (ROOT / script).is_file()
             case ["pip", name, *arguments]:
-                _, wanted = create_command(name).parse_args(arguments)
+                _, packages = create_command(name).parse_args(arguments)
                 extras = re.findall(r"^(\w+) =$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
                 assert set(re.findall(r"\[(\w+)\]", command)) <= set(extras)
-                assert name == "check" or wanted or "-e" in arguments
+                assert name == "check" or packages or "-e" in arguments
             case ["pytest", *arguments]:
                 assert all((ROOT / name).exists() for name in arguments if name.endswith(".py"))
             case ["ruff" | "mypy", *_]:
                 pass  # tests/test_packaging.py compares them with .ci/run.
             case _:
-                raise AssertionError(f"{command}: no program is known that would check this")
+                raise AssertionError(f"{command}: no parser for this program")
 
     return check_command
 
@@ -158,25 +158,25 @@ def test_documented_commands_are_valid(page: str, check: Callable[[str], None]) 
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
     """All flags of this project's programs, from their help, and of pip and Accelerate's launcher."""
-    shown = io.StringIO()
-    helped = [(launch.main, [name, "--help"]) for name in launch.COMMANDS if name != "recipes"]
-    helped += [(importlib.import_module(f"benchmarks.{name}").main, ["--help"]) for name in BENCHMARKS]
-    for main, arguments in helped:
-        with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+    output = io.StringIO()
+    programs = [(launch.main, [name, "--help"]) for name in launch.COMMANDS if name != "recipes"]
+    programs += [(importlib.import_module(f"benchmarks.{name}").main, ["--help"]) for name in BENCHMARKS]
+    for main, arguments in programs:
+        with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
             main(arguments)
-    text = shown.getvalue() + create_command("install").parser.format_help()
+    text = output.getvalue() + create_command("install").parser.format_help()
     text += (ROOT / "configs/slurm.sh").read_text()
     return set(re.findall(r"(?<![\w-])--[\w-]+", text)) | set(launch_command_parser()._option_string_actions)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_exist(page: str, flags: set[str]) -> None:
-    named = {flag for span in inline(PAGES[page]) for flag in re.findall(r"(?<!\S)--[\w-]+", span)}
-    # A page with changes of the code may add one.
+    flags_of_page = {flag for span in inline(PAGES[page]) for flag in re.findall(r"(?<!\S)--[\w-]+", span)}
+    # The diffs of a page may add a flag.
     added = {
         f"--{name}" for patch in fenced(PAGES[page], "diff") for name in re.findall(r"^\+ +(p_\w+): float", patch, re.M)
     }
-    assert named <= flags | added
+    assert flags_of_page <= flags | added
 
 
 def slug(heading: str) -> str:
@@ -196,10 +196,18 @@ def test_links_resolve(page: str) -> None:
         assert not anchor or anchor in map(slug, headings), target
 
 
+def test_pages_named_in_the_code_exist() -> None:
+    """In messages, help texts and comments."""
+    for folder in ("stec", "pipelines", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for page in re.findall(r"\bdocs/[\w-]+\.md", path.read_text()):
+                assert (ROOT / page).is_file(), (path, page)
+
+
 def test_the_public_names_are_listed() -> None:
     table = [line.split(" | ")[0] for line in PAGES["docs/install.md"].splitlines() if line.startswith("| `")]
-    listed = {span for cell in table for span in re.findall(r"`((?:stec|pipelines)\.\w+)`", cell)}
-    assert listed == {f"{module.__name__}.{name}" for module in (stec, pipelines) for name in dir(module)}
+    names = {span for cell in table for span in re.findall(r"`((?:stec|pipelines)\.\w+)`", cell)}
+    assert names == {f"{module.__name__}.{name}" for module in (stec, pipelines) for name in dir(module)}
 
 
 # --- Documented procedures ---
@@ -255,11 +263,11 @@ def test_smaller_copies(tmp_path: Path) -> None:
 def test_slurm(images: Path, tmp_path: Path) -> None:
     """The command of the job, with SLURM's signal in the middle, and again."""
     (command,) = (block for block in fenced(PAGES["docs/runs.md"]) if block.startswith("sbatch"))
-    _, script, *given = shlex.split(command.replace("RUN", str(tmp_path / "run")).replace("DATA", str(images)))
+    _, script, *arguments = shlex.split(command.replace("RUN", str(tmp_path / "run")).replace("DATA", str(images)))
     added = re.search(r'"\$@" (--resume .*)$', (ROOT / script).read_text(), re.MULTILINE)
     stopped = re.search(r"^STOPPED=(\d+)$", (ROOT / script).read_text(), re.MULTILINE)
     assert added is not None and stopped is not None
-    flags = [*given, *shlex.split(added[1].replace("$STOPPED", stopped[1]))]
+    flags = [*arguments, *shlex.split(added[1].replace("$STOPPED", stopped[1]))]
     assert " ".join(flags[-4:]) == "--resume auto --stop_exit_code 85"
     flags += [*SMALL, "--arch", "resnet18", "--width", "4", "--gpus", "1", "--num_nodes", "1"]
     Run(*flags, prepare=SignalAtStep(2, signal.SIGUSR1)).end(85)
@@ -267,10 +275,10 @@ def test_slurm(images: Path, tmp_path: Path) -> None:
 
 
 def test_measuring(tmp_path: Path) -> None:
-    """The first benchmark of the page, and the profile of a run."""
+    """The first benchmark of the page and the profile of a run."""
     first, _, profile = fenced(PAGES["docs/performance.md"])[0].splitlines()
-    brief = "--batch_size 4 --workers 1 --repeats 1 --seconds 0.01 --contenders compiled".split()
-    assert importlib.import_module(first.split()[2]).main([*first.split()[3:], *brief]) == 0
+    short = "--batch_size 4 --workers 1 --repeats 1 --seconds 0.01 --contenders compiled".split()
+    assert importlib.import_module(first.split()[2]).main([*first.split()[3:], *short]) == 0
     profile = profile.replace("--profile 20", "--profile 2")
     small = "--limit_train 128 --batch_size 8 --width 4 --max_epochs 1 --num_workers 1".split()
     assert "backward" in Run(*shlex.split(profile.replace("RUN", str(tmp_path / "run")))[2:], *small).end()
@@ -288,51 +296,68 @@ from stec.objectives.geometry import window_matrices
 from stec.cli.train import parse_train
 
 config, _ = parse_train("--p_upside_down 0.5 --p_color_jitter 0 --p_grayscale 0 --view_size 32".split())
-assert policy_of(config).p_upside_down == 0.5 and TrainConfig().p_upside_down == 0
+assert policy_of(config).p_upside_down == 0.5 and TrainConfig().augmentation.p_upside_down == 0
 pixels = np.random.default_rng(0).integers(0, 256, (8, 40, 50, 3), np.uint8)
 images = ImageArray(pixels=pixels, labels=np.full(8, -1))
 sampler = Sampler(images, policy_of(config), seed=1, batch_size=8)
 plan = sampler.plan(0)
-commands, turned = plan.commands, plan.commands.upside_down
-assert 0.2 < turned.mean() < 0.8
+commands, upside_down = plan.commands, plan.commands.upside_down
+assert 0.2 < upside_down.mean() < 0.8
 theta = window_matrices(commands)
-assert ((theta[..., 1, 1] < 0) == turned).all() and ((theta[..., 0, 0] < 0) == commands.flip).all()
+assert ((theta[..., 1, 1] < 0) == upside_down).all() and ((theta[..., 0, 0] < 0) == commands.flip).all()
 loader = Loader(sampler, backend="dali", device=torch.device("cpu"), workers=1, executor="dali")
 batch = next(loader.batches(0))
-upright = replace(commands, upside_down=turned & False)
+upright = replace(commands, upside_down=upside_down & False)
 compiled = np.empty((2, 32, 32, 3), np.float32)
 strides, hw = np.array([150, 3, 1]), (40, 50)
 for n, image_id in enumerate(plan.image_ids.tolist()):
     cpu_kernels._make_views(pixels[image_id].reshape(-1), strides, hw, (0, 0), commands.pack()[n], 3, compiled)
     for v in (0, 1):
-        made, plain = (reference.execute(images.open(image_id), c, plan.policy, n, v) for c in (commands, upright))
-        assert torch.equal(made, plain.flip(1) if turned[n, v] else plain)
-        assert np.array_equal(compiled[v], made.permute(1, 2, 0))
-        assert (batch.views[n, v] - made).abs().mean() * 255 < 1
+        view, plain = (reference.execute(images.open(image_id), c, plan.policy, n, v) for c in (commands, upright))
+        assert torch.equal(view, plain.flip(1) if upside_down[n, v] else plain)
+        assert np.array_equal(compiled[v], view.permute(1, 2, 0))
+        assert (batch.views[n, v] - view).abs().mean() * 255 < 1
+"""
+WAVES = """
+import numpy as np
+from pathlib import Path
+from pipelines import UserError, open_data_set
+from stec.cli.train import parse_train
+
+try:
+    open_data_set("waves", Path("."))
+    raise AssertionError("opened missing files")
+except UserError:
+    pass
+for split, count in (("train", 4), ("test", 2)):
+    np.save(f"{split}.npy", np.full((count, 48, 64, 3), count, np.uint8))
+    np.save(f"{split}-labels.npy", np.arange(count) % 2)
+data_set = open_data_set("waves", Path("."))
+assert len(data_set.train) == 4 and data_set.labeled is data_set.train and len(data_set.test) == 2
+assert data_set.train.pixels[0].max() == 4 and data_set.test.labels.tolist() == [0, 1]
+config, _ = parse_train("--dataset waves --data_dir .".split())
+assert config.view_size_px == 32
 """
 
 
-@pytest.fixture
-def changed(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with the changes of the page applied."""
+    folder = tmp_path_factory.mktemp("changed")
     for name in ("stec", "pipelines", "tests"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     patch = "".join(fenced(PAGES["docs/extend.md"], "diff"))
-    subprocess.run(["git", "apply", "-C1", "-"], cwd=tmp_path, input=patch, text=True, check=True)
-    return tmp_path
+    subprocess.run(["git", "apply", "-C1", "-"], cwd=folder, input=patch, text=True, check=True)
+    return folder
 
 
-def test_a_command_can_be_added(changed: Path) -> None:
-    """With the changes of the page; the compiled function runs as Python here, because compiling takes 15 s."""
+@pytest.mark.parametrize("code", [UPSIDE_DOWN, WAVES], ids=["command", "data set"])
+def test_the_changes_of_the_page_work(code: str, changed: Path) -> None:
+    """The compiled function runs as Python here, because compiling takes 15 s."""
     environment = {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(changed), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", UPSIDE_DOWN],
-        cwd=changed,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, cwd=changed, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_files_and_names_in_the_page_exist() -> None:
@@ -357,14 +382,14 @@ def test_the_picture_is_reproducible(tmp_path: Path) -> None:
     picture = tmp_path / "preview.png"
     arguments = shlex.split(command.replace("docs/preview.png", str(picture)))[2:]
     assert launch.main(arguments) == 0
-    with Image.open(picture) as made, Image.open(ROOT / "docs/preview.png") as committed:
-        assert made.size == committed.size and made.tobytes() == committed.tobytes()
+    with Image.open(picture) as new, Image.open(ROOT / "docs/preview.png") as committed:
+        assert new.size == committed.size and new.tobytes() == committed.tobytes()
 
 
 def test_the_tour_prints_what_it_shows() -> None:
     """The session of the page, with its output."""
     session = "".join(fenced(PAGES["docs/tour.md"], "python"))
     _, *outputs = fenced(PAGES["docs/tour.md"], "text")
-    done = subprocess.run([sys.executable, "-c", session], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(outputs)
+    result = subprocess.run([sys.executable, "-c", session], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "".join(outputs)

@@ -316,8 +316,8 @@ def test_bad_images_are_omitted(
 
 
 WRONG = {
-    "another format": (["out.csv"], "out.csv must end in .safetensors or .npy"),
-    "no such folder": (["no/out.npy"], "no/out.npy cannot be written; name a file in an existing folder"),
+    "another format": (["out.csv"], "out.csv must end in .npy or .safetensors"),
+    "no such folder": (["no/out.npy"], "no/out.npy cannot be written"),
     "no weights": (["out.npy", "--ckpt_path", "absent.ckpt"], "There is no file or folder absent.ckpt"),
     "no data": (["out.npy", "--dataset", "cifar10"], "--dataset cifar10 needs --data_dir"),
     "no test images": (

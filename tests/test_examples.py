@@ -1,4 +1,4 @@
-"""The examples are run as a reader runs them, and learn something; they stay short."""
+"""The examples run, reduce their loss and have fewer than 60 lines."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pipelines.datasets.images import UNLABELED
 from pipelines.datasets.listing import format_counts
 
 LARGE_PIXELS = 2_000_000
-"""If half of the images are larger, decoding takes most of the time (measured in docs/train-on-my-images.md)."""
+"""If half of the images are larger, decoding takes most of the time (measured in docs/data.md)."""
 
 
 def notes_on(index: SplitIndex) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def notes_on(index: SplitIndex) -> tuple[str, ...]:
     if median > LARGE_PIXELS:
         notes.append(
             f"The images in {images.root} are large (median {median / 1e6:.0f} megapixels), so decoding them takes "
-            f"most of the time; train on smaller copies (docs/train-on-my-images.md)."
+            f"most of the time; train on smaller copies (docs/data.md)."
         )
     return tuple(notes)
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from pipelines.errors import UserError
 from stec.cli.encoder import EncoderConfig, read_encoder
 from stec.cli.flags import parse
-from stec.cli.outputs import check_place
+from stec.cli.outputs import check_output
 
 if TYPE_CHECKING:
     from pipelines.datasets.images import ImageFiles
@@ -36,9 +35,7 @@ class EmbedConfig(EncoderConfig):
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         super().validate()
-        if self.out.suffix not in (".safetensors", ".npy"):
-            raise UserError(f"{self.out} must end in .safetensors or .npy, the supported formats.")
-        check_place(self.out, inputs=(self.ckpt_path,))
+        check_output(self.out, suffixes=(".npy", ".safetensors"), inputs=(self.ckpt_path,))
 
 
 def run(arguments: list[str]) -> None:

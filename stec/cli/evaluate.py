@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pipelines.errors import UserError
 from stec.cli.encoder import EncoderConfig, read_encoder
 from stec.cli.flags import parse
-from stec.cli.outputs import check_place
+from stec.cli.outputs import check_output
 from stec.settings import setting
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class EvalConfig(EncoderConfig):
         if self.json is not None:
             # No data set contains such files.
             data_dir = None if self.json.suffix == ".json" else self.data_dir
-            check_place(self.json, "--json", inputs=(self.ckpt_path, data_dir))
+            check_output(self.json, "--json", inputs=(self.ckpt_path, data_dir))
 
 
 def run(arguments: list[str]) -> None:

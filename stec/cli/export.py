@@ -1,4 +1,4 @@
-"""Export a trained encoder for torchvision, timm or Hugging Face, or the whole model as one file."""
+"""``launch.py export``: an encoder for torchvision, timm or Hugging Face, or the model as one file."""
 
 from __future__ import annotations
 
@@ -11,43 +11,44 @@ import tyro
 
 from pipelines.errors import UserError
 from stec.cli.flags import parse
+from stec.cli.outputs import check_output
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export a trained encoder for torchvision, timm or Hugging Face, or the whole model as one file."""
+    """Export an encoder for torchvision, timm or Hugging Face, or the model as one file."""
 
     source: tyro.conf.Positional[Path]
-    """A run's folder, one of its safetensors files or checkpoints, an exported folder, or an official .ckpt."""
+    """The folder of a run, one of its safetensors files or checkpoints, an exported folder, or an official .ckpt."""
     out: tyro.conf.Positional[Path]
     """File to write, ending in .safetensors or .pth; for huggingface, a folder."""
     format: Literal["torchvision", "timm", "huggingface", "full"]
-    """What shall load it; full is encoder and heads under our names."""
+    """The library that loads it; full is encoder and heads with this project's names."""
     license: str = "unknown"
-    """Under which the weights may be used, as the Hub writes it: mit, apache-2.0, cc-by-4.0, other."""
+    """License of the weights in the short form of the Hub: mit, apache-2.0, cc-by-4.0, other."""
     stem: Literal["cifar", "stl10", "imagenet"] | None = None
-    """For official checkpoints, which do not say it: the data set whose stem the encoder has."""
+    """Stem of the encoder, for official checkpoints, which do not record it."""
 
     def validate(self) -> None:
-        """Raise UserError for the first setting that makes no sense."""
+        """Raise UserError if the license is invalid."""
         if not re.fullmatch("[a-z0-9][a-z0-9.+-]*", self.license):
             raise UserError(
-                f"--license {self.license} is no license's short name as the Hub writes it; give one such as mit, "
+                f"--license {self.license} is not a license in the short form of the Hub; give one such as mit, "
                 f"apache-2.0, cc-by-4.0 or other."
             )
 
 
 def run(arguments: list[str]) -> None:
-    """Export a trained encoder; prints how it is loaded."""
+    """Export, and print the Python line that loads the result."""
     config = parse(ExportConfig, arguments, name="export")
     config.validate()
 
-    from stec.weights.formats import check_out, export
+    from stec.weights.formats import SUFFIXES, export
     from stec.weights.pretrained import read_trained
 
-    check_out(config.out, config.format)
+    check_output(config.out, suffixes=SUFFIXES[config.format], may_exist=False)
     trained = read_trained(config.source, stem=config.stem, stem_set_by="--stem")
     loading = export(trained, config.out, config.format, source=config.source, license=config.license)
     values = sum(tensor.numel() for tensor in trained.encoder.state_dict().values())
     print(f"{config.out}: {trained.arch}, width {trained.width}, {trained.stem} stem, {values} values in the encoder")
-    print(f"Load it by: {loading}")
+    print(f"Load it with: {loading}")

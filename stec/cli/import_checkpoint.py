@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a safetensors file under our names."""
+"""``launch.py import``: convert a checkpoint to a safetensors file with this project's names."""
 
 from __future__ import annotations
 
@@ -7,27 +7,24 @@ from pathlib import Path
 
 import tyro
 
-from pipelines.errors import UserError
 from stec.cli.flags import parse
-from stec.cli.outputs import check_place
+from stec.cli.outputs import check_output
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Turn a checkpoint, official .ckpt files included, into a safetensors file under our names."""
+    """Convert a checkpoint, also an official .ckpt, to a safetensors file with this project's names."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """File to read; nothing in it is executed."""
+    """File to read; no code in it is executed."""
     out: tyro.conf.Positional[Path]
     """File to write, ending in .safetensors."""
 
 
 def run(arguments: list[str]) -> None:
-    """Turn a checkpoint into a safetensors file under our names."""
+    """Convert a checkpoint to a safetensors file with this project's names."""
     config = parse(ImportConfig, arguments, name="import")
-    if config.out.suffix != ".safetensors":
-        raise UserError(f"{config.out} must end in .safetensors, the format that is written.")
-    check_place(config.out, inputs=(config.checkpoint,))
+    check_output(config.out, suffixes=(".safetensors",), inputs=(config.checkpoint,))
 
     from stec.weights.export import read_weights, write_safetensors
 

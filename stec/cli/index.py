@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from stec.cli.flags import parse
-from stec.cli.outputs import check_place
+from stec.cli.outputs import check_output
 from stec.distributed.launcher import is_main_process
 from stec.settings import Switch
 
@@ -36,7 +36,7 @@ class IndexConfig:
 def run(arguments: list[str]) -> None:
     """Index every split of a data set of image files or shards, and print its facts and its bad images."""
     config = parse(IndexConfig, arguments, name="index")
-    check_place(config.bad, "--bad")
+    check_output(config.bad, "--bad")
 
     from pipelines.datasets.cache import cache_file
     from pipelines.datasets.image_folders import apply_orientation, check_classes, check_labels, splits_below

@@ -1,21 +1,36 @@
-"""Where commands may write their files."""
+"""Checks of the paths that commands write to."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.errors import UserError
 
 
-def check_place(path: Path, flag: str = "", *, inputs: Sequence[Path | None] = ()) -> None:
-    """Raise UserError if no file can be written to ``path`` (the value of ``flag``), or it would overwrite an input.
+def check_output(
+    path: Path,
+    flag: str = "",
+    *,
+    suffixes: Sequence[str] = (),
+    inputs: Sequence[Path | None] = (),
+    may_exist: bool = True,
+) -> None:
+    """Raise UserError if ``path`` (the value of ``flag``) cannot be written or would overwrite an input.
 
-    ``inputs`` are files, and folders with all that they contain; of a run's folder, only the files that training wrote.
+    ``suffixes`` are the allowed ones, if not all. ``inputs`` are files, and folders with all that they contain; of a
+    run's folder, only the files that training wrote.
     """
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{flag} {path} cannot be written; name a file in an existing folder.".lstrip())
-    if not path.exists():
+    name = f"{flag} {path}".lstrip()
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(f"{name} must end in {' or '.join(suffixes)}.")
+    if not may_exist and os.path.lexists(path):  # also a broken link
+        raise UserError(f"{name} already exists; choose another path, or remove it.")
+    # The functions of os.path do not raise if a name is too long; writing does.
+    if os.path.isdir(path) or not os.path.isdir(path.parent):  # noqa: PTH112
+        raise UserError(f"{name} cannot be written; give a path in an existing folder.")
+    if not os.path.exists(path):  # noqa: PTH110
         return
     from stec.runs.run_folder import RunFolder
 
@@ -24,6 +39,6 @@ def check_place(path: Path, flag: str = "", *, inputs: Sequence[Path | None] = (
             continue
         inside = source.is_dir() and path.resolve().is_relative_to(source.resolve())
         if path.samefile(source) or (inside and not RunFolder(source).written()):
-            raise UserError(f"{flag} {path} would overwrite a file of {source}; name another file.".lstrip())
+            raise UserError(f"{name} would overwrite a file of {source}; choose another file.")
     if path.name in {file.name for file in RunFolder(path.parent).written()}:
-        raise UserError(f"{flag} {path} would overwrite a file of a run; name another file.".lstrip())
+        raise UserError(f"{name} would overwrite a file of a run; choose another file.")

@@ -9,7 +9,7 @@ import tyro
 
 from pipelines.errors import UserError
 from stec.cli.flags import parse_some
-from stec.cli.outputs import check_place
+from stec.cli.outputs import check_output
 from stec.cli.train import parse_train, title
 from stec.distributed.launcher import is_main_process
 from stec.settings import check_ranges, setting
@@ -35,8 +35,6 @@ class PreviewConfig:
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         check_ranges(self)
-        if self.out.suffix.lower() != ".png":
-            raise UserError(f"{self.out} does not end in .png, the supported format.")
 
 
 def run(arguments: list[str]) -> None:
@@ -47,7 +45,7 @@ def run(arguments: list[str]) -> None:
     config, rest = parse_some(PreviewConfig, arguments, name="preview")
     config.validate()
     settings, _ = parse_train([*(["--config", str(config.config)] if config.config else []), *rest])
-    check_place(config.out, inputs=(settings.data.data_dir,))
+    check_output(config.out, suffixes=(".png",), inputs=(settings.data.data_dir,))
     if config.epoch >= settings.optimization.max_epochs:
         raise UserError(
             f"--epoch {config.epoch} is beyond the last one; give 0 to {settings.optimization.max_epochs - 1}."

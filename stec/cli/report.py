@@ -13,6 +13,7 @@ import tyro
 
 from pipelines.errors import UserError
 from stec.cli.flags import parse
+from stec.cli.outputs import check_output
 from stec.config import TrainConfig
 from stec.settings import check_ranges, setting
 
@@ -47,8 +48,7 @@ class ReportConfig:
         if not self.runs:
             raise UserError("launch.py report needs the folder of a run: launch.py report RUN [RUN ...].")
         check_ranges(self)
-        if self.out.suffix.lower() not in (".html", ".htm") or self.out.is_dir() or not self.out.parent.is_dir():
-            raise UserError(f"--out {self.out} cannot be written; give an .html file in an existing folder.")
+        check_output(self.out, "--out", suffixes=(".html", ".htm"), inputs=self.runs)
         if importlib.util.find_spec("plotly") is None:
             raise UserError("launch.py report needs plotly, which is not installed; run pip install plotly.")
 

@@ -1,4 +1,4 @@
-"""Weights in and out: safetensors files, our checkpoints, and the official implementation's checkpoints."""
+"""Reading and writing weights: safetensors files, checkpoints, and official checkpoints."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from stec.weights.inert_pickle import read_torch_file
 PARTS = ("encoder", "projection", "inverse_model", "classifier")
 
 PORTABLE = ("stec", "torch", "python", "training_images", "data_fingerprint")
-"""Of the environment of a run, what its weights tell."""
+"""The keys of a run's environment that are stored with its weights."""
 OBJECTS = ("config", "environment", "encoder", "results")
-"""Of a file's metadata, what is a JSON object where it is there."""
+"""The keys of a file's metadata that are JSON objects, if present."""
 
 OFFICIAL_PREFIXES = {
     "encoder.": "encoder.",
@@ -34,13 +34,13 @@ OFFICIAL_PREFIXES = {
     "binned_prediction_model.model.linear_final.": "inverse_model.output.",
     "supervised_head.linear_layer.": "classifier.",
 }
-"""How names in an official state dict begin, and how ours do."""
+"""Prefixes of parameter names in an official state dict, and here."""
 
 
 def from_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An official state dict under our names, without the encoder's unused ``fc``.
+    """An official state dict with this project's names, without the encoder's unused ``fc``.
 
-    Raises ValueError for a name that no official model has.
+    Raises ValueError for a name that is not in the official model.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -48,7 +48,7 @@ def from_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         prefix = next((official for official in OFFICIAL_PREFIXES if name.startswith(official)), None)
         if prefix is None:
-            raise ValueError(f"{name} is no name of the official model; expected one of {list(OFFICIAL_PREFIXES)}.")
+            raise ValueError(f"{name} is not in the official model; expected one of {list(OFFICIAL_PREFIXES)}.")
         renamed[OFFICIAL_PREFIXES[prefix] + name[len(prefix) :]] = tensor
     return renamed
 
@@ -64,30 +64,30 @@ def to_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, object]) -> None:
-    """Write ``state`` to ``path``, whole or not at all. Raises UserError where the disk refuses.
+    """Write ``state`` to ``path`` atomically. Raises UserError if it cannot be written.
 
-    The metadata is one JSON text under the key ``stec``: safetensors stores several keys in random order, and equal
-    runs must give equal files.
+    The metadata is one JSON text with the key ``stec``: safetensors stores several keys in random order, and equal runs
+    must give equal files.
     """
     atomic_write(path, save(on_cpu(state), {"stec": json.dumps(metadata, sort_keys=True)}))
 
 
 def on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same on the CPU, laid out as anyone expects it."""
+    """The same tensors on the CPU, contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights under our names from a safetensors file of ours, a checkpoint of ours, or an official ``.ckpt``.
+    """Weights with this project's names from a safetensors file, a checkpoint, or an official ``.ckpt``.
 
-    A file of the encoder alone gives the encoder alone. Nothing in the file is executed. Raises UserError where it is
-    missing, damaged or none of these.
+    A file of the encoder gives the encoder alone. No code in the file is executed. Raises UserError if it is missing,
+    damaged or none of these.
     """
     return read_weights_and_metadata(path)[0]
 
 
 def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As ``read_weights``, and what a file of ours says of how it came about (empty for other files)."""
+    """As ``read_weights``, and the metadata of a file of this project (empty for other files)."""
     if path.suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
     else:
@@ -101,23 +101,23 @@ def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _finite(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The same. Raises UserError where a value is NaN or infinite."""
+    """The same. Raises UserError if a value is NaN or infinite."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(
-                f"{path} holds NaN or infinite values ({name} is the first tensor with some), so its features would be "
-                f"useless; take an earlier checkpoint, or other weights."
+                f"{path} holds NaN or infinite values (first in {name}), so its features would be useless; use an "
+                f"earlier checkpoint, or other weights."
             )
     return state
 
 
 def _our_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The weights under our names. Raises UserError where they are no model's of ours."""
+    """The weights with this project's names. Raises UserError if they are not of such a model."""
     if any(name.startswith(("supervised_head.", "projection.model.")) for name in state):
         try:
             return from_official_names(state)
         except ValueError as error:
-            raise UserError(f"{path} is no checkpoint of the official S-TEC model: {error}") from error
+            raise UserError(f"{path} is not a checkpoint of the official S-TEC model: {error}") from error
     if "conv1.weight" in state:
         return {f"encoder.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
     if "encoder.conv1.weight" in state:
@@ -126,22 +126,22 @@ def _our_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     if prefixes:
         raise UserError(
             f"{path} holds an encoder whose names begin with {' or '.join(prefixes)}, as other trainers write them; "
-            f"save it without that in a file of its own: torch.save({{name.removeprefix('{prefixes[0]}'): tensor for "
+            f"save it without the prefix: torch.save({{name.removeprefix('{prefixes[0]}'): tensor for "
             f"name, tensor in state.items() if name.startswith('{prefixes[0]}')}}, 'encoder.pth')."
         )
     raise UserError(f"{path} holds no encoder (no encoder.conv1.weight); give a checkpoint of a trained model.")
 
 
 def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
-    """What stands before the names of a ResNet, or of a model of ours, in a foreign state dict."""
+    """The prefixes of the parameter names of a ResNet, or of a model of this project, in a foreign state dict."""
     stems = (name.removesuffix("conv1.weight") for name in state if name.endswith("conv1.weight"))
-    # A residual block has a conv1, too, but no layer1.
+    # Residual blocks also have a conv1, but no layer1.
     networks = (stem for stem in stems if any(name.startswith(f"{stem}layer1.") for name in state))
     return [stem.removesuffix("encoder.") for stem in networks]
 
 
 def _checkpoint_metadata(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What a checkpoint of ours says. Raises UserError where a later version wrote it, or its checksum does not fit."""
+    """The metadata of a checkpoint. Raises UserError if a newer version wrote it, or its checksum does not match."""
     version = content.get("format_version", 0)
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(f"{path} is a checkpoint of format {version}, but this version knows {FORMAT_VERSION}; update.")
@@ -149,18 +149,18 @@ def _checkpoint_metadata(content: Mapping[str, Any], path: Path) -> dict[str, An
         try:
             checkpoint.load(path)
         except checkpoint.DamagedCheckpoint as damage:
-            raise UserError(f"{path} is damaged ({damage}); take another checkpoint.") from damage
+            raise UserError(f"{path} is damaged ({damage}); use another checkpoint.") from damage
     environment = content.get("environment")
-    said = {
+    values = {
         "config": content.get("identity"),
         "step": content.get("step"),
         "environment": portable(environment) if isinstance(environment, dict) else None,
     }
-    return {name: value for name, value in said.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def portable(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """What weights say of the environment that they were trained in: no machine, no path; equal runs say the same."""
+    """The part of a run's environment that does not depend on the machine, so that equal runs have equal files."""
     return {name: environment[name] for name in PORTABLE if name in environment}
 
 
@@ -172,7 +172,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}; give the path of a checkpoint.") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}); download it again.") from error
 
 
 def load_weights(
@@ -183,10 +183,9 @@ def load_weights(
     required: tuple[str, ...],
     remedy: str = "check --arch, --width, --dataset (for stem and classes) and the sizes of the heads",
 ) -> list[str]:
-    """Load weights into a ``Model``, part by part; returns the names of the parts that were in ``state``.
+    """Load weights into a ``Model``, part by part; returns the names of the parts in ``state``.
 
-    Raises UserError with the differences and the ``remedy`` where a part does not fit, or one of ``required`` is
-    absent.
+    Raises UserError with the differences and the ``remedy`` if a part does not fit, or one of ``required`` is missing.
     """
     wanted = model.state_dict()
     loaded, differences = [], []

@@ -1,9 +1,8 @@
-"""A trained encoder as torchvision, timm and Hugging Face hold it, and the whole model as one file."""
+"""Exports of a trained encoder for torchvision, timm and Hugging Face, and of the model as one file."""
 
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,27 +21,16 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "torchvision": (".safetensors", ".pt", ".pth"),
     "timm": (".safetensors", ".pt", ".pth"),
     "full": (".safetensors",),
+    "huggingface": (),
 }
-"""What a file of the format may end in; Hugging Face's is a folder."""
-
-
-def check_out(out: Path, kind: Format) -> None:
-    """Raise UserError where nothing can be written to ``out``, or something is there already."""
-    if os.path.lexists(out):  # a link to nowhere is something, too
-        raise UserError(f"{out} is there already; name another one, or remove it.")
-    suffixes = SUFFIXES.get(kind)
-    if suffixes is not None and out.suffix not in suffixes:
-        raise UserError(f"--format {kind} is a file; let {out} end in {' or '.join(suffixes)}.")
-    if not out.parent.is_dir():
-        raise UserError(f"{out} cannot be written: there is no folder {out.parent}; make it, or name another one.")
+"""The file suffixes of each format; that of Hugging Face is a folder."""
 
 
 def export(trained: Trained, out: Path, kind: Format, *, source: Path, license: str) -> str:
-    """Write ``trained`` to ``out``, whole or not at all; returns how it is loaded, in Python.
+    """Write ``trained`` to ``out`` atomically; returns the Python expression that loads it.
 
-    ``source`` names it in errors. Raises UserError where the format has no such encoder, or it cannot be written.
+    ``source`` names it in errors. Raises UserError if the format has no such encoder, or it cannot be written.
     """
-    check_out(out, kind)
     metadata = describe(trained, source=source, license=license)
     if kind == "huggingface":
         from stec.weights.hub import HubEncoder
@@ -53,8 +41,8 @@ def export(trained: Trained, out: Path, kind: Format, *, source: Path, license: 
     if kind == "full":
         if not any(name.startswith(part + ".") for name in trained.state for part in PARTS if part != "encoder"):
             raise UserError(
-                f"{source} holds the encoder alone, without any head; give a model.safetensors or a checkpoint, or "
-                f"export it by --format huggingface."
+                f"{source} holds only the encoder, without heads; give a model.safetensors or a checkpoint, or use "
+                f"--format huggingface."
             )
         write_safetensors(trained.state, out, metadata)
         return f'safetensors.torch.load_file("{out}")'
@@ -74,9 +62,9 @@ def export(trained: Trained, out: Path, kind: Format, *, source: Path, license: 
 
 
 def describe(trained: Trained, *, source: Path, license: str) -> dict[str, Any]:
-    """What an export says of itself: the source's metadata, what the encoder is and what it takes.
+    """The metadata of an export: that of the source, the encoder, and its inputs.
 
-    Raises UserError where a later version trained it, with settings that are not known here.
+    Raises UserError if a newer version trained it, with unknown settings.
     """
     config = dict(trained.metadata.get("config", {}))
     unknown = sorted(config.keys() - group_of_settings().keys())
@@ -84,10 +72,10 @@ def describe(trained: Trained, *, source: Path, license: str) -> dict[str, Any]:
         theirs = trained.metadata.get("environment", {}).get("stec", "of another version")
         raise UserError(
             f"{source} was trained by stec {theirs} with the setting {unknown[0]}, which stec {__version__} does not "
-            f"know; export it by that version."
+            f"know; export it with that version."
         )
     if config.get("ckpt_path"):
-        config["ckpt_path"] = Path(config["ckpt_path"]).name  # no one else's business where it lay
+        config["ckpt_path"] = Path(config["ckpt_path"]).name  # without the private location
     data_set = config.get("dataset")
     view_size = config.get("view_size") or (DATA_SETS[data_set].view_size_px if data_set in DATA_SETS else None)
     return {
@@ -106,7 +94,7 @@ def describe(trained: Trained, *, source: Path, license: str) -> dict[str, Any]:
 
 
 def _check_stem(trained: Trained, kind: Format, source: Path) -> None:
-    """Raise UserError where torchvision and timm, whose models of that name are alike, have no such encoder."""
+    """Raise UserError if torchvision and timm have no such encoder; their models of the same name are equal."""
     differences = []
     if trained.stem != "imagenet":
         convolution = "3x3 convolution, stride 1" if trained.stem == "cifar" else "7x7 convolution, stride 2"
@@ -116,5 +104,5 @@ def _check_stem(trained: Trained, kind: Format, source: Path) -> None:
     if differences:
         raise UserError(
             f"{source} is a {trained.arch} with {' and '.join(differences)}, which no model of {kind} has; export it "
-            f"by --format huggingface or --format full."
+            f"with --format huggingface or --format full."
         )

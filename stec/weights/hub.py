@@ -1,4 +1,4 @@
-"""The encoder as a model of the Hugging Face Hub, with its card."""
+"""The encoder as a model of the Hugging Face Hub, with its model card."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ try:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 except ImportError as error:
     raise UserError(
-        "The Hugging Face Hub needs the package huggingface_hub; install it by pip install -e '.[export]'."
+        "The Hugging Face Hub needs the package huggingface_hub; run pip install -e '.[export]'."
     ) from error
 
 CARD = """\
@@ -40,7 +40,7 @@ subtracted, and gives features [N, {feature_dim}].{view_size} {method}
 ## Results
 
 {results}"""
-"""What follows a card's YAML."""
+"""The text of a card after its YAML."""
 
 
 class HubEncoder(
@@ -50,28 +50,28 @@ class HubEncoder(
     pipeline_tag="image-feature-extraction",
     tags=["self-supervised-learning", "image-feature-extraction", "resnet"],
 ):
-    """An ``Encoder`` that ``save_pretrained`` writes to a folder and ``push_to_hub`` to the Hub, with its card."""
+    """An ``Encoder`` for ``save_pretrained`` and ``push_to_hub``, with its card."""
 
     def __init__(self, arch: str, stem: Stem, width: int = 64, metadata: dict[str, Any] | None = None) -> None:
         super().__init__(arch, stem, width)
         self.metadata = metadata or {}
-        """As ``stec.weights.formats.describe`` makes it."""
-        self.eval()  # older mixins leave what they load in training mode
+        """As returned by ``stec.weights.formats.describe``."""
+        self.eval()  # older mixins load into training mode
 
     @classmethod
     def of(cls, trained: Trained, metadata: dict[str, Any]) -> HubEncoder:
-        """A trained encoder, whose tensors it shares."""
+        """An encoder that shares the tensors of a trained one."""
         with torch.device("meta"):
             encoder = cls(trained.arch, trained.stem, trained.width, metadata)
         encoder.load_state_dict(trained.encoder.state_dict(), assign=True)
         return encoder
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """As the mixin does, with metadata in the file, so that it can be loaded without its folder, too."""
+        """As the mixin does, with metadata in the file, so that it can be loaded without its folder."""
         write_safetensors(self.state_dict(), save_directory / WEIGHTS, self.metadata)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """What the README.md of the folder is, here as on the Hub."""
+        """The README.md of the folder."""
         config = self.metadata.get("config", {})
         encoder = self.metadata.get("encoder", {})
         results = self.metadata.get("results", {})
@@ -108,21 +108,23 @@ class HubEncoder(
             method=how,
             loading=_loading(encoder),
             training=_training(self.metadata),
-            results=_table(["share of the test images", ""], [[title, f"{measured[title]:.4f}"] for title in measured])
+            results=_table(
+                ["accuracy on the test images", ""], [[title, f"{measured[title]:.4f}"] for title in measured]
+            )
             if measured
-            else "None are known.\n",
+            else "Unknown.\n",
         )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def _method(config: Mapping[str, Any]) -> tuple[str, str]:
-    """What the method is called, empty where it is not known, and a sentence about it."""
+    """The name of the method (empty if unknown) and a sentence about it."""
     if not config:
-        return "", "How it was trained is not known."
+        return "", "Its training is unknown."
     if config.get("stop_gradient") == 2:
         return (
             "",
-            f"Its weights are those of {config.get('ckpt_path')}, on which an online linear classifier was fitted.",
+            f"Its weights are those of {config.get('ckpt_path')}, on which an online linear classifier was trained.",
         )
     with_labels = ", and by the labels" if config.get("stop_gradient") == 0 else ""
     if not config.get("manip_lambda"):
@@ -134,7 +136,7 @@ def _method(config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _loading(encoder: Mapping[str, Any]) -> str:
-    """Python that loads ``model.safetensors``: by torchvision where that can, and by this project."""
+    """Python that loads ``model.safetensors`` with torchvision, if possible, and with this project."""
     ours = "With this project's code: `encoder = stec.load_encoder(FOLDER)`, or the model's `owner/name` on the Hub.\n"
     if encoder["width"] != 64:
         return ours
@@ -153,14 +155,14 @@ def _loading(encoder: Mapping[str, Any]) -> str:
 
 
 def _training(metadata: Mapping[str, Any]) -> str:
-    """The recipe, the data and the versions, as far as they are known."""
+    """The recipe, the data and the versions, as far as known."""
     config, environment = metadata.get("config", {}), metadata.get("environment", {})
     if not config:
-        return "Nothing is known of it.\n"
+        return "Unknown.\n"
     settings = with_settings(TrainConfig(), config, "The configuration")
     recipe = next((name for name, make in RECIPES.items() if make().identity() == settings.identity()), None)
-    asked = f"--recipe {recipe}" if recipe else flags(settings)
-    rows = [["settings", f"`{asked}`"]]
+    command = f"--recipe {recipe}" if recipe else flags(settings)
+    rows = [["settings", f"`{command}`"]]
     if "step" in metadata:
         rows.append(["steps", str(metadata["step"])])
     rows.append(["data set", config["dataset"]])
@@ -180,24 +182,24 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def download(repo_id: str, name: str) -> Path:
-    """A file of a model on the Hub, fetched or from the cache. Raises UserError where it cannot be had."""
+    """Download a file of a model on the Hub, or take it from the cache. Raises UserError if that fails."""
     here = f"There is no file or folder {repo_id} here, and"
     try:
         return Path(hf_hub_download(repo_id, name))
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{here} the Hugging Face Hub knows no model of that name; correct it, or, if it is private, log in by hf "
+            f"{here} there is no such model on the Hugging Face Hub; correct the name, or, if it is private, run hf "
             f"auth login."
         ) from error
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{here} the Hugging Face Hub cannot be reached; mend the path, or connect to the network (HF_HUB_OFFLINE "
-            f"must not be set)."
+            f"{here} the Hugging Face Hub cannot be reached; correct the path, or connect to the network "
+            f"(HF_HUB_OFFLINE must not be set)."
         ) from error
     except EntryNotFoundError as error:
-        raise UserError(
-            f"{here} the model of that name on the Hugging Face Hub has no {name}; name another."
-        ) from error
-    except Exception as error:  # a transfer can fail in any way
+        raise UserError(f"{here} the model on the Hugging Face Hub has no {name}; choose another one.") from error
+    except Exception as error:  # downloads raise exceptions without a common base
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise UserError(f"{here} it could not be fetched from the Hugging Face Hub ({reason}); try again.") from error
+        raise UserError(
+            f"{here} it could not be downloaded from the Hugging Face Hub ({reason}); try again."
+        ) from error

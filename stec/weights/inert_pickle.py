@@ -1,8 +1,8 @@
-"""Reading foreign PyTorch files without executing anything that is in them.
+"""Reads PyTorch files of other programs without executing code from them.
 
-A pickle names classes and functions and asks for them to be called. Here only tensors, numbers, strings and containers
-come to life. Any other class becomes an inert placeholder that takes what it is given and does nothing, so files that
-carry PyTorch Lightning's classes are read without Lightning; a file that asks for any other call is refused.
+A pickle names classes and functions to be called. Here only tensors, numbers, strings and containers are created. Any
+other class becomes an inert placeholder, so files with classes of PyTorch Lightning are read without Lightning; a file
+that requests any other call is rejected.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pipelines.errors import UserError
 
 
 class ForeignCall(pickle.UnpicklingError):
-    """The pickle asks for something to be called that is not on the list."""
+    """The pickle requests a call that is not allowed."""
 
 
 class _PlaceholderType(type):
-    """Makes placeholders that a pickle may create, but not call: pickles create objects without calling their class."""
+    """The class of placeholders, which a pickle may create (without calling their class), but not call."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise ForeignCall(f"{cls.__module__}.{cls.__qualname__}")
 
 
 class _Placeholder(metaclass=_PlaceholderType):
-    """An object of an unknown class: swallows its state and its items."""
+    """An object of an unknown class, which ignores its state and items."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Placeholder:
         return object.__new__(cls)
@@ -49,7 +49,7 @@ class _Placeholder(metaclass=_PlaceholderType):
 
 
 def _reconstruct(cls: type, base: type, state: Any) -> Any:
-    """What ``copyreg._reconstructor`` does for old-style pickles, for placeholders alone."""
+    """``copyreg._reconstructor`` for placeholders only."""
     if isinstance(cls, _PlaceholderType):
         return object.__new__(cls)  # type: ignore[arg-type]
     raise ForeignCall("copyreg._reconstructor")
@@ -90,32 +90,32 @@ _PICKLE_MODULE: Any = SimpleNamespace(
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:
-    """The dictionary in a file written by ``torch.save``, tensors on the CPU.
+    """The dictionary in a file of ``torch.save``, with tensors on the CPU.
 
-    Raises UserError where the file is missing, truncated, no such file, or asks for a call.
+    Raises UserError if the file is missing, truncated, of another kind, or requests a call.
     """
     try:
         if not path.exists():
             raise UserError(f"There is no file {path}; give the path of a checkpoint.")
-        # torch.load would run a TorchScript archive's own code; it knows one by this record.
+        # torch.load would execute the code of a TorchScript archive, which has this record.
         if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
             raise UserError(
-                f"{path} is a TorchScript archive, which holds code; it is refused. Use a checkpoint of weights."
+                f"{path} is a TorchScript archive, which holds code, so it is rejected; use a checkpoint of weights."
             )
         content = torch.load(path, map_location="cpu", pickle_module=_PICKLE_MODULE, weights_only=False)
     except UserError:
         raise
     except ForeignCall as error:
         raise UserError(
-            f"{path} asks for {error} to be called when it is read, which no checkpoint of weights needs, so it is "
-            f"refused. Use a file from a source you trust, holding tensors, numbers, strings and containers."
+            f"{path} requests a call of {error}, which no checkpoint of weights needs, so it is rejected; use a file "
+            f"of tensors, numbers, strings and containers from a source that you trust."
         ) from error
-    except (Exception, MemoryError) as error:  # a damaged file can fail in any way
+    except (Exception, MemoryError) as error:  # damaged files raise exceptions without a common base
         raise UserError(
-            f"{path} is damaged or no PyTorch checkpoint ({_first_line(error)}); fetch it again."
+            f"{path} is damaged or not a PyTorch checkpoint ({_first_line(error)}); download it again."
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__} instead of a dictionary; it is no checkpoint.")
+        raise UserError(f"{path} holds a {type(content).__name__} instead of a dictionary; so it is not a checkpoint.")
     return content
 
 

@@ -1,4 +1,4 @@
-"""A trained model from a run's folder or a file, its encoder from the Hugging Face Hub, too."""
+"""Trained models from the folder of a run or a file, and encoders from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from stec.runs.run_folder import RunFolder
 from stec.weights.export import load_weights, read_weights_and_metadata
 
 WEIGHTS = "model.safetensors"
-"""In a run's folder as in one on the Hub."""
+"""The file of weights in the folder of a run or of the Hub."""
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
-"""Of files of weights: no such name is looked up on the Hub."""
+"""Suffixes of files of weights; such names are not searched on the Hub."""
 OTHER_VERSION = "use the version that wrote it."
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Weights, and what is known of the encoder that they are of and of how it came about."""
+    """Weights with what is known about their encoder and training."""
 
     path: Path
-    """The file that they were read from."""
+    """The file they were read from."""
     arch: str
     stem: Stem
     width: int
     state: dict[str, Tensor]
-    """Encoder and heads under our names, as far as the source holds them."""
+    """Encoder and heads with this project's names, as far as the source holds them."""
     metadata: dict[str, Any]
-    """JSON values: ``config``, ``step``, ``environment`` and ``results``, each where the source tells it."""
+    """JSON values: ``config``, ``step``, ``environment`` and ``results``, as far as the source holds them."""
     stem_set_by: str
-    """What the caller can change the stem by, for errors."""
+    """The argument or flag that sets the stem, for errors."""
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -56,13 +56,13 @@ class Trained:
         return self.model().encoder
 
     def model(self, *heads: Literal["classifier", "inverse_model"]) -> Model:
-        """The encoder and those of ``heads`` that there are weights of, in evaluation mode, on the CPU.
+        """The encoder and those of ``heads`` whose weights exist, in evaluation mode, on the CPU.
 
-        Raises UserError where the weights are of no model of ours.
+        Raises UserError if the weights do not fit.
         """
         classifier, output = (self.state.get(name) for name in ("classifier.weight", "inverse_model.output.weight"))
         required = ["encoder"]
-        # On no device: neither time nor random numbers go into weights that are replaced at once.
+        # Not on a device: the initial weights are replaced, so initializing them would waste time and random numbers.
         with torch.device("meta"):
             settings = ModelSettings(arch=self.arch, width=self.width)
             model = Model(settings, stem=self.stem, classes=0, stop_gradient=2)
@@ -76,7 +76,7 @@ class Trained:
                 required.append("inverse_model")
         model.to_empty(device="cpu")
         remedy = (
-            f"it was taken for a {self.arch} of width {self.width} with the {self.stem} stem, which {self.stem_set_by} "
+            f"it was read as a {self.arch} of width {self.width} with the {self.stem} stem, which {self.stem_set_by} "
             f"can change"
         )
         load_weights(model, self.state, self.path, required=tuple(required), remedy=remedy)
@@ -84,16 +84,16 @@ class Trained:
 
     @property
     def trained_on(self) -> str | None:
-        """The data set, where the source tells it."""
+        """The data set, or None if unknown."""
         return self.metadata.get("config", {}).get("dataset")
 
     @property
     def convention(self) -> Convention | None:
-        """That of the commands, where the source tells it. Raises UserError where this version does not know it."""
-        said = self.metadata.get("config", {}).get("affine")
-        if said is not None and said not in get_args(Convention):
-            raise UserError(f"{self.path} has the convention {said}, which this version does not know; {OTHER_VERSION}")
-        known: Convention | None = said
+        """The convention of the commands, or None if unknown. Raises UserError if this version does not have it."""
+        name = self.metadata.get("config", {}).get("affine")
+        if name is not None and name not in get_args(Convention):
+            raise UserError(f"{self.path} has the convention {name}, which this version does not know; {OTHER_VERSION}")
+        known: Convention | None = name
         return known
 
 
@@ -102,8 +102,8 @@ def load_encoder(path_or_hub_id: str | Path, *, stem: Stem | None = None) -> Enc
 
     ``path_or_hub_id``: a run's or an exported folder, a safetensors file or checkpoint of ours, an official ``.ckpt``,
     or ``owner/name`` on the Hugging Face Hub, which needs the extra ``export``. ``stem`` is needed for official
-    checkpoints with a 7x7 convolution, which do not say whether a max-pool follows. Nothing in a file is executed.
-    Raises UserError where there is no encoder to be had.
+    checkpoints with a 7x7 convolution, which do not record whether a max-pool follows. No code in a file is executed.
+    Raises UserError if there is no encoder.
     """
     source = Path(path_or_hub_id)
     if HUB_ID.fullmatch(str(path_or_hub_id)) and source.suffix not in SUFFIXES and not source.exists():
@@ -179,27 +179,27 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]
 
 
 def _stem_of(conv1: Tensor, metadata: Mapping[str, Any], path: Path, otherwise: Stem | None, stem_set_by: str) -> Stem:
-    """What the metadata says, or else the first convolution's size, or else ``otherwise``.
+    """The stem in the metadata, or that of the first convolution's size, or ``otherwise``.
 
-    Raises UserError where nothing tells.
+    Raises UserError if all are unknown.
     """
-    said = metadata.get("encoder", {}).get("stem")
+    name = metadata.get("encoder", {}).get("stem")
     data_set = metadata.get("config", {}).get("dataset")
-    if said is None and data_set is not None:
+    if name is None and data_set is not None:
         if data_set not in DATA_SETS:
             raise UserError(
                 f"{path} was trained on {data_set}, a data set that this version does not know; {OTHER_VERSION}"
             )
-        said = DATA_SETS[data_set].stem
-    if said is None and conv1.shape[-1] == 3:
+        name = DATA_SETS[data_set].stem
+    if name is None and conv1.shape[-1] == 3:
         return "cifar"
-    said = said or otherwise
-    if said is None:
+    name = name or otherwise
+    if name is None:
         raise UserError(
             f"{path} does not say whether a max-pool follows its first convolution; add {stem_set_by} imagenet (it "
             f"does) or {stem_set_by} stl10 (it does not)."
         )
-    if said not in STEMS:
-        raise UserError(f"{path} has the stem {said}, which this version does not know; {OTHER_VERSION}")
-    known: Stem = said
+    if name not in STEMS:
+        raise UserError(f"{path} has the stem {name}, which this version does not know; {OTHER_VERSION}")
+    known: Stem = name
     return known
