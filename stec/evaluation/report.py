@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from stec.config import rule_on_resume
 from stec.evaluation.preview import Example, panels, png
-from stec.objectives.inverse import bin_centers
+from stec.objectives.inverse import TARGET, bin_centers
 from stec.runs.run_folder import RESULTS
 from stec.runs.run_record import RunRecord
 
@@ -43,9 +43,7 @@ LEARNING = {
     "cross_view_entropy": "Entropy of the contrastive prediction, nats",
     "learning_rate": "Learning rate",
 }
-PACE = {"images_per_second": "Images per second", "wait_fraction": "Share of time waiting for data"}
-ENTRIES = (("x scale", "x shear", "x shift"), ("y shear", "y scale", "y shift"))
-"""The entries of the command; crop boxes have no shear."""
+PACE = {"images_per_second": "Images per second", "wait_fraction": "Fraction of time waiting for data"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +336,7 @@ def _confusion(run: int, counts: NDArray[np.int64] | None) -> str:
         figure.update_xaxes(title="predicted", showgrid=False, ticks="outside", tickangle=0)
         figure.update_yaxes(title="true", showgrid=False, ticks="outside")
         right = np.trace(of_entry) / max(of_entry.sum(), 1)
-        charts.append(_chart(figure, f"{ENTRIES[row][column]}: {right:.0%} correct"))
+        charts.append(_chart(figure, f"{TARGET.entries[row][column]}: {right:.0%} correct"))
     pairs = int(counts[0, 0].sum())
     return f'<p>{pairs} pairs.</p><div class="charts three">{"".join(charts)}</div>'
 
