@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler
 
 from benchmarks import report
+from benchmarks.plain import plain_nt_xent
 from benchmarks.report import Figures, Output
 from benchmarks.throughput import RandomViews
 from pipelines.batch import Batch
@@ -51,7 +52,6 @@ from stec.startup import start
 from stec.training.initial_model import initial_model
 from stec.training.loop import train
 from stec.training.optim import MOMENTUM, learning_rate_at, make_optimizer
-from tests.plain import plain_nt_xent
 
 Contender = Literal["baseline", "real", "synthetic", "bare"]
 NAMES: dict[Contender, str] = {

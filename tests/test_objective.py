@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import step_model
+from benchmarks.plain import plain_nt_xent
 from stec.config import ObjectiveSettings
 from stec.models.model import Outputs
 from stec.objectives import simclr
 from stec.objectives.inverse import command_bins, inverse_loss
 from stec.objectives.objective import Objective
 from stec.objectives.simclr import nt_xent
-from tests.plain import plain_nt_xent
 
 VERSIONS: tuple[Callable[..., Any], ...] = (nt_xent, plain_nt_xent)
 
