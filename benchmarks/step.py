@@ -122,8 +122,8 @@ class Some:
     def __init__(self, loader: Loader, steps: int, *, repeated: bool) -> None:
         self.loader, self.steps_per_epoch, self.repeated = loader, steps, repeated
 
-    def batches(self, first_chunk: int) -> Iterator[Batch]:
-        batches = self.loader.batches(first_chunk)
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        batches = self.loader.batches(first_step)
         if not self.repeated:
             return batches
         # Copies: what a pipeline gives is overwritten by later batches.

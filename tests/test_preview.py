@@ -156,7 +156,7 @@ def test_views_are_the_bits_that_were_trained_on(
         settings = SETTINGS.updated(backend=backend)
         trained = loader_of(settings, images, process_index=1, num_processes=2)
         shown_by = loader_of(settings.updated(batch_size=1, accumulate=1), images)
-        chunk = 2 * trained.sampler.chunks_per_epoch + 1
+        chunk = 2 * trained.sampler.micro_batches_per_epoch + 1
         batch = next(trained.batches(chunk))
         assert batch.epoch == 2 and batch.positions[0] == 24
         shown = examples(shown_by, epoch=2, position=24, count=8, classes=())

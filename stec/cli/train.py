@@ -123,7 +123,7 @@ def run_training(config: TrainConfig) -> None:
     }
     model = initial_model(config, data.classes)
     folder, resumed, notes = processes.on_main_process(accelerator, lambda: open_run_folder(config, environment))
-    loader.sampler.bad.list_in(folder.bad_images, say=print_error, main=accelerator.is_main_process)
+    loader.sampler.bad.list_in(folder.bad_images, report=print_error, main=accelerator.is_main_process)
     console.facts(title(config), facts(config, data_set, loader, environment, str(folder.path.resolve())))
     for note in (*data_set.notes, *notes):
         console.say(note)
