@@ -127,7 +127,10 @@ def test_stages_of_files(photographs: ImageFiles, tmp_path: Path) -> None:
     assert through["reading and decoding"][0] > 0 and {"blur", "solarize"} <= set(through)
 
 
-def test_ablations(cifar10: list[str], photographs: ImageFiles, tmp_path: Path) -> None:
+def test_ablations(
+    cifar10: list[str], photographs: ImageFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablations, "COUNTS", (1,))
     of_arrays = figures(run(ablations.main, [*cifar10, *BRIEF], tmp_path))
     flags = ["--dataset", "folder", "--data_dir", str(photographs.root), *BRIEF]
     of_files = figures(run(ablations.main, flags, tmp_path))
