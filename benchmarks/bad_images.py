@@ -109,7 +109,7 @@ def measure(options: Options, encoded: list[bytes], percent: float, cut_off: str
             batch_size=options.batch_size,
             bad=BadImages(images, max_fraction=1.0),
         )
-        sampler.bad.list_in(Path(folder) / "bad-images.tsv", say=lambda _: None)
+        sampler.bad.list_in(Path(folder) / "bad-images.tsv", report=lambda _: None)
         loader = Loader(sampler, backend="dali", device=torch.device("cpu"), workers=available_cpus())
         batches = loader.batches(0)
         for epoch in EPOCHS:

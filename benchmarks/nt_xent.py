@@ -20,11 +20,11 @@ import tyro
 from torch.nn import functional as F
 
 from benchmarks import report
+from benchmarks.plain import plain_nt_xent
 from benchmarks.report import Figures, Output
 from pipelines.errors import UserError
 from stec.console import Console
-from stec.objectives.objective import nt_xent
-from tests.plain import plain_nt_xent
+from stec.objectives.simclr import nt_xent
 
 VERSIONS: dict[str, Callable[..., Any]] = {"whole matrix": plain_nt_xent, "in chunks": nt_xent}
 COPIES = 4

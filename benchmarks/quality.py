@@ -24,7 +24,6 @@ import launch
 from benchmarks import report
 from pipelines.errors import UserError
 from pipelines.files import read_object, write_json, write_text
-from stec.cli.train import parse_train
 from stec.config import TrainConfig, with_settings
 from stec.console import Console
 from stec.runs.run_folder import RunFolder
@@ -125,10 +124,9 @@ class Run:
             _launch(arguments)
         if not folder.results.exists():
             raise UserError(f"The run in {folder.path} was stopped; the same command goes on with it.")
-        wanted, _ = parse_train(arguments)
         remedy = f"remove {folder.path} to make the run again"
         made = with_settings(TrainConfig(), read_object(folder.config, remedy), str(folder.config))
-        ours, theirs = wanted.identity(), made.identity()
+        ours, theirs = _config(arguments).identity(), made.identity()
         differing = [f"--{name} {theirs[name]}" for name in ours if ours[name] != theirs[name]]
         if differing:
             raise UserError(
@@ -138,8 +136,15 @@ class Run:
         return {"precision": start["precision"], **read_object(folder.results, remedy)}
 
 
+def _config(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration that these flags result in."""
+    command = [sys.executable, launch.__file__, *arguments, "--print_config"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return with_settings(TrainConfig(), json.loads(printed), "--print_config")
+
+
 def _launch(arguments: Sequence[str]) -> None:
-    """Train in a process of its own. Raises UserError where that fails."""
+    """Train in a separate process. Raises UserError if that fails."""
     process = subprocess.Popen([sys.executable, launch.__file__, *arguments])
     try:
         code = process.wait()

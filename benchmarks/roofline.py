@@ -29,7 +29,7 @@ from pipelines.commands import VIEWS
 from pipelines.errors import UserError
 from stec.console import Console
 from stec.recipes import recipe
-from stec.training.engine import initial_model
+from stec.training.initial_model import initial_model
 
 BF16 = 2
 """Bytes of an activation."""

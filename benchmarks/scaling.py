@@ -39,11 +39,13 @@ from stec.config import TrainConfig
 from stec.console import Console
 from stec.distributed.processes import gather
 from stec.loaders import policy_of
-from stec.objectives import objective
-from stec.objectives.objective import nt_xent
+from stec.objectives import simclr
+from stec.objectives.objective import Objective
+from stec.objectives.simclr import nt_xent
 from stec.recipes import recipe
 from stec.startup import start
-from stec.training.engine import initial_model, objective_of, optimizer_of
+from stec.training.initial_model import initial_model
+from stec.training.optim import make_optimizer
 from stec.training.step import Step
 
 CLASSES = 10
@@ -142,8 +144,8 @@ def trainer(place: Place, local_batch: int, options: Options) -> Callable[[], No
     """A function that makes one step of training."""
     accelerator, config = join(place, options.mixed_precision), options.config(local_batch)
     model = initial_model(config, CLASSES)
-    step = Step(model, objective_of(config), accelerator, affine=config.objective.affine)
-    optimizer = accelerator.prepare_optimizer(optimizer_of(config, model))
+    step = Step(model, Objective(config.objective), accelerator, affine=config.objective.affine)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(model, config.optimization))
     batch = synthetic_batch(config, accelerator.device)
     model.train()
 
@@ -192,7 +194,7 @@ def copies_as_others(processes: int) -> Iterator[None]:
     def copied(own: Tensor) -> Tensor:
         return own.repeat(processes, *[1] * (own.dim() - 1))
 
-    with patch.object(objective, "gather", copied):
+    with patch.object(simclr, "gather", copied):
         yield
 
 

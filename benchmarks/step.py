@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler
 
 from benchmarks import report
+from benchmarks.plain import plain_nt_xent
 from benchmarks.report import Figures, Output
 from benchmarks.throughput import RandomViews
 from pipelines.batch import Batch
@@ -42,15 +43,15 @@ from pipelines.sampler import Sampler
 from stec.architectures import Arch
 from stec.config import TrainConfig
 from stec.console import Console
-from stec.loaders import policy_of
+from stec.loaders import Data, policy_of
 from stec.models.model import Model
-from stec.objectives.objective import inverse_loss
+from stec.objectives.inverse import inverse_loss
 from stec.profiling import WARM_UP_STEPS
 from stec.runs.run_folder import RunFolder
 from stec.startup import start
-from stec.training import engine
-from stec.training.optim import MOMENTUM, learning_rate_factor, make_optimizer
-from tests.plain import plain_nt_xent
+from stec.training.initial_model import initial_model
+from stec.training.loop import train
+from stec.training.optim import MOMENTUM, learning_rate_at, make_optimizer
 
 Contender = Literal["baseline", "real", "synthetic", "bare"]
 NAMES: dict[Contender, str] = {
@@ -121,8 +122,8 @@ class Some:
     def __init__(self, loader: Loader, steps: int, *, repeated: bool) -> None:
         self.loader, self.steps_per_epoch, self.repeated = loader, steps, repeated
 
-    def batches(self, first_chunk: int) -> Iterator[Batch]:
-        batches = self.loader.batches(first_chunk)
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        batches = self.loader.batches(first_step)
         if not self.repeated:
             return batches
         # Copies: what a pipeline gives is overwritten by later batches.
@@ -155,15 +156,15 @@ def training_turn(contender: Contender, options: Options, profile: int = 0) -> d
     steps = max(2 * options.steps, profile + WARM_UP_STEPS + 1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(Path(temporary))
-        engine.train(
+        train(
             config,
-            engine.Data(
+            Data(
                 training=Some(loader, steps, repeated=contender == "synthetic"),
                 labeled=None,
                 test=None,
                 classes=classes,
             ),
-            engine.initial_model(config, classes),
+            initial_model(config, classes),
             accelerator=accelerator,
             console=Console(enabled=False),
             folder=folder,
@@ -198,7 +199,7 @@ def bare_turn(options: Options) -> float:
     """Encoder and heads forwards, and backwards from the sum of what they give."""
     config = options.config()
     accelerator, *_ = start(options.mixed_precision)
-    model = engine.initial_model(config, CLASSES).to(accelerator.device).train()
+    model = initial_model(config, CLASSES).to(accelerator.device).train()
     views = torch.rand(options.batch_size, 2, 3, config.view_size_px, config.view_size_px, device=accelerator.device)
 
     def step() -> None:
@@ -248,7 +249,7 @@ def baseline_turn(options: Options) -> float:
     """A plain loop on real images. The inverse model's targets are made up, which costs the loop nothing."""
     config, device = options.config(), DEVICE
     data_set = data_set_of(options.dataset, options.data_dir)
-    model = engine.initial_model(config, CLASSES)
+    model = initial_model(config, CLASSES)
     model.encoder.memory_format = torch.contiguous_format
     model.to(device, memory_format=torch.contiguous_format).train()  # type: ignore[call-overload]
     optimizers = plain_optimizers(model, config)
@@ -276,7 +277,7 @@ def baseline_turn(options: Options) -> float:
         logits, targets = outputs.class_logits.flatten(0, 1), labels.repeat_interleave(2)
         classifier = F.cross_entropy(logits, targets)
         loss = config.objective.discrimination_lambda * contrast + config.objective.manip_lambda * inverse + classifier
-        rate = config.optimization.learning_rate * learning_rate_factor(next(steps), warmup_steps=0, total_steps=10**6)
+        rate = learning_rate_at(next(steps), config.optimization, steps_per_epoch=10**6)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
@@ -320,9 +321,9 @@ def workers_mib() -> float:
 
 def optimizer_turn(kind: Literal["sgd", "lars"], options: Options) -> float:
     """Milliseconds of an optimizer's step on the parameters of ResNet-50 and its heads; the median of some."""
-    config = options.config().updated(arch="resnet50", width=64)
-    model = engine.initial_model(config, CLASSES).to(DEVICE)
-    optimizer = make_optimizer(model, kind, learning_rate=0.1, weight_decay=1e-4, nesterov=False)
+    config = options.config(optimizer=kind, weight_decay=1e-4, learning_rate=0.1).updated(arch="resnet50", width=64)
+    model = initial_model(config, CLASSES).to(DEVICE)
+    optimizer = make_optimizer(model, config.optimization)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks import report
 from stec.console import Console
 from stec.recipes import recipe
-from stec.training.engine import initial_model
+from stec.training.initial_model import initial_model
 
 FLOAT = 4
 """Bytes of the numbers that are exchanged, whatever the precision of the forward pass."""

@@ -35,8 +35,8 @@ def main() -> list[float]:
     sampler = Sampler(images, stec.Policy(size=SIZE_PX), seed=SEED, batch_size=BATCH)
     loader = Loader(sampler, backend="auto", device=torch.device("cpu"), workers=2)
 
-    model = stec.Model(arch="resnet18", stem="cifar", classes=0, width=8, feat_dim=64)
-    objective = stec.Objective(stec.Weights(manipulation=1.0), temperature=0.2)
+    model = stec.Model(stec.ModelSettings(width=8, feat_dim=64), stem="cifar", classes=0)
+    objective = stec.Objective(stec.ObjectiveSettings(manip_lambda=1.0, temperature=0.2))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     losses = []

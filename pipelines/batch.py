@@ -1,4 +1,4 @@
-"""The contract between pipelines and training: what one step receives."""
+"""What pipelines yield, and the protocols of loaders."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from pipelines.commands import Commands
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one forward pass of one process holds: N images, V = 2 views each.
+    """One micro-batch of one process: N images with V = 2 views each.
 
-    A process's share of a global batch is one of these, or ``--accumulate`` of them.
+    A process's part of a global batch is ``--accumulate`` of these.
     """
 
     views: Tensor
     """[N, V, 3, H, W] float32 in [0, 1] on the loader's device; channels-last in memory. H and W are equal,
     and the same throughout an epoch."""
     commands: Commands
-    """The very commands that were executed to make the views; NumPy, on the host."""
+    """The executed commands; NumPy arrays on the host."""
     labels: Tensor
     """[N] int64 on the loader's device: of ``labeled_views`` where there are any, else of the images."""
     epoch: int
     positions: NDArray[np.int64]
-    """[N]: the images' positions in the epoch."""
+    """[N]: positions in the epoch."""
     image_ids: NDArray[np.int64]
-    """[N]: the images' numbers in the data set."""
+    """[N]: numbers of the images in the data set."""
     labeled_views: Tensor | None = None
     """[N, 1, 3, H, W], like ``views``: labeled images for the online classifier, where the images themselves have no
     labels."""
@@ -39,7 +39,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainBatch:
-    """N images as evaluation sees them: no augmentation."""
+    """N images without augmentation, for evaluation."""
 
     images: Tensor
     """[N, 3, H, W] float32 in [0, 1] on the loader's device; channels-last in memory."""
@@ -48,28 +48,28 @@ class PlainBatch:
 
 
 class TwoViewLoader(Protocol):
-    """Where training gets its batches: a stateless source that can start at any step."""
+    """A source of training batches that can start at any step and has no state."""
 
     @property
     def steps_per_epoch(self) -> int: ...
 
-    def batches(self, first_chunk: int) -> Iterator[Batch]:
-        """Endless batches from chunk ``first_chunk`` of the whole training on, across epochs."""
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """Endless batches from micro-batch ``first_step`` of the training on, across epochs."""
 
 
 class PlainLoader(Protocol):
-    """Where evaluation gets its images."""
+    """A source of images for evaluation."""
 
     @property
     def batch_size(self) -> int:
-        """Images in a batch, at most."""
+        """Largest number of images in a batch."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """[N] int64, of all images; -1 where there is none."""
+        """[N] int64 of all images; -1 without a label."""
 
     def __len__(self) -> int:
         """Number of images."""
 
-    def batches(self, *stretches: NDArray[np.int64]) -> Iterator[PlainBatch]:
-        """The images of these numbers, in this order; no batch holds images of two stretches."""
+    def batches(self, *id_ranges: NDArray[np.int64]) -> Iterator[PlainBatch]:
+        """The images with these ids, in this order; no batch holds images of two ranges."""

@@ -17,15 +17,15 @@ GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114])
 
 
 def color_maps(commands: Commands, part: Literal["before", "after"]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What jitter and gray do before or after the turn of the hue, per view: ``rgb -> A @ rgb + q . mean``.
+    """Jitter and gray before or after the rotation of the hue, per view: ``rgb -> A @ rgb + q . mean``.
 
-    Returns A [N, V, 3, 3] and q [N, V, 3], both float32, where ``mean`` is the mean color of the view that the map is
-    given, and the same sum is added to each channel.
+    Returns A [N, V, 3, 3] and q [N, V, 3], both float32, where ``mean`` is the mean color of the map's input, and
+    the same sum is added to each channel.
 
     Brightness b, contrast c and saturation s act as ``b I``, ``c x + (1-c) w . mean`` and ``s I + (1-s) 1 w^T`` with
-    the gray weights w. All three keep gray colors gray, and a saturation keeps a color's gray, so they commute:
-    ``A = b c (s I + (1-s) 1 w^T)`` and ``q = (1-c) b w``. What this leaves out is torchvision's rounding and clamping
-    between the steps. Gray, ``1 w^T``, comes after everything.
+    the gray weights w. All three map gray to gray, and saturation preserves luma, so they commute:
+    ``A = b c (s I + (1-s) 1 w^T)`` and ``q = (1-c) b w``. Unlike torchvision, this does not round and clamp between the
+    steps. Gray, ``1 w^T``, comes last.
     """
     w = GRAY_WEIGHTS
     step = np.argsort(commands.order, axis=-1)

@@ -1,8 +1,8 @@
-"""Commands: what is done to an image to make a view, drawn before anything is executed.
+"""Commands: the augmentation parameters of each view, drawn before anything is executed.
 
-A command is data. ``draw`` is a pure function of (seed, epoch, position in the epoch, image size, policy), so the
-same command comes out on any number of processes, on any device, today or after a resume. Each position owns a fixed
-stretch of a counter-based generator's stream; a batch of consecutive positions is therefore one contiguous draw.
+A command is data. ``draw`` is a pure function of (seed, epoch, position in the epoch, image size, policy), so commands
+do not depend on the number of processes, the device, or whether a run was resumed. Each position owns a fixed range of
+a counter-based generator's stream; a batch of consecutive positions is therefore one contiguous draw.
 
 Shapes: N images, V = 2 views (i and j).
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 VIEWS = 2
 TRIES = 10
-"""How often torchvision's RandomResizedCrop tries before it falls back to the center."""
+"""The number of tries of torchvision's RandomResizedCrop before it uses the center."""
 
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int32)
 """[24, 4]: every order of brightness (0), contrast (1), saturation (2) and hue (3)."""
@@ -41,9 +41,8 @@ UNIFORMS_PER_VIEW = 36
 _COUNTERS_PER_VIEW = UNIFORMS_PER_VIEW // 4
 
 COMMAND_STREAM, IMAGE_STREAM, LABELED_STREAM, REPLACEMENT_STREAM = 1, 2, 3, 4
-"""Streams of the generator: the commands, the order of the images, the commands of images for the online classifier
-alone, and the
-images that stand in for bad ones."""
+"""Streams of the generator: the commands, the order of the images, the commands of labeled images for the online
+classifier, and the replacements of bad images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +54,11 @@ class Policy:
     """
 
     size: int = 32
-    """Height and width of a view in px. No choice depends on it, but the blur is proportional to it."""
+    """Height and width of a view in px. Only the strength of the blur depends on it."""
     area: tuple[float, float] = (0.08, 1.0)
-    """Area of the window as a share of the image."""
+    """Range of the crop box's area as a fraction of the image."""
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of the window."""
+    """Range of the crop box's width over height."""
     p_flip: float = 0.5
     jitter_strength: float = 0.5
     p_color_jitter: float = 0.8
@@ -81,10 +80,10 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True)
 class Commands:
-    """What is executed to make V views of each of N images. Arrays are [N, V] unless said otherwise.
+    """The parameters of V views of each of N images. Arrays are [N, V] unless noted otherwise.
 
-    Switched-off parts hold the neutral value (factor 1, hue 0, sigma 0), so the values alone tell what was executed.
-    Everything is representable in float32, which is what ``pack`` relies on.
+    Switched-off parts hold the neutral value (factor 1, hue 0, sigma 0), so the values alone describe what is executed.
+    All values are representable in float32, as ``pack`` requires.
     """
 
     source_height: NDArray[np.int32]
@@ -92,15 +91,15 @@ class Commands:
     source_width: NDArray[np.int32]
     """Width of the source image in px."""
     top: NDArray[np.int32]
-    """First row of the window in source px."""
+    """First row of the crop box in source px."""
     left: NDArray[np.int32]
-    """First column of the window in source px."""
+    """First column of the crop box in source px."""
     height: NDArray[np.int32]
-    """Height of the window in source px."""
+    """Height of the crop box in source px."""
     width: NDArray[np.int32]
-    """Width of the window in source px."""
+    """Width of the crop box in source px."""
     flip: NDArray[np.bool_]
-    """Whether the resized window is mirrored left to right."""
+    """Whether the resized crop is mirrored left to right."""
     jitter: NDArray[np.bool_]
     """Whether the colors are jittered."""
     brightness: NDArray[np.float32]
@@ -145,7 +144,7 @@ class Commands:
 
     @staticmethod
     def unpack(packed: NDArray[np.float32]) -> Commands:
-        """The inverse of ``pack``, exact to the bit."""
+        """The inverse of ``pack``, bit-exact."""
         values: dict[str, NDArray[np.generic]] = {}
         column = 0
         for field in fields(Commands):
@@ -170,7 +169,7 @@ def _packed_columns() -> dict[str, int]:
 
 
 PACKED_COLUMNS = _packed_columns()
-"""Where each field starts in a row of ``Commands.pack``, and, as ``end``, how many columns there are."""
+"""The first column of each field in a row of ``Commands.pack``; ``end`` is the number of columns."""
 
 
 def generator(stream: int, seed: int, epoch: int, counter: int = 0) -> np.random.Generator:
@@ -208,7 +207,7 @@ def commands_from_uniforms(policy: Policy, uniforms: NDArray[np.float64], image_
     shape = uniforms.shape[:2]
     source_height = np.broadcast_to(np.asarray(image_hw[:, 0], np.int32)[:, None], shape)
     source_width = np.broadcast_to(np.asarray(image_hw[:, 1], np.int32)[:, None], shape)
-    top, left, height, width = _windows(policy, uniforms, source_height, source_width)
+    top, left, height, width = _crop_boxes(policy, uniforms, source_height, source_width)
 
     def happens(column: int, probability: float) -> NDArray[np.bool_]:
         return uniforms[..., column] < probability
@@ -245,13 +244,13 @@ def commands_from_uniforms(policy: Policy, uniforms: NDArray[np.float64], image_
     )
 
 
-def _windows(
+def _crop_boxes(
     policy: Policy,
     uniforms: NDArray[np.float64],
     source_height: NDArray[np.int32],
     source_width: NDArray[np.int32],
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """Windows as torchvision draws them: up to 10 tries, then the largest central window within the ratio bounds."""
+    """Crop boxes as torchvision draws them: up to 10 tries, then the largest central one within the ratio bounds."""
     flat = uniforms.reshape(-1, uniforms.shape[-1])
     rows, columns = source_height.reshape(-1), source_width.reshape(-1)
     low_area, high_area = policy.area

@@ -1,4 +1,4 @@
-"""What image decoders print by themselves, and what of it reaches the user."""
+"""Suppresses the messages that image decoders print to standard error."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ DECODER_MESSAGE = re.compile(
     rb"|^Invalid progressive|^Inconsistent progression|^Warning: unknown JFIF|^JPEG datastream"
     rb"|^libpng (error|warning)|^TIFF\w+: "
 )
-"""Lines of libjpeg-turbo, libpng, libtiff and nvImageCodec on images. Which image they mean they do not say."""
+"""Lines of libjpeg-turbo, libpng, libtiff and nvImageCodec about images, which they do not name."""
 
 
 @contextmanager
 def decoder_messages_dropped() -> Iterator[None]:
-    """While open, lines that decoders print on standard error do not get there; everything else does.
+    """While open, lines that decoders print to standard error are dropped, and everything else is passed on.
 
-    Python's own lines, tracebacks among them, go straight to where standard error was. What libraries print goes
-    through a thread that drops a decoder's lines: an image that cannot be used is reported by its name instead.
+    Output of Python, such as tracebacks, goes directly to the original standard error. Output of libraries goes through
+    a thread that drops lines of decoders; bad images are reported by name instead.
     """
     if not isinstance(sys.stderr, io.TextIOWrapper) or not _is_standard_error(sys.stderr):
-        # Somebody else has taken care of it, such as a notebook or a test.
+        # Standard error has been replaced, for example by a notebook or a test.
         yield
         return
     sys.stderr.flush()
@@ -42,12 +42,12 @@ def decoder_messages_dropped() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # nobody reads it any more
+        with suppress(OSError):  # its reader has exited
             sys.stderr.close()
         sys.stderr = before
         os.dup2(real, 2)
         os.write(writable, _END + b"\n")
-        # The thread goes on for processes that were started meanwhile: their standard error is the pipe.
+        # The thread continues for processes started in the meantime, whose standard error is the pipe.
         arrived.wait(timeout=5)
         os.close(writable)
 
@@ -62,12 +62,12 @@ def _is_standard_error(stream: io.TextIOWrapper) -> bool:
 
 
 def _forward(readable: int, real: int, arrived: threading.Event) -> None:
-    """Bring what comes through the pipe to ``real``, line by line, without a decoder's lines."""
+    """Copy lines from the pipe to ``real``, except those of decoders."""
     rest = b""
     while chunk := os.read(readable, 2**16):
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
-            # A last line may be without an end.
+            # The last line may lack a newline.
             line, end, _ = line.partition(_END)
             if (line or not end) and not DECODER_MESSAGE.search(line):
                 with suppress(OSError):

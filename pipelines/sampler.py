@@ -1,4 +1,4 @@
-"""Which image stands where in an epoch, and what each process takes of a step: a pure function of (seed, step)."""
+"""The images and commands of each step, as a pure function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from pipelines.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """What one process does in one forward pass: N images, their positions in the epoch, and the commands for them."""
+    """One micro-batch of one process: N images, their positions in the epoch, and their commands."""
 
     epoch: int
     positions: NDArray[np.int64]
     image_ids: NDArray[np.int64]
     commands: Commands
     policy: Policy
-    """What the commands were drawn from; its size is that of the views."""
+    """The distribution of the commands; its size is that of the views."""
 
 
 class Sampler:
-    """A permutation of the images per epoch, cut into global batches of ``accumulate`` chunks, each cut into one
-    stretch per process.
+    """Permutes the images once per epoch, and divides the epoch into global batches of ``accumulate`` micro-batches,
+    each with one range of positions per process.
 
-    The last, incomplete global batch of an epoch is dropped. Each position gets ``views`` commands of ``policy`` from
-    ``command_stream``. Images that are known to be bad are replaced.
+    A step of this class is a micro-batch. The last, incomplete global batch of an epoch is dropped. Each position gets
+    ``views`` commands drawn from ``policy`` in ``command_stream``. Images known to be bad are replaced.
 
-    ``shuffle_window`` is for images in shards: so many shards, themselves in random order, are shuffled together, one
-    window after the other, so that an epoch reads long stretches of few files at a time. 0 shuffles all images.
+    ``shuffle_window`` is for images in shards: this number of shards, in random order, is shuffled together, window by
+    window, so that an epoch reads long ranges of few files at a time. 0 shuffles all images.
 
-    ``epoch_length`` is for images that accompany those of another, longer order: an epoch has so many positions, at
-    which the images are repeated. (STL-10's labeled images accompany the unlabeled ones like this.)
+    ``epoch_length`` is for images that accompany a larger set: an epoch has this number of positions, and the images
+    are repeated. (The labeled images of STL-10 accompany the unlabeled ones.)
 
-    ``view_size_at`` gives views another size in px, epoch by epoch, than that of ``policy``.
+    ``view_size_at`` maps an epoch to the size of its views in px, in place of that of ``policy``.
 
-    Raises UserError where an epoch does not fill one global batch.
+    Raises UserError if an epoch does not fill one global batch.
     """
 
     def __init__(
@@ -68,22 +68,22 @@ class Sampler:
         self.bad = BadImages(images) if bad is None else bad
         self.shuffle_window = shuffle_window if isinstance(images, ImageFiles) and images.in_shards else 0
         self.epoch_length = epoch_length or len(images)
-        self.chunk_size = batch_size * num_processes
-        self.global_batch_size = self.chunk_size * accumulate
+        self.micro_batch_size = batch_size * num_processes
+        self.global_batch_size = self.micro_batch_size * accumulate
         self.steps_per_epoch = self.epoch_length // self.global_batch_size
-        self.chunks_per_epoch = self.steps_per_epoch * accumulate
+        self.micro_batches_per_epoch = self.steps_per_epoch * accumulate
         if self.steps_per_epoch == 0:
-            passes = num_processes * accumulate
-            fits = self.epoch_length // passes
+            micro_batches = num_processes * accumulate
+            fits = self.epoch_length // micro_batches
             raise UserError(
                 f"--batch_size {batch_size} on {num_processes} process(es) with --accumulate {accumulate} makes a "
                 f"global batch of {self.global_batch_size}, but there are only {self.epoch_length} training images; "
-                + (f"use --batch_size {fits} or less." if fits > 1 else f"train on {2 * passes} images or more.")
+                + (f"use --batch_size {fits} or less." if fits > 1 else f"train on {2 * micro_batches} images or more.")
             )
         self._permutations: dict[int, NDArray[np.int64]] = {}
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        """The images of an epoch in their order; those of the last two epochs are kept."""
+        """The images of an epoch in order; those of the last two epochs are cached."""
         if epoch not in self._permutations:
             for old in list(self._permutations)[:-1]:
                 del self._permutations[old]
@@ -94,45 +94,45 @@ class Sampler:
         random = generator(IMAGE_STREAM, self.seed, epoch)
         if self.shuffle_window:
             return self._permute_windows(random)[: self.epoch_length]
-        # As many positions as either needs: a short epoch must draw from all images, a long one repeats them.
+        # The larger of the two: a short epoch must draw from all images, a long one repeats them.
         positions = max(self.epoch_length, len(self.images))
         order = random.permutation(positions)
         return order[: self.epoch_length] % len(self.images)
 
     def _permute_windows(self, random: np.random.Generator) -> NDArray[np.int64]:
-        """Shards in random order, then the images of each window of them."""
+        """Shards in random order, then the images of each window in random order."""
         assert isinstance(self.images, ImageFiles)
         shard_of = self.images.shard_of
         place_of_shard = random.permutation(int(shard_of.max()) + 1)
         return np.lexsort((random.random(len(shard_of)), place_of_shard[shard_of] // self.shuffle_window))
 
-    def shards_of(self, chunk: int) -> NDArray[np.int32]:
-        """The shards that hold the images of this process in ``chunk``, each once."""
+    def shards_of(self, step: int) -> NDArray[np.int32]:
+        """The shards with the images of this process in a step, each once."""
         assert isinstance(self.images, ImageFiles)
-        _, _, image_ids = self._planned(chunk)
+        _, _, image_ids = self._planned(step)
         return np.unique(self.images.shard_of[image_ids])
 
-    def _planned(self, chunk: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
-        """Epoch, positions and images of this process in ``chunk``, bad images included."""
-        epoch, first = chunk // self.chunks_per_epoch, self.first_position(chunk)
+    def _planned(self, step: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+        """Epoch, positions and images of this process in a step, including bad images."""
+        epoch, first = step // self.micro_batches_per_epoch, self.first_position(step)
         positions = np.arange(first, first + self.batch_size, dtype=np.int64)
         return epoch, positions, self._permutation(epoch)[first : first + self.batch_size]
 
-    def first_position(self, chunk: int) -> int:
-        """Where in its epoch this process's share of a chunk begins."""
-        return chunk % self.chunks_per_epoch * self.chunk_size + self.process_index * self.batch_size
+    def first_position(self, step: int) -> int:
+        """The first position of this process in a step."""
+        return step % self.micro_batches_per_epoch * self.micro_batch_size + self.process_index * self.batch_size
 
-    def policy_of(self, chunk: int) -> Policy:
-        """What the commands of a chunk are drawn from: ``policy`` with the size of views in the chunk's epoch."""
+    def policy_of(self, step: int) -> Policy:
+        """The distribution of a step's commands: ``policy`` with the view size of the epoch."""
         if self.view_size_at is None:
             return self.policy
-        return replace(self.policy, size=self.view_size_at(chunk // self.chunks_per_epoch))
+        return replace(self.policy, size=self.view_size_at(step // self.micro_batches_per_epoch))
 
-    def plan(self, chunk: int) -> BatchPlan:
-        """This process's share of chunk ``chunk``, counted from the start of training."""
-        epoch, positions, planned = self._planned(chunk)
+    def plan(self, step: int) -> BatchPlan:
+        """The plan of this process for a step, counted in micro-batches from the start of training."""
+        epoch, positions, planned = self._planned(step)
         image_ids = self.bad.replace(planned, seed=self.seed, epoch=epoch, positions=positions)
-        policy = self.policy_of(chunk)
+        policy = self.policy_of(step)
         commands = draw(
             policy,
             seed=self.seed,

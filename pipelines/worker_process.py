@@ -1,4 +1,4 @@
-"""What every process that works for a main process does first."""
+"""The set-up of worker processes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import threading
 
 
 def begin_work(_number: int = 0) -> None:
-    """Leave it to the main process when to stop, and end when that is gone."""
+    """Ignore signals to stop, which are for the main process, and exit when it has exited."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    # A main process that was killed says nothing: a worker would wait for ever, for work or to hand it over.
+    # Without this, a worker would wait forever for a main process that was killed.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -4,8 +4,8 @@ For your programs (``examples/``; the loaders are in ``pipelines``):
 
 * ``draw`` draws the ``Commands`` of a ``Policy``: what is done to each image to make its views;
 * ``relative_windows`` computes the command between two views, which the inverse model recovers;
-* ``nt_xent`` and ``inverse_loss`` are the two losses, ``Objective`` their sum, with ``Weights``;
-* ``Encoder``, ``Projection`` and ``InverseModel`` are networks, ``Model`` all of them together;
+* ``nt_xent`` and ``inverse_loss`` are the two losses, ``Objective`` their sum, with ``ObjectiveSettings``;
+* ``Encoder``, ``Projection`` and ``InverseModel`` are networks, ``Model`` all of them together, with ``ModelSettings``;
 * ``load_encoder`` loads a trained encoder from a file, an exported folder or the Hugging Face Hub.
 
 Each name is imported at first use.
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
     from pipelines.commands import Policy as Policy
     from pipelines.commands import draw as draw
     from pipelines.errors import UserError as UserError
+    from stec.config import ModelSettings as ModelSettings
+    from stec.config import ObjectiveSettings as ObjectiveSettings
     from stec.models.encoder import Encoder as Encoder
     from stec.models.heads import InverseModel as InverseModel
     from stec.models.heads import Projection as Projection
     from stec.models.model import Model as Model
     from stec.objectives.geometry import relative_windows as relative_windows
+    from stec.objectives.inverse import inverse_loss as inverse_loss
     from stec.objectives.objective import Objective as Objective
-    from stec.objectives.objective import Weights as Weights
-    from stec.objectives.objective import inverse_loss as inverse_loss
-    from stec.objectives.objective import nt_xent as nt_xent
+    from stec.objectives.simclr import nt_xent as nt_xent
     from stec.weights.pretrained import load_encoder as load_encoder
 else:
     __getattr__, __dir__ = lazy_names(
@@ -40,11 +41,14 @@ else:
             "pipelines.batch": "Batch",
             "pipelines.commands": "Commands Policy draw",
             "pipelines.errors": "UserError",
+            "stec.config": "ModelSettings ObjectiveSettings",
             "stec.models.encoder": "Encoder",
             "stec.models.heads": "InverseModel Projection",
             "stec.models.model": "Model",
             "stec.objectives.geometry": "relative_windows",
-            "stec.objectives.objective": "Objective Weights inverse_loss nt_xent",
+            "stec.objectives.inverse": "inverse_loss",
+            "stec.objectives.objective": "Objective",
+            "stec.objectives.simclr": "nt_xent",
             "stec.weights.pretrained": "load_encoder",
         },
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -15,7 +15,19 @@ RENAMED_RESULTS = {
     "probe_after": "online_classifier_after",
     "wait_share": "wait_fraction",
 }
-RENAMED_METRICS = {"wait_share": "wait_fraction"}
+RENAMED_METRICS = {
+    "wait_share": "wait_fraction",
+    "discrimination": "contrastive_loss",
+    "discrimination_accuracy": "contrastive_accuracy",
+    "contrast_accuracy": "cross_view_accuracy",
+    "contrast_entropy": "cross_view_entropy",
+    "manipulation": "inverse_loss",
+    "manipulation_accuracy": "inverse_accuracy",
+    "supervised": "classifier_loss",
+    "supervised_accuracy": "classifier_accuracy",
+}
+EPOCH_ROW = ("loss", *list(RENAMED_METRICS.values())[1:])
+"""The order of the metrics of a step in the checkpoints of 0.1.0."""
 
 
 def with_current_names(values: Mapping[str, T], renamed: Mapping[str, str]) -> dict[str, T]:
@@ -28,4 +40,15 @@ def with_current_parameter_names(state: Mapping[str, T]) -> dict[str, T]:
     return {
         f"classifier.{name.removeprefix('probe.')}" if name.startswith("probe.") else name: value
         for name, value in state.items()
+    }
+
+
+def checkpoint_with_current_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint with the parameters and metrics of 0.1.0 renamed."""
+    rows = [row if isinstance(row, dict) else dict(zip(EPOCH_ROW, row, strict=True)) for row in state["epoch_rows"]]
+    return {
+        **state,
+        "model": with_current_parameter_names(state["model"]),
+        "epoch_rows": rows,
+        "last_epoch": with_current_names(state["last_epoch"], RENAMED_METRICS),
     }

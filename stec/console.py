@@ -1,4 +1,4 @@
-"""What the user sees while training: a live display on a terminal, plain lines elsewhere; tables, next steps."""
+"""Output for the user: a live display on a terminal, plain lines elsewhere; tables, next steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 UNLIMITED = 10_000
-"""Characters of a line where nothing has a width: a log file's lines are for grep."""
+"""Maximum number of characters in a line if there is no terminal: long lines suit grep."""
 
 
 class Console:
@@ -26,13 +26,13 @@ class Console:
 
     def __init__(self, *, enabled: bool) -> None:
         self._rich = RichConsole(quiet=not enabled, highlight=False)
-        # In a terminal that is really one: colors may be forced upon a log file (FORCE_COLOR), and a notebook gives
-        # its commands a terminal that shows each refresh of a display as a line of its own.
+        # Rich also takes a log file with forced colors (FORCE_COLOR) for a terminal; and a notebook runs commands on a
+        # terminal that shows each refresh of a display as a new line.
         self._on_terminal = (
             self._rich.is_interactive and self._rich.file.isatty() and "JPY_PARENT_PID" not in os.environ
         )
         if self._rich.is_dumb_terminal:
-            self._rich.size = ConsoleDimensions(*shutil.get_terminal_size())  # which Rich would not ask for
+            self._rich.size = ConsoleDimensions(*shutil.get_terminal_size())  # Rich assumes 80 columns
         elif not self._rich.file.isatty() and not self._rich.is_jupyter:
             self._rich.width = UNLIMITED
         self._progress: _Progress | None = None
@@ -52,9 +52,9 @@ class Console:
         self._rich.print(table)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:
-        """A table whose first column is text and whose other columns are numbers, or text like it.
+        """A table whose first column is text and whose other columns are ``numbers``, or else text as well.
 
-        Where it is wider than the terminal even with all of its texts wrapped, its rows become lines.
+        If it does not fit the terminal even with all texts wrapped, its cells become lines.
         """
         table = Table()
         for k, column in enumerate(columns):
@@ -62,7 +62,7 @@ class Console:
         for row in rows:
             table.add_row(*row)
         self._rich.print(title, style="bold")
-        # Measured without a limit, as within one what does not fit is cut.
+        # Measured without a limit, as Rich cuts off what does not fit.
         unlimited = self._rich.options.update(width=UNLIMITED)
         if Measurement.get(self._rich, unlimited, table).minimum <= self._rich.width:
             self._rich.print(table)
@@ -73,13 +73,13 @@ class Console:
                 self._rich.print(Padding(Text(f"{name}: {value}"), (0, 0, 0, 2), expand=False))
 
     def next_steps(self, title: str, steps: Sequence[tuple[str, Sequence[str]]]) -> None:
-        """What may be done now, each with the words of its command, which can be copied whatever the terminal's width.
+        """Print descriptions, each with the words of a command that can be copied from a terminal of any width.
 
-        There are no borders to be copied along, and a long command goes on after a backslash, as shells read it.
+        A long command continues after a backslash, as in shells.
         """
         self._rich.print(title, style="bold")
-        for what, words in steps:
-            self._rich.print(f"  {what}", style="cyan", markup=False)
+        for description, words in steps:
+            self._rich.print(f"  {description}", style="cyan", markup=False)
             self._in_lines([shlex.quote(word) for word in words], separator=" ", continued=" \\", indent="    ")
 
     def waiting(self, text: str) -> AbstractContextManager[object]:
@@ -90,32 +90,32 @@ class Console:
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A function that shows what is being done, how much of it is done and of how much: as bars or, where there is
-        no terminal, as a line for each thing."""
+        """A callback ``(description, done, total)`` that reports progress: by a bar on a terminal, elsewhere by one
+        line per description."""
         if not self._on_terminal:
-            told: set[str] = set()
+            printed: set[str] = set()
 
-            def tell(what: str, _done: int, total: int) -> None:
-                if what not in told:
-                    told.add(what)
-                    self.say(f"{what} ({total})")
+            def print_once(description: str, _done: int, total: int) -> None:
+                if description not in printed:
+                    printed.add(description)
+                    self.say(f"{description} ({total})")
 
-            yield tell
+            yield print_once
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         tasks: dict[str, TaskID] = {}
         with Progress(*columns, console=self._rich, transient=True) as progress:
 
-            def show(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = progress.add_task(what, total=total)
-                progress.update(tasks[what], completed=done)
+            def show(description: str, done: int, total: int) -> None:
+                if description not in tasks:
+                    tasks[description] = progress.add_task(description, total=total)
+                progress.update(tasks[description], completed=done)
 
             yield show
 
     @contextmanager
     def training(self, *, first_step: int, total_steps: int) -> Iterator[None]:
-        """While this is open, ``report`` moves a progress display (terminal) or prints lines (elsewhere)."""
+        """While open, ``report`` updates a live display (terminal) or prints lines (elsewhere)."""
         if not self._on_terminal:
             yield
             return
@@ -133,17 +133,15 @@ class Console:
         self._progress = None
 
     def report(self, values: Mapping[str, float], *, epochs: int, eta_seconds: float, end_of_epoch: bool) -> None:
-        """Show a step's metrics: always on the live display, as a line of its own at the end of an epoch."""
+        """Show metrics: on the live display, and as a line at the end of an epoch."""
         learning = [f"loss {values['loss']:.3f}"]
-        # A loss of exactly 0 is one that is not trained: SimCLR has no inverse model, a linear probing only the
-        # online classifier, and
-        # images without labels have none.
-        if values["discrimination"]:
-            learning.append(f"contrast {values['discrimination']:.3f}")
-        if values["manipulation"]:
-            learning.append(f"inverse {values['manipulation']:.3f} ({values['manipulation_accuracy']:.2f})")
-        if values["supervised"]:
-            learning.append(f"online linear classifier {values['supervised_accuracy']:.2f}")
+        # The metrics of a head that the model does not have are missing.
+        if "contrastive_loss" in values:
+            learning.append(f"contrast {values['contrastive_loss']:.3f}")
+        if "inverse_loss" in values:
+            learning.append(f"inverse {values['inverse_loss']:.3f} ({values['inverse_accuracy']:.2f})")
+        if "classifier_loss" in values:
+            learning.append(f"classifier {values['classifier_accuracy']:.2f}")
         learning.append(f"lr {values['learning_rate']:.3g}")
         left = timedelta(seconds=round(min(eta_seconds, 1e9)))
         pace = [f"left {left}", f"{values['images_per_second']:.0f} images/s", f"wait {values['wait_fraction']:.0%}"]
@@ -155,14 +153,15 @@ class Console:
             self._in_lines([epoch, *learning, *pace])
 
     def _in_lines(self, parts: Sequence[str], *, separator: str = "  ", continued: str = "", indent: str = "") -> None:
-        """Print parts side by side, each whole, on as many lines as the width asks for; later lines are indented more.
+        """Print parts side by side, without breaking them, on the number of lines that the width requires.
 
-        A part that is wider than the terminal has a line of its own, which the terminal wraps; it is not indented.
+        Lines after the first are indented by two more columns. A part that is wider than the terminal is on a separate
+        line without indentation, which the terminal wraps.
         """
         line = indent + parts[0]
         for k, part in enumerate(parts[1:], start=1):
-            room = self._rich.width - len(continued) * (k < len(parts) - 1)
-            if len(line) + len(separator) + len(part) <= room:
+            available = self._rich.width - len(continued) * (k < len(parts) - 1)
+            if len(line) + len(separator) + len(part) <= available:
                 line += separator + part
             else:
                 self.say(line + continued)
@@ -173,7 +172,7 @@ class Console:
 
 
 class _Progress(Progress):
-    """A progress bar with lines of figures below it, which narrow terminals cut off instead of the bar."""
+    """A progress bar above lines of figures, which narrow terminals cut off instead of the bar."""
 
     below: Sequence[str] = ()
 
@@ -181,7 +180,7 @@ class _Progress(Progress):
         yield from super().get_renderables()
         for line in self.below:
             text = Text(line, no_wrap=True)
-            # Terminals write ^C where the cursor is; after a full line that would push the display down, and a part of
-            # it would stay.
+            # Terminals write ^C at the cursor; after a full line that would move the display down, and a part of it
+            # would remain.
             text.truncate(self.console.width - len("^C"), overflow="ellipsis")
             yield text

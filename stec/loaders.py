@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from pipelines.bad_images import BadImages
+from pipelines.batch import PlainLoader, TwoViewLoader
 from pipelines.commands import LABELED_STREAM, Policy
 from pipelines.datasets.images import Images
 from pipelines.datasets.registry import DataSet, DataSetTraits
@@ -15,6 +17,18 @@ from pipelines.loader import Backend, EvaluationLoader, Loader
 from pipelines.sampler import Sampler
 from stec.config import TrainConfig
 from stec.distributed.launcher import cpus_of_process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The loaders of a training run."""
+
+    training: TwoViewLoader
+    labeled: PlainLoader | None
+    """Images from which evaluation learns; None, like ``test``, if there are no labels."""
+    test: PlainLoader | None
+    classes: int
+    """0 if there are no labels: then there is neither an online linear classifier nor an evaluation."""
 
 
 class LoaderSettings(Protocol):

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from pipelines.errors import UserError
 from stec.console import Console
 from stec.distributed.launcher import choose_precision, cpus_of_process, is_single_process_of_several
-from stec.training.engine import resolve_precision
+from stec.training.precision import resolve_precision
 
 
 def start(

@@ -26,7 +26,7 @@ PROCESSES.set_forkserver_preload(
         "accelerate",
         "pipelines.executors.graph",
         "pipelines.loader",
-        "stec.training.engine",
+        "stec.training.loop",
         "stec.runs.run_folder",
     ]
 )

@@ -1,4 +1,4 @@
-"""A compiled encoder trains as one that is not."""
+"""A compiled encoder trains like one that is not compiled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 WIDTH, BATCH, SIZE = 4, 4, 16
-"""An encoder so narrow that it hangs in memory formats that the compiler likes."""
+"""A narrow encoder, which hangs in memory formats that the compiler chooses by default."""
 
 
 def test_a_compiled_step_is_as_exact_as_a_plain_one() -> None:
@@ -28,7 +28,7 @@ def test_a_compiled_step_is_as_exact_as_a_plain_one() -> None:
     encoder = Encoder("resnet18", "cifar", WIDTH)
     images = images_for(encoder, 2 * BATCH, SIZE)
     reference, plain = one_step(exact(encoder), images), one_step(encoder, images)
-    encoder.compile(options={"layout_optimization": False})  # as the training of so narrow an encoder does
+    encoder.compile(options={"layout_optimization": False})  # as in training, for an encoder of this width
     assert_as_exact(one_step(encoder, images), plain, reference)
 
 
@@ -36,7 +36,7 @@ def test_a_compiled_run(tmp_path: Path) -> None:
     flags = f"--width {WIDTH} --batch_size {BATCH} --view_size {SIZE} --limit_train 16 --max_epochs 1 --warmup_epochs 0"
     flags += " --feat_dim 8 --manip_hidden_mlp 16 --hidden_mlp 16 --log_every 1 --num_workers 1 --mixed_precision no"
     run = Run(*flags.split(), "--compile", "1", "--results_path", tmp_path / "run")
-    run.process.join(600)  # a minute of compiling, more where other tests run beside
+    run.process.join(600)  # compiling takes a minute, more if other tests run at the same time
     run.end()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 4 and all(map(math.isfinite, losses))

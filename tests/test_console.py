@@ -1,4 +1,4 @@
-"""What is seen on terminals of many kinds, in log files and in notebooks, and what may be copied from there."""
+"""The output on terminals of several kinds, in log files and in notebooks, and the commands to copy from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARTS = [
     "loss 14.077",
     "contrast 4.959",
     "inverse 1.849 (0.17)",
-    "online linear classifier 0.05",
+    "classifier 0.05",
     "lr 0.00263",
     "8176 images/s",
     "wait 2%",
@@ -46,8 +46,8 @@ with console.counting() as show:
         show("headers", done, 10)
 console.facts("S-TEC", [("data", "demo: 128 training images"), ("files", "/a/folder/of/mine")])
 values = dict(
-    loss=14.077, discrimination=4.959, manipulation=1.849, manipulation_accuracy=0.17, supervised=1,
-    supervised_accuracy=0.05, learning_rate=0.00263, images_per_second=8176, wait_fraction=0.02,
+    loss=14.077, contrastive_loss=4.959, inverse_loss=1.849, inverse_accuracy=0.17, classifier_loss=1,
+    classifier_accuracy=0.05, learning_rate=0.00263, images_per_second=8176, wait_fraction=0.02,
 )
 with console.training(first_step=0, total_steps=30):
     for step in range(1, 31):
@@ -63,7 +63,7 @@ console.next_steps("What to do next", [("evaluate it", {WORDS!r})])
 
 @contextmanager
 def terminal(width: int, *command: str | Path, **environment: str) -> Iterator[int]:
-    """A command on a terminal of its own, and what to read that by."""
+    """Run a command on a new terminal; yields a file descriptor with its output."""
     ours, its = os.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 100, width, 0, 0))
     process = subprocess.Popen(
@@ -89,8 +89,8 @@ def outside_of_notebooks() -> dict[str, str]:
 
 
 def read(descriptor: int) -> Iterator[bytes]:
-    """What a command writes, as it comes, to its end."""
-    with suppress(OSError):  # Linux's way to say that nobody holds the other end any more
+    """Yield the output of a command until it ends."""
+    with suppress(OSError):  # Linux raises an error if the other end is closed
         while chunk := os.read(descriptor, 4096):
             yield chunk
 
@@ -100,7 +100,7 @@ def rows(screen: pyte.Screen) -> list[str]:
 
 
 def assert_whole(text: str) -> None:
-    """Three epochs, each told once, and none of their figures torn."""
+    """Assert that each of three epochs is there once, and that no figure is broken between lines."""
     for epoch in (1, 2, 3):
         assert text.count(f"epoch {epoch}/3") == 1, text
     for part in PARTS:
@@ -109,11 +109,11 @@ def assert_whole(text: str) -> None:
 
 
 def command_in(lines: list[str]) -> list[str]:
-    """The words of the printed command, as a shell reads them that was given what stands on the screen."""
+    """The words that a shell reads from the printed command."""
     first = next(k for k, line in enumerate(lines) if line.strip().startswith("python"))
     script = 'python() { printf "%s\\n" "$@"; }\n' + "\n".join(lines[first:])
-    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    return ["python", *said.stdout.splitlines()]
+    shell = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    return ["python", *shell.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("width", [30, 80])
@@ -156,7 +156,7 @@ def test_twenty_columns_hold_the_display() -> None:
 
 @pytest.mark.parametrize("forced", [{}, {"FORCE_COLOR": "1"}])
 def test_a_log_file_has_plain_lines(forced: dict[str, str], tmp_path: Path) -> None:
-    """However narrow the terminal is that the command was given in; forced colors are colors only."""
+    """Even if COLUMNS is small; and forced colors add only colors."""
     with (tmp_path / "log").open("wb") as log:
         environment = {**outside_of_notebooks(), "TERM": "xterm-256color", "COLUMNS": "30", **forced}
         subprocess.run([sys.executable, "-c", SESSION], cwd=ROOT, env=environment, stdout=log, check=True)
@@ -182,11 +182,11 @@ def test_a_dumb_terminal_has_plain_lines_that_fit() -> None:
 
 
 def test_no_color_is_no_color() -> None:
-    said = []
+    texts = []
     for environment in ({}, {"NO_COLOR": "1"}):
         with terminal(80, "-c", SESSION, **environment) as end:
-            said.append(b"".join(read(end)).decode())
-    colored, plain = (re.findall(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7])[;m]", text) for text in said)
+            texts.append(b"".join(read(end)).decode())
+    colored, plain = (re.findall(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7])[;m]", text) for text in texts)
     assert colored and not plain
 
 
@@ -215,7 +215,7 @@ def test_tmux(tmp_path: Path) -> None:
 
 
 def test_notebooks_have_a_line_for_an_epoch(tmp_path: Path) -> None:
-    """In a kernel's own process, and as a command of a cell, which has a terminal that cannot move up."""
+    """In a kernel's process, and as a command of a cell, whose terminal cannot move the cursor up."""
     (tmp_path / "session.py").write_text(SESSION)
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT))
     try:
@@ -250,7 +250,7 @@ SMALL = (
 
 @dataclass(frozen=True)
 class OnTerminal:
-    """Gives a process a terminal to control it, as a shell does."""
+    """Gives a process a controlling terminal, as a shell does."""
 
     path: str
 
@@ -270,7 +270,7 @@ def test_the_cursor_is_back_after_ctrl_c(tmp_path: Path) -> None:
     stream = pyte.ByteStream(screen)
     ours, its = os.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 100, 40, 0, 0))
-    # A terminal may throw away at Ctrl-C what is still to be drawn; here it shall not.
+    # By default, a terminal discards pending output at Ctrl-C.
     attributes = termios.tcgetattr(its)
     attributes[3] |= termios.NOFLSH
     termios.tcsetattr(its, termios.TCSANOW, attributes)
@@ -279,7 +279,7 @@ def test_the_cursor_is_back_after_ctrl_c(tmp_path: Path) -> None:
     hidden = pressed = False
     for chunk in read(ours):
         if its:
-            os.close(its)  # the run has it
+            os.close(its)  # the run has opened it
             its = 0
         stream.feed(chunk)
         if not pressed and any(row.startswith("epoch 3/10000 ") for row in rows(screen)):
@@ -294,7 +294,7 @@ def test_the_cursor_is_back_after_ctrl_c(tmp_path: Path) -> None:
 
 def test_the_next_steps_are_commands_that_work(tmp_path: Path) -> None:
     folder = tmp_path / "a run"
-    # float32, as eval has by default: 64 test images are few enough for one to be classified otherwise in bf16.
+    # float32, the default of eval, because bf16 may classify one of the 64 test images differently.
     trained = Run(*SMALL, "--mixed_precision", "no", "--max_epochs", "1", "--results_path", folder)
     trained.end()
     commands = [shlex.split(line) for line in trained.out.splitlines() if line.startswith("    python ")]

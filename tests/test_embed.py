@@ -26,6 +26,7 @@ import launch
 from pipelines.datasets import demo
 from pipelines.splits import read_split
 from stec.cli.embed import HOW_TO_CONTINUE
+from stec.config import ModelSettings
 from stec.evaluation.embed import DONE, PartialFeatures
 from stec.models.model import Model
 from stec.weights.export import write_safetensors
@@ -39,7 +40,7 @@ ROUNDING = 1e-5
 def write_weights(path: Path, *, stem: str, trained_on: str, width: int, seed: int = 0) -> Model:
     """A random model as training would write it, with batch norms that are not the identity."""
     torch.manual_seed(seed)
-    model = Model(arch="resnet18", stem=stem, classes=10, width=width, stop_gradient=2)
+    model = Model(ModelSettings(width=width), stem=stem, classes=10, stop_gradient=2)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)

@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 import launch
 from pipelines.batch import PlainBatch
 from pipelines.datasets import demo
+from stec.config import ModelSettings
 from stec.evaluation.evaluate import Features, class_balanced, evaluate, knn_votes, linear_probing_logits, score
 from stec.models.encoder import Encoder
 from stec.models.model import Model
@@ -254,7 +255,7 @@ def test_a_runs_folder_and_an_official_checkpoint_need_no_flags(
     assert launch.main([*EVAL, str(folder), *classifier]) == 2
     assert "is not finished: it has no results.json yet" in capsys.readouterr().err
     (folder / "results.json").write_text("{}")
-    model = Model(arch="resnet50", stem="cifar", classes=10, width=8, hidden_mlp=4, feat_dim=4)
+    model = Model(ModelSettings(arch="resnet50", width=8, hidden_mlp=4, feat_dim=4), stem="cifar", classes=10)
     torch.save({"state_dict": to_official_names(model.state_dict())}, official)
     for path, flags, wrong, truth in (
         (folder, ["--arch", "resnet18"], ["--width", "5"], "does not match --width 5: it is a resnet18 of width 4"),

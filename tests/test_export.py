@@ -33,6 +33,7 @@ import stec
 from pipelines.datasets.fingerprint import fingerprint
 from pipelines.datasets.images import ImageArray, ImageFiles
 from pipelines.errors import UserError
+from stec.config import ModelSettings
 from stec.models.encoder import Encoder
 from stec.models.model import Model
 from stec.runs import checkpoint
@@ -232,7 +233,7 @@ def test_the_whole_model_as_a_file(finished: Path, tmp_path: Path) -> None:
 def test_an_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It does not say whether a max-pool follows its 7x7 convolution."""
     torch.manual_seed(0)
-    model = Model(arch="resnet18", stem="imagenet", classes=10, feat_dim=8).eval()
+    model = Model(ModelSettings(feat_dim=8), stem="imagenet", classes=10).eval()
     torch.save({"state_dict": to_official_names(model.state_dict())}, tmp_path / "official.ckpt")
     assert export(tmp_path / "official.ckpt", tmp_path / "x.pth", "torchvision") == 2
     assert "add --stem imagenet (it does) or --stem stl10" in capsys.readouterr().err

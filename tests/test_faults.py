@@ -1,6 +1,6 @@
-"""Whatever interrupts a run, it goes on to the result that it would have had, and says what happened.
+"""After an interruption of any kind, a run resumes to the same result, and the cause is reported.
 
-Each fault is a real one: processes are killed, disks fill up, files are damaged.
+The faults are real: processes are killed, disks fill up, files are damaged.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from pipelines.errors import Interrupted, UserError
 from stec import console
+from stec.distributed import failures
 from stec.runs import checkpoint
 from stec.runs.run_folder import RunFolder
 from stec.training.stops import StopRequests, immediately
@@ -66,7 +68,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cut(whole: Path, folder: Path, *steps: int) -> Path:
-    """The run as it was when these were its checkpoints."""
+    """A copy of the run with these checkpoints only."""
     folder.mkdir()
     for name in ("config.json", "metrics.jsonl", "starts.jsonl"):
         shutil.copy(whole / name, folder)
@@ -76,7 +78,7 @@ def cut(whole: Path, folder: Path, *steps: int) -> Path:
 
 
 class LocalError(UserError):
-    """Something that only the process that meets it knows of."""
+    """An error of one process that the others do not know."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, local=True)
@@ -86,13 +88,13 @@ TIMES = ("train_seconds", "wait_seconds", "environment")
 
 
 def assert_same_outcome(folder: Path, whole: Path) -> None:
-    """Weights, optimizer and random numbers to the bit, and the metrics; only times differ."""
+    """Weights, optimizer and random state are bit-equal, metrics are equal; only times differ."""
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     ours, theirs = (checkpoint.load(checkpoint.checkpoint_path(run, TOTAL_STEPS)) for run in (folder, whole))
     assert _bits({k: v for k, v in ours.items() if k not in TIMES}) == _bits(
         {k: v for k, v in theirs.items() if k not in TIMES}
     )
-    # Each step is logged once, in whichever lines.
+    # Each step is logged once, though the lines may combine other steps.
     for run in (folder, whole):
         assert sum(line["steps"] for line in metrics(run)) == metrics(run)[-1]["step"] == TOTAL_STEPS
     sums = [sum(line["loss"] * line["steps"] for line in metrics(run)) for run in (folder, whole)]
@@ -118,10 +120,10 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 @dataclass(frozen=True)
 class KilledWhileSaving:
-    """kill -9 of this process when it does something to a checkpoint in a folder for the so many-th time.
+    """kill -9 of this process at the nth time (``times``) of an operation on a checkpoint in ``folder``.
 
-    ``flush``: its temporary file, of which half is written then; ``rename``: before that, ``renamed``: after it;
-    ``remove``: before an old checkpoint is deleted.
+    ``flush``: when half of its temporary file is written; ``rename``: before the file is renamed, ``renamed``: after
+    that; ``remove``: before an old checkpoint is deleted.
     """
 
     folder: Path
@@ -149,10 +151,10 @@ class KilledWhileSaving:
         def renaming(path: Path, target: Path) -> Path:
             if reached("rename", path):
                 kill()
-            made = rename(path, target)
+            result = rename(path, target)
             if reached("renamed", path):
                 kill()
-            return made
+            return result
 
         def removing(path: Path, missing_ok: bool = False) -> None:
             if reached("remove", path):
@@ -165,7 +167,7 @@ class KilledWhileSaving:
 
 
 def test_killed_at_any_moment(whole: Path, tmp_path: Path) -> None:
-    """kill -9, in each part of saving and at any time; what is on disk is whole each time, and the end is the same."""
+    """kill -9 in each part of saving and at other steps; all checkpoints are complete, and the result is the same."""
     folder, rng = tmp_path / "run", random.Random(0)
     for times in (2, 1):
         for operation in ("flush", "rename", "renamed", "remove"):
@@ -173,30 +175,29 @@ def test_killed_at_any_moment(whole: Path, tmp_path: Path) -> None:
             run = start(folder, "--resume", "auto", prepare=KilledWhileSaving(folder, operation, times))
             run.process.join(120)
             assert run.process.exitcode == -signal.SIGKILL
-            found = checkpoint.checkpoints(folder)
-            for path in found.values():
+            saved = checkpoint.checkpoints(folder)
+            for path in saved.values():
                 checkpoint.load(path)
             unsaved = operation in ("flush", "rename")
             assert len(list(folder.glob(".checkpoint-*.tmp"))) == unsaved
             if operation != "remove":
-                assert max(found) == newest + times - unsaved
+                assert max(saved) == newest + times - unsaved
     for _ in range(4):
-        run = start(folder, "--resume", "auto")
-        run.process.join(rng.uniform(0, 2))
-        run.process.kill()
-        run.process.join()
+        run = start(folder, "--resume", "auto", prepare=SignalAtStep(rng.randint(1, 3), signal.SIGKILL))
+        run.process.join(120)
+        assert run.process.exitcode == -signal.SIGKILL
         for path in checkpoint.checkpoints(folder).values():
             checkpoint.load(path)
     resume(folder)
     assert_same_outcome(folder, whole)
 
 
-# --- Asked to stop ---
+# --- Requests to stop ---
 
 
 @dataclass(frozen=True)
 class SignalAtStepAndWhileSaving(SignalAtStep):
-    """And once more in the middle of saving that step; where that is Ctrl-C, the disk then hangs."""
+    """And again while that step is saved; if the signal is Ctrl-C, the disk hangs then."""
 
     def __call__(self) -> None:
         super().__call__()
@@ -227,38 +228,38 @@ def test_a_signal_saves_and_stops(
     number: signal.Signals, flags: list[str], code: int, whole: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    said = start(folder, *flags, "--checkpoint_every_steps", "100", prepare=SignalAtStep(11, number)).end(code)
-    assert f"Stopped after step 11 of 24; go on by adding --results_path {folder} --resume auto." in said
+    output = start(folder, *flags, "--checkpoint_every_steps", "100", prepare=SignalAtStep(11, number)).end(code)
+    assert "Stopped after step 11 of 24" in output and f"--results_path {folder} --resume auto." in output
     assert list(checkpoint.checkpoints(folder)) == [8, 11]
     resume(folder)
     assert_same_outcome(folder, whole)
 
 
-def test_a_signal_at_the_last_step_leaves_evaluation_for_later(whole: Path, tmp_path: Path) -> None:
+def test_a_signal_at_the_last_step_postpones_evaluation(whole: Path, tmp_path: Path) -> None:
     folder = cut(whole, tmp_path / "run", 23)
-    said = resume(folder, prepare=SignalAtStep(1, signal.SIGTERM))
-    assert "Stopped after step 24 of 24" in said and not (folder / "results.json").exists()
+    output = resume(folder, prepare=SignalAtStep(1, signal.SIGTERM))
+    assert "Stopped after step 24 of 24" in output and not (folder / "results.json").exists()
     resume(folder)
     assert_same_outcome(folder, whole)
     assert (folder / "results.json").exists()
 
 
 def test_repeated_signals(whole: Path, tmp_path: Path) -> None:
-    """Launcher and scheduler may both send SIGTERM, so a second one changes nothing; a second Ctrl-C stops at once."""
+    """Launcher and scheduler may both send SIGTERM, so a second one is ignored; a second Ctrl-C stops immediately."""
     folder = tmp_path / "terminated"
-    said = start(folder, prepare=SignalAtStepAndWhileSaving(5, signal.SIGTERM)).end()
-    assert "Stopped after step 5 of 24" in said
+    output = start(folder, prepare=SignalAtStepAndWhileSaving(5, signal.SIGTERM)).end()
+    assert "Stopped after step 5 of 24" in output
     assert list(checkpoint.checkpoints(folder)) == [4, 5]
     folder = tmp_path / "interrupted"
-    said = start(folder, prepare=SignalAtStepAndWhileSaving(5, signal.SIGINT)).end(130)
-    assert "Stopped at once" in said
+    output = start(folder, prepare=SignalAtStepAndWhileSaving(5, signal.SIGINT)).end(130)
+    assert "Stopped immediately" in output
     assert list(checkpoint.checkpoints(folder)) == [3, 4]
     resume(folder)
     assert_same_outcome(folder, whole)
 
 
-def test_at_once_a_second_signal_changes_nothing() -> None:
-    """It would break off what the first one has cleaned up: a launcher that ends sends one, too."""
+def test_a_second_signal_does_not_interrupt_the_cleanup() -> None:
+    """A launcher that ends after the first signal sends another one."""
     cleaned_up = []
 
     def stopped(by: signal.Signals) -> None:
@@ -296,14 +297,16 @@ def start_two(folder: Path, *arguments: str | Path, prepare: Sequence[Prepare | 
 
 
 def test_a_signal_to_one_process_stops_all(tmp_path: Path) -> None:
-    """They agree on the step, between two lines of metrics; another number of processes goes on to equal floats."""
-    # Small steps, as training makes much of rounding in so small a network.
+    """They agree on the step; another number of processes resumes to nearly equal weights.
+
+    The learning rate is small, because training amplifies rounding errors in a network of this size.
+    """
     plain = ["--optimizer", "sgd", "--learning_rate", "0.000001", "--mixed_precision", "no", "--max_epochs", "1"]
     plain += ["--log_every", "100"]
     folder = tmp_path / "run"
     both = start_two(folder, *plain, prepare=[None, SignalAtStep(3, signal.SIGUSR1)])
-    said = [run.end() for run in both]
-    assert "Stopped after step 4 of 8" in said[0] and "Stopped" not in said[1]
+    output = [run.end() for run in both]
+    assert "Stopped after step 4 of 8" in output[0] and "Stopped" not in output[1]
     assert list(checkpoint.checkpoints(folder)) == [3, 4]
     resume(folder, *plain)
     start(tmp_path / "whole", *plain).end()
@@ -314,7 +317,7 @@ def test_a_signal_to_one_process_stops_all(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Raise:
-    """This process alone runs into an error at a step."""
+    """An error of this process at a step."""
 
     step: int
     error: Exception
@@ -337,30 +340,40 @@ class Raise:
     [
         (SignalAtStep(3, signal.SIGKILL), -signal.SIGKILL, "Process 1 died or does not answer"),
         (SignalAtStep(3, signal.SIGSTOP), None, "Process 1 died or does not answer"),
-        (Raise(3, LocalError("x.jpg cannot be read.")), 2, "Process 1 failed: x.jpg cannot be read; mend that"),
-        (Raise(3, MemoryError("no memory")), 1, "Process 1 failed: MemoryError: no memory; mend that"),
+        (Raise(3, LocalError("x.jpg cannot be read.")), 2, "Process 1 failed: x.jpg cannot be read; fix that"),
+        (Raise(3, MemoryError("no memory")), 1, "Process 1 failed: MemoryError: no memory; fix that"),
     ],
     ids=["killed", "hangs", "error", "bug"],
 )
 def test_one_process_fails(fault: Prepare, code: int | None, sentence: str, tmp_path: Path) -> None:
-    """The others end, too, with one sentence that says which one it was and, where it could say so, why."""
+    """The others also end, with one sentence that names the process and, if it reported one, its error."""
     folder = tmp_path / "run"
     both = start_two(folder, "--process_timeout_s", "8", prepare=[None, fault])
-    said = both[0].end(2)
-    assert f"error: {sentence}" in said and "go on from the last checkpoint by --resume auto." in said
+    output = both[0].end(2)
+    assert f"error: {sentence}" in output and "--resume auto." in output
     if code is None:
         both[1].process.kill()
     both[1].process.join(60)
     assert both[1].process.exitcode == code or code is None
-    # The main process may have saved the step in question before it noticed.
+    # The main process may have saved the step of the failure before it detected it.
     assert list(checkpoint.checkpoints(folder))[-1] in (2, 3)
 
 
+def test_the_store_works_outside_of_collectives() -> None:
+    """``_get_default_store`` is not public: if PyTorch changes it, failures must be reported in another way."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        failures._store().set("failed", "Process 0 failed")
+        assert failures._store().get("failed") == b"Process 0 failed"
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_main_process_dies(tmp_path: Path) -> None:
-    """With it goes what the processes could have found each other by."""
+    """And with it the store that connects the processes."""
     both = start_two(tmp_path / "run", prepare=[SignalAtStep(3, signal.SIGKILL)])
-    said = both[1].end(2)
-    assert "error on process 1: Process 0, which keeps the others in touch, is gone; go on from" in said
+    output = both[1].end(2)
+    assert "error on process 1: Process 0, which connects the processes, died" in output
 
 
 # --- The disk is full ---
@@ -368,31 +381,31 @@ def test_the_main_process_dies(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class SmallDisk:
-    """A disk that can be filled up: a small file system where one may be mounted, else a limit to a file's size."""
+    """A disk that can be full: a small file system if one can be mounted, else a limit of the size of a file."""
 
     folder: Path
     mounted: bool
 
-    ROOM = 100_000
+    FREE_BYTES = 100_000
 
     def __call__(self) -> None:
-        """Fill it up; a run makes room again when it has said that it could not save."""
+        """Fill it; a run frees it when it has printed that it could not save."""
         self.fill()
         say = console.Console.say
 
-        def saying(self_: console.Console, text: str) -> None:
+        def say_and_free(self_: console.Console, text: str) -> None:
             say(self_, text)
             if text.startswith("warning"):
                 self.free()
 
-        patch.object(console.Console, "say", saying).start()
+        patch.object(console.Console, "say", say_and_free).start()
 
     def fill(self) -> None:
         if not self.mounted:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.ROOM, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.FREE_BYTES, resource.RLIM_INFINITY))
             return
         room = shutil.disk_usage(self.folder).free
-        (self.folder / "other").write_bytes(bytes(max(0, room - self.ROOM)))
+        (self.folder / "other").write_bytes(bytes(max(0, room - self.FREE_BYTES)))
 
     def free(self) -> None:
         if self.mounted:
@@ -414,13 +427,10 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 def test_a_full_disk_stops_the_run(whole: Path, small_disk: SmallDisk) -> None:
     folder = cut(whole, small_disk.folder / "run", 7, 8)
-    said = resume(folder, prepare=small_disk, code=2)
-    assert f"error: {folder}/checkpoint-00000009.pt cannot be written (" in said
-    assert ("No space left on device" in said) == small_disk.mounted
-    assert (
-        f"Training stopped after step 10; the checkpoints before are whole, so go on by adding --results_path {folder} "
-        "--resume auto." in said
-    )
+    output = resume(folder, prepare=small_disk, code=2)
+    assert f"error: {folder}/checkpoint-00000009.pt cannot be written (" in output
+    assert ("No space left on device" in output) == small_disk.mounted
+    assert "Training stopped after step 10;" in output and f"--results_path {folder} --resume auto." in output
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
         "checkpoint-00000007.pt",
@@ -435,23 +445,22 @@ def test_a_full_disk_stops_the_run(whole: Path, small_disk: SmallDisk) -> None:
     assert_same_outcome(folder, whole)
 
 
-def test_training_goes_on_with_a_full_disk_if_told_to(whole: Path, small_disk: SmallDisk) -> None:
+def test_training_continues_with_a_full_disk_if_requested(whole: Path, small_disk: SmallDisk) -> None:
     folder = cut(whole, small_disk.folder / "run", 8)
-    said = resume(folder, "--on_save_error", "continue", prepare=small_disk)
-    assert f"warning: {folder}/checkpoint-00000009.pt cannot be written (" in said
-    assert "Training goes on without this checkpoint." in said
+    output = resume(folder, "--on_save_error", "continue", prepare=small_disk)
+    assert f"warning: {folder}/checkpoint-00000009.pt cannot be written (" in output
     assert_same_outcome(folder, whole)
 
 
 def test_a_failed_save_is_noticed_before_the_next_one(whole: Path, small_disk: SmallDisk) -> None:
     folder = cut(whole, small_disk.folder / "run", 8)
-    said = resume(folder, "--checkpoint_every_steps", "4", prepare=small_disk, code=2)
-    assert f"error: {folder}/checkpoint-00000012.pt cannot be written (" in said
-    assert re.search(r"Training stopped after step 1[345];", said)
+    output = resume(folder, "--checkpoint_every_steps", "4", prepare=small_disk, code=2)
+    assert f"error: {folder}/checkpoint-00000012.pt cannot be written (" in output
+    assert re.search(r"Training stopped after step 1[345];", output)
 
 
 def test_metrics_wait_for_a_full_disk(small_disk: SmallDisk) -> None:
-    """No line is lost, none is there by half."""
+    """No line is lost or incomplete."""
     if not small_disk.mounted:
         pytest.skip("no file system can be mounted here")
     folder = RunFolder(small_disk.folder)
@@ -473,7 +482,7 @@ def test_metrics_wait_for_a_full_disk(small_disk: SmallDisk) -> None:
 
 
 def damages(content: bytes) -> Iterator[bytes]:
-    """The content cut short, emptied, zeroed at the end as after a power cut, and with single bits flipped."""
+    """The content truncated, emptied, zeroed at the end as after a power failure, and with single bits flipped."""
     yield b""
     yield content[:1]
     yield content[: len(content) // 2]
@@ -486,7 +495,7 @@ def damages(content: bytes) -> Iterator[bytes]:
         yield bytes(flipped)
 
 
-def test_any_damage_is_noticed(whole: Path, tmp_path: Path) -> None:
+def test_any_damage_is_detected(whole: Path, tmp_path: Path) -> None:
     content = checkpoint.checkpoint_path(whole, 8).read_bytes()
     path = tmp_path / "checkpoint-00000008.pt"
     for damaged in damages(content):
@@ -497,15 +506,15 @@ def test_any_damage_is_noticed(whole: Path, tmp_path: Path) -> None:
     assert checkpoint.load(path)["step"] == torch.load(path, weights_only=True)["step"] == 8
 
 
-def test_the_checkpoint_before_a_damaged_one_is_taken(whole: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(whole: Path, tmp_path: Path) -> None:
     folder = cut(whole, tmp_path / "run", 6, 7, 8)
     for step, change in ((7, lambda old: old[:-100]), (8, lambda old: bytes([old[0] ^ 1]) + old[1:])):
         path = checkpoint.checkpoint_path(folder, step)
         path.write_bytes(change(path.read_bytes()))
-    said = resume(folder)
-    assert "checkpoint-00000008.pt is damaged (its checksum" in said
-    assert "checkpoint-00000007.pt is damaged (its end is missing)" in said
-    assert "Resuming after step 6." in said
+    output = resume(folder)
+    assert "checkpoint-00000008.pt is damaged (its checksum" in output
+    assert "checkpoint-00000007.pt is damaged (its end is missing)" in output
+    assert "Resuming after step 6." in output
     assert_same_outcome(folder, whole)
     assert (folder / "checkpoint-00000008.pt.damaged").exists()
 
@@ -514,13 +523,13 @@ def test_no_undamaged_checkpoint_is_left(whole: Path, tmp_path: Path) -> None:
     folder = cut(whole, tmp_path / "run", 8)
     checkpoint.checkpoint_path(folder, 8).write_bytes(b"")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    said = resume(folder, code=2)
-    assert f"checkpoints in {folder} are damaged (checkpoint-00000008.pt: " in said
+    output = resume(folder, code=2)
+    assert f"checkpoints in {folder} are damaged (checkpoint-00000008.pt: " in output
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
     assert after == before
 
 
-# --- Results without the checkpoints that they came from ---
+# --- Results without their checkpoints ---
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -547,15 +556,15 @@ def test_results_are_not_trained_again_without_checkpoints(
     folder = tmp_path / "run"
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("checkpoint-*", *missing))
     before = files_in(folder)
-    said = start(folder, *flags).end(2)
-    assert str(folder) in said and "--results_path" in said
+    output = start(folder, *flags).end(2)
+    assert str(folder) in output and "--results_path" in output
     assert files_in(folder) == before
 
 
-def test_a_run_without_checkpoint_starts_again_and_says_so(whole: Path, tmp_path: Path) -> None:
+def test_a_run_without_checkpoint_starts_again_and_reports_it(whole: Path, tmp_path: Path) -> None:
     folder = cut(whole, tmp_path / "run")
-    said = resume(folder)
-    assert f"metrics up to step {TOTAL_STEPS}" in said
+    output = resume(folder)
+    assert f"metrics up to step {TOTAL_STEPS}" in output
     assert_same_outcome(folder, whole)
 
 
@@ -568,8 +577,8 @@ def test_a_second_run_is_refused_while_the_first_lives(whole: Path, tmp_path: Pa
     while 10 not in checkpoint.checkpoints(folder):
         assert first.process.is_alive()
         time.sleep(0.01)
-    said = resume(folder, code=2)
-    assert f"The run in {folder} is being trained by process {first.process.pid} on {socket.gethostname()};" in said
+    output = resume(folder, code=2)
+    assert f"The run in {folder} is being trained by process {first.process.pid} on {socket.gethostname()};" in output
     first.process.kill()
     first.process.join()
     resume(folder)
@@ -581,7 +590,7 @@ def test_a_second_run_is_refused_while_the_first_lives(whole: Path, tmp_path: Pa
 
 @dataclass(frozen=True)
 class TakeAway:
-    """The data's disk goes away when the first line of metrics has been written."""
+    """Removes the data after the first line of metrics has been written."""
 
     data: Path
 
@@ -614,13 +623,13 @@ def test_the_data_disappears(backend: str, tmp_path: Path) -> None:
         return start(tmp_path / name, "--resume", "auto", prepare=prepare, environment=environment, settings=settings)
 
     run("undisturbed").end()
-    said = run("disturbed", TakeAway(data)).end(2)
-    assert said.count("error: ") == 1 and str(data) in said.split("error: ")[1]
-    found = checkpoint.checkpoints(tmp_path / "disturbed")
-    assert found and all(checkpoint.load(path) for path in found.values())
+    output = run("disturbed", TakeAway(data)).end(2)
+    assert output.count("error: ") == 1 and str(data) in output.split("error: ")[1]
+    saved = checkpoint.checkpoints(tmp_path / "disturbed")
+    assert saved and all(checkpoint.load(path) for path in saved.values())
     assert not (tmp_path / "disturbed" / "bad-images.tsv").exists()
-    said = run("disturbed").end(2)
-    assert f"--data_dir {data} must hold the folders train and val" in said
+    output = run("disturbed").end(2)
+    assert f"--data_dir {data} must hold the folders train and val" in output
     (tmp_path / "unmounted").rename(data)
     run("disturbed").end()
     ours, theirs = (tmp_path / name / "model.safetensors" for name in ("disturbed", "undisturbed"))
@@ -630,8 +639,8 @@ def test_the_data_disappears(backend: str, tmp_path: Path) -> None:
 # --- The clock jumps ---
 
 
-def mad_clocks() -> None:
-    """Every look at the clock shows another time, up to years before or after the last."""
+def jumping_clocks() -> None:
+    """Each reading of a clock is off by up to years."""
     rng = random.Random(0)
     now, precise = time.time, time.perf_counter
     time.time = lambda: max(0.0, now() + rng.uniform(-1e9, 1e9))
@@ -641,8 +650,8 @@ def mad_clocks() -> None:
 def test_clocks_that_jump_change_nothing(whole: Path, tmp_path: Path) -> None:
     folder = cut(whole, tmp_path / "run", 7, 8)
     os.utime(checkpoint.checkpoint_path(folder, 7), (2**32, 2**32))
-    said = resume(folder, prepare=mad_clocks)
-    assert "Resuming after step 8." in said
+    output = resume(folder, prepare=jumping_clocks)
+    assert "Resuming after step 8." in output
     assert_same_outcome(folder, whole)
     for line in metrics(folder):
         assert all(math.isfinite(value) for value in line.values())
@@ -658,15 +667,15 @@ def test_changed_settings_are_refused_or_recorded(whole: Path, tmp_path: Path) -
     folder = cut(whole, tmp_path / "run", 8)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     changed = ["--learning_rate", "0.5", "--max_epochs", "2"]
-    said = resume(folder, *changed, code=2)
-    assert "--learning_rate was 0.003 and is now 0.5, --max_epochs was 3 and is now 2;" in said
-    said = resume(folder, "--feat_dim", "9", "--allow_changes", "1", code=2)
-    assert "that of --feat_dim, so choose another folder" in said
+    output = resume(folder, *changed, code=2)
+    assert "--learning_rate was 0.003 and is now 0.5, --max_epochs was 3 and is now 2;" in output
+    output = resume(folder, "--feat_dim", "9", "--allow_changes", "1", code=2)
+    assert "that of --feat_dim, so choose another folder" in output
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
 
-    said = resume(folder, *changed, "--allow_changes", "1")
+    output = resume(folder, *changed, "--allow_changes", "1")
     sentence = "Changed, as --allow_changes 1 allows: --learning_rate was 0.003 and is now 0.5."
-    assert sentence in said
+    assert sentence in output
     starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
     assert [start["after_step"] for start in starts] == [0, 8]
     assert starts[0]["notes"] == [] and sentence in starts[1]["notes"]
@@ -676,7 +685,7 @@ def test_changed_settings_are_refused_or_recorded(whole: Path, tmp_path: Path) -
 
 
 def test_which_checkpoints_are_kept(whole: Path, tmp_path: Path) -> None:
-    """The newest ones, and those of every second epoch; within an epoch one every so many steps."""
+    """The newest ones, and those of every second epoch; within an epoch one every three steps."""
     folder = cut(whole, tmp_path / "run", 8)
     shutil.copy(checkpoint.checkpoint_path(whole, 8), tmp_path)
     flags = ["--checkpoint_every_steps", "3", "--keep_checkpoints", "3", "--keep_every", "2"]

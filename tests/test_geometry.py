@@ -1,4 +1,4 @@
-"""Matrices of commands: against pixels, against composition, against a slow product of steps."""
+"""Matrices of commands, compared with pixels, with compositions and with a slow product of steps."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def some_commands(count: int = 200, **policy: float) -> Commands:
 
 
 def test_window_matrix_describes_the_pixels() -> None:
-    """Sampling the source where the matrix says gives the view that torchvision cuts out."""
+    """Sampling the source at the coordinates of the matrix gives the view that torchvision crops."""
     image = smooth_image(96, 128, seed=0)
     policy = Policy(size=64, p_color_jitter=-1, p_grayscale=-1)
     commands = some_commands(12, size=64, p_color_jitter=-1, p_grayscale=-1)
     source = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
     for n in range(len(commands)):
         theta = torch.from_numpy(window_matrices(commands)[n, 0])
-        # grid_sample's y axis points down: mirror it on both sides.
+        # grid_sample's y axis points down, so both sides are mirrored.
         down = torch.diag(torch.tensor([1.0, -1, 1], dtype=torch.float64))
         grid = F.affine_grid((down @ theta @ down)[None, :2].float(), [1, 3, 64, 64], align_corners=False)
         sampled = F.grid_sample(source, grid, align_corners=False, padding_mode="border")
         view = reference.execute(Image.fromarray(image), commands, policy, n, 0)
-        # A view's border pixels see past the window when sampled, but not when it is cut out first.
+        # Sampling uses pixels beyond the crop box at its border, cropping does not.
         assert (sampled[0] - view).abs()[:, 2:-2, 2:-2].mean() * 255 < 1
 
 
@@ -75,7 +75,7 @@ def test_the_official_command_shares_the_linear_part_only() -> None:
 
 
 def slow_colors(rgb: np.ndarray, commands: Commands, n: int, v: int, kinds: list[int]) -> np.ndarray:
-    """Those of the four steps that are named, executed one by one on pixels [P, 3], without clamping."""
+    """Execute the named steps, of four, one after another on pixels [P, 3], without clamping."""
     w = GRAY_WEIGHTS
     for step in kinds:
         if step == 0:
@@ -119,7 +119,7 @@ def test_a_color_map_is_the_product_of_its_steps(part: Literal["before", "after"
 
 
 def gray_on_average(mean: float) -> np.ndarray:
-    """[100, 3]: colors whose mean is gray, as ``color_matrices`` takes it to be."""
+    """Colors [100, 3] whose mean is gray, as ``color_matrices`` assumes."""
     rgb = np.random.default_rng(0).uniform(-0.3, 0.3, (50, 3))
     return mean + np.concatenate([rgb, -rgb])
 

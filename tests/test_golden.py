@@ -1,6 +1,6 @@
 """Parity with the official implementation, through numbers computed with its code.
 
-``STEC_GOLDEN`` names the file; every group found in it is checked, so any file of the same layout will do.
+``STEC_GOLDEN`` names the file; every group in it is checked, so any file of the same layout can be used.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import torch
 from pipelines.commands import Commands, Policy
 from pipelines.datasets.registry import DATA_SETS
 from pipelines.executors import torchvision as reference
+from stec.config import ModelSettings, ObjectiveSettings, OptimizationSettings
 from stec.models.model import Model
 from stec.objectives.geometry import relative_windows, window_matrices
-from stec.objectives.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent
-from stec.training.optim import learning_rate_factor, make_optimizer
+from stec.objectives.inverse import command_bins, inverse_loss
+from stec.objectives.objective import Objective
+from stec.objectives.simclr import nt_xent
+from stec.training.optim import learning_rate_at, make_optimizer
 from stec.weights.export import from_official_names, load_weights, read_weights, to_official_names
 
 GOLDEN = Path(os.environ.get("STEC_GOLDEN", Path(__file__).parents[2] / "shared/golden/official_public.npz"))
@@ -105,12 +108,12 @@ def test_nt_xent(group: str) -> None:
     """Loss, accuracies, entropy and gradients; the official code works in float32 from the similarities on."""
     golden = load(f"nt_xent/{group}")
     z_i, z_j = torch.tensor(golden.z_i, requires_grad=True), torch.tensor(golden.z_j, requires_grad=True)
-    loss, accuracy, contrast_accuracy, contrast_entropy = nt_xent(z_i, z_j, float(group.removeprefix("t")))
+    loss, accuracy, cross_view_accuracy, cross_view_entropy = nt_xent(z_i, z_j, float(group.removeprefix("t")))
     loss.backward()
     assert loss.item() == pytest.approx(golden.loss.item(), rel=1e-6)
     assert accuracy.item() == pytest.approx(golden.accuracy.item(), rel=1e-6)
-    assert contrast_accuracy.item() == pytest.approx(golden.contrast_accuracy.item(), rel=1e-6)
-    assert contrast_entropy.item() == pytest.approx(golden.contrast_entropy.item(), rel=1e-6)
+    assert cross_view_accuracy.item() == pytest.approx(golden.contrast_accuracy.item(), rel=1e-6)
+    assert cross_view_entropy.item() == pytest.approx(golden.contrast_entropy.item(), rel=1e-6)
     np.testing.assert_allclose(z_i.grad, golden.grad_z_i, atol=1e-7)
     np.testing.assert_allclose(z_j.grad, golden.grad_z_j, atol=1e-7)
 
@@ -138,7 +141,8 @@ def test_schedule(group: str) -> None:
     """Warm-up and cosine at every step, to 1e-12."""
     warmup, total = map(int, re.fullmatch(r"warmup(\d+)_total(\d+)", group).groups())
     golden = getattr(load("schedule"), group)
-    ours = [learning_rate_factor(step, warmup_steps=warmup, total_steps=total) for step in range(len(golden))]
+    settings = OptimizationSettings(learning_rate=1.0, warmup_epochs=warmup, max_epochs=total)
+    ours = [learning_rate_at(step, settings, steps_per_epoch=1) for step in range(len(golden))]
     np.testing.assert_allclose(ours, golden, atol=1e-12)
 
 
@@ -149,11 +153,12 @@ def golden_seed() -> int:
 
 def golden_model(tag: str, golden: SimpleNamespace) -> Model:
     arch, data_set = tag.split("_")
-    return Model(arch=arch, stem=DATA_SETS[data_set].stem, classes=golden.eval_logits_view_i.shape[1], feat_dim=64)
+    settings = ModelSettings(arch=arch, feat_dim=64)
+    return Model(settings, stem=DATA_SETS[data_set].stem, classes=golden.eval_logits_view_i.shape[1])
 
 
 def golden_weights(model: Model, seed: int) -> dict[str, torch.Tensor]:
-    """The weights of the golden file's README: made from the official name of each entry of the state dict."""
+    """The weights of the golden file's README, computed from the official name of each entry of the state dict."""
     official = {}
     for name, tensor in to_official_names(model.state_dict()).items():
         if name.endswith("num_batches_tracked"):
@@ -197,7 +202,7 @@ def test_an_imported_checkpoint_gives_the_official_logits(tag: str, tmp_path: Pa
 def test_whole_model(tag: str) -> None:
     """Features, gradients and three training steps of the whole model in float64.
 
-    Relative tolerance 1e-6: the similarities of NT-Xent pass through float32 on both sides.
+    Relative tolerance 1e-6, because both compute the similarities of NT-Xent in float32.
     """
     golden = load(f"model/{tag}")
     model = golden_model(tag, golden).double()
@@ -214,16 +219,17 @@ def test_whole_model(tag: str) -> None:
     np.testing.assert_allclose(logits, golden.eval_logits_view_i, rtol=1e-9, atol=1e-9)
 
     model.train()
-    objective = Objective(Weights(manipulation=1.0), temperature=0.5)
-    optimizer = make_optimizer(model, "lars", learning_rate=4.0, weight_decay=1e-6, nesterov=False)
+    objective = Objective(ObjectiveSettings(manip_lambda=1.0, temperature=0.5))
+    settings = OptimizationSettings(learning_rate=4.0, weight_decay=1e-6, warmup_epochs=2, max_epochs=6)
+    optimizer = make_optimizer(model, settings)
     parameters = to_official_names(dict(model.named_parameters()))
     for step, row in enumerate(golden.steps_loss_discrimination_manipulation_manipacc_supervised_lr):
         loss, metrics = objective(model(views), labels, command, valid)
-        named = dict(zip(METRICS, metrics.tolist(), strict=True))
-        ours = [named[name] for name in ("discrimination", "manipulation", "manipulation_accuracy", "supervised")]
+        names = ("contrastive_loss", "inverse_loss", "inverse_accuracy", "classifier_loss")
+        ours = [metrics[name].item() for name in names]
         np.testing.assert_allclose([loss.item(), *ours], row[:5], rtol=1e-6)
         for group in optimizer.param_groups:
-            group["lr"] = 4.0 * learning_rate_factor(step, warmup_steps=2, total_steps=6)
+            group["lr"] = learning_rate_at(step, settings, steps_per_epoch=1)
             assert group["lr"] == pytest.approx(row[5], rel=1e-12)
         optimizer.zero_grad()
         loss.backward()

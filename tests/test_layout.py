@@ -73,6 +73,10 @@ def test_the_trainer_does_not_import_the_command_line() -> None:
             assert "stec.cli" not in others, package
 
 
+def test_benchmarks_import_neither_tests_nor_the_command_line() -> None:
+    assert not {"tests", "stec.cli"} & set().union(*imports("benchmarks").values())
+
+
 def test_pipelines_work_without_the_trainer() -> None:
     program = "import runpy, sys; sys.modules['stec'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
     example = ROOT / "examples" / "custom_trainer.py"

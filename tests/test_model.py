@@ -1,4 +1,4 @@
-"""The encoder is torchvision's ResNet, and the heads are what the method says."""
+"""The encoder is torchvision's ResNet, and the heads are those of the method."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import pytest
 import torch
 import torchvision
 
+from stec.config import ModelSettings
+from stec.models import batch_norm
 from stec.models.encoder import Encoder
 from stec.models.heads import InverseModel, Projection
 from stec.models.model import Model
@@ -31,7 +33,7 @@ def test_imagenet_encoder_is_torchvisions(arch: str) -> None:
 
 
 @pytest.mark.parametrize(("stem", "size", "stride"), [("cifar", 32, 1), ("stl10", 96, 2), ("imagenet", 96, 4)])
-def test_stems_reduce_the_image_as_they_should(stem: str, size: int, stride: int) -> None:
+def test_stems_reduce_the_image(stem: str, size: int, stride: int) -> None:
     encoder = Encoder("resnet18", stem, width=4)
     shapes = []
     encoder.layer1.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
@@ -66,17 +68,17 @@ def test_heads_give_unit_vectors_and_one_logit_per_bin() -> None:
 
 def small_model(**settings: int) -> Model:
     torch.manual_seed(0)
-    return Model(arch="resnet18", stem="cifar", classes=3, width=4, feat_dim=8, **settings)
+    return Model(ModelSettings(width=4, feat_dim=8), stem="cifar", classes=3, **settings)
 
 
-def test_the_probe_does_not_influence_the_encoder() -> None:
+def test_the_online_classifier_does_not_train_the_encoder() -> None:
     model = small_model()
     model(torch.rand(4, 2, 3, 32, 32)).class_logits.square().sum().backward()
     assert model.classifier.weight.grad is not None
     assert all(parameter.grad is None for parameter in model.encoder.parameters())
 
 
-def test_the_inverse_model_sees_i_then_j_and_trains_the_encoder() -> None:
+def test_the_inverse_model_gets_i_then_j_and_trains_the_encoder() -> None:
     model = small_model().eval()
     views = torch.rand(4, 2, 3, 32, 32)
     logits = model(views).command_logits
@@ -89,8 +91,8 @@ def test_the_inverse_model_sees_i_then_j_and_trains_the_encoder() -> None:
 
 
 @pytest.mark.parametrize("stop_gradient", [0, 1, 2])
-def test_what_the_classifier_trains(stop_gradient: int) -> None:
-    """With images of its own: the encoder too (0), itself alone (1), or there is nothing else to train (2)."""
+def test_what_the_online_classifier_trains(stop_gradient: int) -> None:
+    """With labeled views: the encoder as well (0), only itself (1), or there is nothing else to train (2)."""
     model = small_model(stop_gradient=stop_gradient)
     views, labeled_views = torch.rand(4, 2, 3, 32, 32), torch.rand(4, 1, 3, 32, 32)
     outputs = model(labeled_views) if stop_gradient == 2 else model(views, labeled_views)
@@ -104,6 +106,16 @@ def test_what_the_classifier_trains(stop_gradient: int) -> None:
         torch.testing.assert_close(logits[:, 0], model.classifier(features))
 
 
+def test_all_batch_norms_have_the_base_class() -> None:
+    """``_BatchNorm`` is not public: without it, ``stec.models.batch_norm`` must find batch norms in another way."""
+    kinds = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm, batch_norm.CpuSyncBatchNorm)
+    assert all(issubclass(kind, batch_norm._BatchNorm) for kind in kinds)
+    model = small_model().train()
+    with batch_norm.untracked(model):
+        model(torch.rand(2, 2, 3, 32, 32))
+    assert model.encoder.bn1.num_batches_tracked == model.projection.bn_hidden.num_batches_tracked == 0
+
+
 def test_simclr_has_no_inverse_model() -> None:
     model = small_model(with_inverse_model=False)
     assert model(torch.rand(4, 2, 3, 32, 32)).command_logits is None
@@ -112,11 +124,11 @@ def test_simclr_has_no_inverse_model() -> None:
 
 @pytest.mark.parametrize("width", [4, 16])
 def test_the_encoder_compiles_as_one_graph(width: int) -> None:
-    """Nothing in it falls back to Python (``--compile 1``), and features and gradients stay what they are."""
+    """Nothing in it falls back to Python (``--compile 1``), and features and gradients stay the same."""
     torch.manual_seed(0)
     encoder = Encoder("resnet18", "cifar", width)
     images = images_for(encoder, 8, 16)
     compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True)
     plain, reference = one_step(encoder, images), one_step(exact(encoder), images)
-    found = {name.removeprefix("_orig_mod."): value for name, value in one_step(compiled, images).items()}
-    assert_as_exact(found, plain, reference)
+    outcome = {name.removeprefix("_orig_mod."): value for name, value in one_step(compiled, images).items()}
+    assert_as_exact(outcome, plain, reference)

@@ -1,4 +1,4 @@
-"""The losses: against slow code, known values and symmetries; two processes against one."""
+"""The losses, compared with slow code, known values and symmetries; two processes compared with one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import step_model
+from benchmarks.plain import plain_nt_xent
+from stec.config import ObjectiveSettings
 from stec.models.model import Outputs
-from stec.objectives import objective
-from stec.objectives.objective import METRICS, Objective, Weights, command_bins, inverse_loss, nt_xent
-from tests.plain import plain_nt_xent
+from stec.objectives import simclr
+from stec.objectives.inverse import command_bins, inverse_loss
+from stec.objectives.objective import Objective
+from stec.objectives.simclr import nt_xent
 
 VERSIONS: tuple[Callable[..., Any], ...] = (nt_xent, plain_nt_xent)
 
@@ -51,9 +54,9 @@ def test_nt_xent_is_the_papers() -> None:
 def test_nt_xent_of_orthogonal_pairs_is_known() -> None:
     """Partners equal, all others orthogonal: log(1 + 2 (N - 1) exp(-1 / T))."""
     z = torch.eye(6)
-    loss, accuracy, contrast_accuracy, _ = nt_xent(z, z, 0.5)
+    loss, accuracy, cross_view_accuracy, _ = nt_xent(z, z, 0.5)
     assert loss.item() == pytest.approx(math.log(1 + 10 * math.exp(-2)), rel=1e-6)
-    assert accuracy.item() == contrast_accuracy.item() == 1
+    assert accuracy.item() == cross_view_accuracy.item() == 1
 
 
 def test_nt_xent_is_symmetric_in_its_views() -> None:
@@ -73,10 +76,10 @@ def test_nt_xent_in_half_precision_is_computed_in_single() -> None:
 def test_nt_xent_in_chunks_is_the_plain_one(
     dtype: torch.dtype, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss, metrics and gradients, whatever the size of a chunk."""
+    """Loss, metrics and gradients, with chunks of any size."""
     z_i, z_j = unit_vectors(13)
     z_j = F.normalize(z_i + 0.5 * z_j, dim=1)
-    monkeypatch.setattr(objective, "CHUNK_BYTES", chunk_rows * 4 * 26)
+    monkeypatch.setattr(simclr, "CHUNK_BYTES", chunk_rows * 4 * 26)
     outcomes = []
     for function in VERSIONS:
         leaves = [z.to(dtype).requires_grad_() for z in (z_i, z_j)]
@@ -88,7 +91,7 @@ def test_nt_xent_in_chunks_is_the_plain_one(
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation gives."""
+    """Records the size of the largest tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +106,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_nt_xent_never_holds_the_similarity_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(simclr, "CHUNK_BYTES", 2**16)
     leaves = [z.float().requires_grad_() for z in unit_vectors(256)]
     sizes = []
     for function in VERSIONS:
@@ -121,7 +124,7 @@ def test_bins_are_equal_parts_of_their_range() -> None:
 
 
 def test_masked_pairs_leave_no_trace() -> None:
-    """Neither in the loss nor in the gradient, not even where they are not finite."""
+    """Neither in the loss nor in the gradient, even if they are not finite."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 6, 2, 3, generator=generator)
     command, valid = torch.randn(5, 2, 3, generator=generator), torch.tensor([True, False, True, False, True])
@@ -148,40 +151,38 @@ def some_outputs() -> tuple[Outputs, Tensor, Tensor, Tensor]:
         class_logits=torch.randn(8, 2, 5, generator=generator, dtype=torch.float64),
     )
     command = torch.randn(8, 2, 3, generator=generator, dtype=torch.float64)
-    # Three of the first half's pairs are valid and one of the second's: processes must not weigh alike.
+    # Three pairs of the first half are valid and one of the second: the processes must have different weights.
     valid = torch.tensor([True, True, True, False, False, False, False, True])
     return outputs, command, valid, torch.arange(8) % 5
 
 
 def test_the_sum_is_weighted() -> None:
     outputs, command, valid, labels = some_outputs()
-    loss, metrics = Objective(Weights(discrimination=2, manipulation=0.3, supervised=0.5), temperature=0.2)(
-        outputs, labels, command, valid
-    )
-    named = dict(zip(METRICS, metrics.tolist()))
-    expected = 2 * named["discrimination"] + 0.3 * named["manipulation"] + 0.5 * named["supervised"]
-    assert loss.item() == pytest.approx(expected, rel=1e-6) == pytest.approx(named["loss"], rel=1e-6)
+    settings = ObjectiveSettings(discrimination_lambda=2, manip_lambda=0.3, supervised_lambda=0.5, temperature=0.2)
+    loss, tensors = Objective(settings)(outputs, labels, command, valid)
+    metrics = {name: value.item() for name, value in tensors.items()}
+    expected = 2 * metrics["contrastive_loss"] + 0.3 * metrics["inverse_loss"] + 0.5 * metrics["classifier_loss"]
+    assert loss.item() == pytest.approx(expected, rel=1e-6) == pytest.approx(metrics["loss"], rel=1e-6)
     both = torch.cat([outputs.class_logits[:, 0], outputs.class_logits[:, 1]])
-    assert named["supervised"] == pytest.approx(F.cross_entropy(both, labels.repeat(2)).item(), rel=1e-6)
+    assert metrics["classifier_loss"] == pytest.approx(F.cross_entropy(both, labels.repeat(2)).item(), rel=1e-6)
 
 
 def half_of_the_work(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    objective.CHUNK_BYTES = 3 * 4 * 16
+    simclr.CHUNK_BYTES = 3 * 4 * 16
     outputs, command, valid, labels = some_outputs()
-    own = slice(4 * rank, 4 * rank + 4)
-    leaves = [tensor[own].clone().requires_grad_() for tensor in outputs if tensor is not None]
-    loss, metrics = Objective(Weights(manipulation=1.0), temperature=0.2)(
-        Outputs(*leaves), labels[own], command[own], valid[own]
-    )
+    rows = slice(4 * rank, 4 * rank + 4)
+    leaves = [tensor[rows].clone().requires_grad_() for tensor in outputs if tensor is not None]
+    objective = Objective(ObjectiveSettings(manip_lambda=1.0, temperature=0.2))
+    loss, metrics = objective(Outputs(*leaves), labels[rows], command[rows], valid[rows])
     loss.backward()
     torch.save([metrics, *[leaf.grad for leaf in leaves]], folder / f"rank{rank}.pt")
 
     all_gather, sent = dist.all_gather, []
 
-    def counted(gathered: list[Tensor], own: Tensor) -> None:
-        sent.append(own.numel() * own.element_size())
-        all_gather(gathered, own)
+    def counted(gathered: list[Tensor], local: Tensor) -> None:
+        sent.append(local.numel() * local.element_size())
+        all_gather(gathered, local)
 
     with patch.object(dist, "all_gather", counted):
         z_i, z_j = (z.float().requires_grad_() for z in leaves[0].detach().unbind(1))
@@ -190,19 +191,40 @@ def half_of_the_work(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def test_a_head_that_is_absent_has_no_metrics() -> None:
+    """SimCLR, and only the online classifier; the loss is the weighted sum of the other heads' losses."""
+    outputs, _, _, labels = some_outputs()
+    objective = Objective(ObjectiveSettings(discrimination_lambda=2, supervised_lambda=0.5))
+    contrastive = {"loss", "contrastive_loss", "contrastive_accuracy", "cross_view_accuracy", "cross_view_entropy"}
+    loss, metrics = objective(Outputs(outputs.projections, None, None), labels)
+    assert metrics.keys() == contrastive and loss == 2 * metrics["contrastive_loss"]
+    loss, metrics = objective(Outputs(None, None, outputs.class_logits), labels)
+    assert metrics.keys() == {"loss", "classifier_loss", "classifier_accuracy"}
+    assert loss.item() == pytest.approx(0.5 * metrics["classifier_loss"].item(), rel=1e-6)
+
+
+def test_the_softmax_kernel_is_autograds() -> None:
+    """``aten._log_softmax_backward_data`` is not public: if PyTorch changes it, NT-Xent's gradient must be adapted."""
+    logits, gradient = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
+    logits.requires_grad_()
+    log_p = logits.log_softmax(1)
+    log_p.backward(gradient)
+    assert torch.equal(simclr._log_softmax_gradient(gradient, log_p.detach()), logits.grad)
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """The mean loss of two gloo processes, and its gradient, are those of one process with the whole batch."""
     outputs, command, valid, labels = some_outputs()
     leaves = [tensor.clone().requires_grad_() for tensor in outputs if tensor is not None]
-    loss, metrics = Objective(Weights(manipulation=1.0), temperature=0.2)(Outputs(*leaves), labels, command, valid)
+    objective = Objective(ObjectiveSettings(manip_lambda=1.0, temperature=0.2))
+    loss, metrics = objective(Outputs(*leaves), labels, command, valid)
     loss.backward()
 
     mp.spawn(half_of_the_work, args=(tmp_path,), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    averaged = dict(zip(METRICS, (ranks[0][0] + ranks[1][0]) / 2))
-    whole = dict(zip(METRICS, metrics))
-    for name in METRICS:
-        torch.testing.assert_close(averaged[name], whole[name], rtol=1e-6, atol=1e-7)
+    for name, value in metrics.items():
+        average = (ranks[0][0][name] + ranks[1][0][name]) / 2
+        torch.testing.assert_close(average, value, rtol=1e-6, atol=1e-7)
     for k, leaf in enumerate(leaves):
         # Gradient averaging divides by the number of processes.
         gradient = torch.cat([ranks[0][1 + k], ranks[1][1 + k]]) / 2

@@ -1,4 +1,4 @@
-"""LARS against a slow reference and against PyTorch's SGD; the official parameter groups; the schedule's ends."""
+"""LARS, compared with a slow reference and PyTorch's SGD; the official parameter groups; the ends of the schedule."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from stec.config import ModelSettings, OptimizationSettings
 from stec.models.model import Model
-from stec.training.optim import Lars, learning_rate_factor, make_optimizer
+from stec.training.optim import Lars, learning_rate_at, make_optimizer
 
 
 def slow_lars(
     weights: list[Tensor], gradients: list[list[Tensor]], *, lr: float, decay: float, nesterov: bool
 ) -> list[Tensor]:
-    """One parameter at a time, as lightning-bolts 0.5 steps: without decay it does not adapt."""
+    """One parameter at a time, as in lightning-bolts 0.5: without decay it does not adapt."""
     weights = [w.clone() for w in weights]
     momenta = [torch.zeros_like(w) for w in weights]
     for step in gradients:
@@ -30,7 +31,7 @@ def slow_lars(
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 1e-2])
 def test_lars_is_its_definition(nesterov: bool, decay: float) -> None:
-    """Also where a weight or a gradient is zero."""
+    """Also if a weight or a gradient is zero."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 4), (5,), (2, 2, 3), (4,), (6,)]
     start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -66,8 +67,8 @@ def test_without_adaptation_it_is_sgd(nesterov: bool) -> None:
 
 
 def test_official_groups() -> None:
-    model = Model(arch="resnet18", stem="cifar", classes=3, width=4, feat_dim=8)
-    optimizer = make_optimizer(model, "lars", learning_rate=1.0, weight_decay=1e-6, nesterov=False)
+    model = Model(ModelSettings(width=4, feat_dim=8), stem="cifar", classes=3)
+    optimizer = make_optimizer(model, OptimizationSettings(learning_rate=1.0, weight_decay=1e-6))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     adapted, plain, classifier = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert classifier == {"classifier.weight"}
@@ -85,9 +86,9 @@ def test_official_groups() -> None:
 
 
 def test_schedule_ends() -> None:
-    def at(step: int) -> float:
-        return learning_rate_factor(step, warmup_steps=10, total_steps=50)
-
-    assert at(0) == 0 and at(5) == 0.5 and at(10) == 1
-    assert at(30) == pytest.approx(0.5) and at(50) == pytest.approx(0)
-    assert learning_rate_factor(0, warmup_steps=0, total_steps=10) == 1
+    settings = OptimizationSettings(learning_rate=2.0, warmup_epochs=2, max_epochs=10)
+    rates = [learning_rate_at(step, settings, steps_per_epoch=5) for step in range(51)]
+    assert rates[0] == 0 and rates[5] == 1 and rates[10] == 2
+    assert rates[30] == pytest.approx(1) and rates[50] == pytest.approx(0)
+    without = OptimizationSettings(learning_rate=2.0, warmup_epochs=0, lr_scheduler="none")
+    assert learning_rate_at(0, without, steps_per_epoch=5) == learning_rate_at(999, without, steps_per_epoch=5) == 2

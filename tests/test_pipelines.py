@@ -465,7 +465,7 @@ def test_another_image_stands_in_for_a_bad_one(
 ) -> None:
     """At the same position, named once with its reason; every other view stays what it was."""
     bad = BadImages(copied, max_fraction=0.05)
-    bad.list_in(tmp_path / "bad-images.tsv", say=print)
+    bad.list_in(tmp_path / "bad-images.tsv", report=print)
     # The third of four steps of an epoch, then the first two of the next.
     whole = take(loader(copied, PLAIN_64, backend, batch_size=16), 4, first_step=2)
     (at,) = np.flatnonzero(whole[1].image_ids == whole[1].image_ids[5])
@@ -604,7 +604,7 @@ def test_stand_ins_do_not_depend_on_who_met_what(copied: ImageFiles, tmp_path: P
     halves = []
     for k in range(2):
         shared = BadImages(copied, max_fraction=0.05)
-        shared.list_in(tmp_path / "bad-images.tsv", say=told.append)
+        shared.list_in(tmp_path / "bad-images.tsv", report=told.append)
         halves.append(
             take(
                 loader(copied, PLAIN_64, bad=shared, **{**sampler, "batch_size": 16}, process_index=k, num_processes=2),
@@ -620,7 +620,7 @@ def test_stand_ins_do_not_depend_on_who_met_what(copied: ImageFiles, tmp_path: P
     assert named() == 3, "each is named once, whoever meets it"
 
     resumed = BadImages(copied, max_fraction=0.05)
-    resumed.list_in(tmp_path / "bad-images.tsv", say=told.append)
+    resumed.list_in(tmp_path / "bad-images.tsv", report=told.append)
     (last,) = take(loader(copied, PLAIN_64, bad=resumed, **sampler), 1, first_step=3)
     assert torch.equal(last.views, alone[3].views)
     assert named() == 3

@@ -21,7 +21,7 @@ from pipelines.datasets.bad_list import BadList
 from pipelines.datasets.images import ImageArray, ImageFiles
 from pipelines.datasets.registry import DataSet
 from pipelines.executors.torchvision import execute
-from stec.config import TrainConfig
+from stec.config import ModelSettings, TrainConfig
 from stec.evaluation.examples import examples
 from stec.evaluation.predictions import confusion, overlap, predictions
 from stec.evaluation.preview import COLORS, PANEL_PX, Example, in_words, panels, sheet
@@ -34,7 +34,7 @@ from stec.objectives.geometry import (
     window_matrices,
     windows_of,
 )
-from stec.objectives.objective import bin_centers, command_bins
+from stec.objectives.inverse import bin_centers, command_bins
 from stec.weights.pretrained import read_trained
 from tests.runs import SMALL_DEMO
 
@@ -87,7 +87,7 @@ class Oracle(torch.nn.Module):
 
 
 def model_that_says(bins: torch.Tensor, n_bins: int) -> Model:
-    model = Model(arch="resnet18", stem="cifar", classes=0, width=4, manip_hidden_mlp=8, n_bins=n_bins).eval()
+    model = Model(ModelSettings(width=4, manip_hidden_mlp=8, n_bins=n_bins), stem="cifar", classes=0).eval()
     model.inverse_model = Oracle(bins, n_bins)  # type: ignore[assignment]
     return model
 
@@ -156,7 +156,7 @@ def test_views_are_the_bits_that_were_trained_on(
         settings = SETTINGS.updated(backend=backend)
         trained = loader_of(settings, images, process_index=1, num_processes=2)
         shown_by = loader_of(settings.updated(batch_size=1, accumulate=1), images)
-        chunk = 2 * trained.sampler.chunks_per_epoch + 1
+        chunk = 2 * trained.sampler.micro_batches_per_epoch + 1
         batch = next(trained.batches(chunk))
         assert batch.epoch == 2 and batch.positions[0] == 24
         shown = examples(shown_by, epoch=2, position=24, count=8, classes=())
@@ -288,7 +288,7 @@ def test_the_command_writes_a_picture(
     small_demo: None, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "model.safetensors"
-    model = Model(arch="resnet18", stem="cifar", classes=10, width=4, manip_hidden_mlp=8, n_bins=4)
+    model = Model(ModelSettings(width=4, manip_hidden_mlp=8, n_bins=4), stem="cifar", classes=10)
     identity = {"config": {"arch": "resnet18", "width": 4, "dataset": "demo", "affine": "exact"}}
     save_file(model.state_dict(), weights, {"stec": json.dumps(identity)})
     trained = read_trained(weights)
@@ -307,7 +307,7 @@ def test_mistakes_are_told_in_a_sentence(
     small_demo: None, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     simclr = tmp_path / "simclr.safetensors"
-    model = Model(arch="resnet18", stem="cifar", classes=10, width=4, with_inverse_model=False)
+    model = Model(ModelSettings(width=4), stem="cifar", classes=10, with_inverse_model=False)
     save_file(model.state_dict(), simclr)
     ours = ["--config", str(run_folder / "config.json")]
     out = str(tmp_path / "views.png")

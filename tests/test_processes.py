@@ -1,4 +1,4 @@
-"""Several processes compute what one does. Run by Accelerate's launcher, this file is one of the processes."""
+"""Several processes compute the same as one. Run by Accelerate's launcher, this file is one of the processes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from pipelines.datasets import demo
 from pipelines.datasets.images import ImageArray
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
+from stec.config import ModelSettings, ObjectiveSettings
 from stec.models.batch_norm import CpuSyncBatchNorm
 from stec.models.model import Model
-from stec.objectives.objective import METRICS, Objective, Weights
+from stec.objectives.objective import Objective
 from stec.training.step import Step
 
 GLOBAL_BATCH, STEPS = 32, 20
-LOSSES = [METRICS.index(name) for name in ("loss", "discrimination", "manipulation", "supervised")]
+LOSSES = ("loss", "contrastive_loss", "inverse_loss", "classifier_loss")
 
 
 def train(
@@ -40,8 +41,8 @@ def train(
     stop_gradient: int = 1,
     labeled_views: bool = False,
 ) -> dict[str, Any]:
-    """Some steps of SGD: every step's metrics, the first step's gradients, and the state at the end."""
-    # Solarized pairs are left out, unevenly over the processes.
+    """Steps of SGD: the metrics of all steps, the gradients of the first step, and the state at the end."""
+    # The number of pairs that the inverse loss includes differs between the processes.
     sampler = Sampler(
         images,
         Policy(p_solarize=0.3),
@@ -53,23 +54,23 @@ def train(
     )
     batches = Loader(sampler, backend="torchvision", device=torch.device("cpu"), workers=0).batches(0)
     torch.manual_seed(0)
-    model = Model(
-        arch="resnet18", stem="cifar", classes=10, width=4, hidden_mlp=16, feat_dim=8, stop_gradient=stop_gradient
-    ).to(dtype)
+    settings = ModelSettings(width=4, hidden_mlp=16, feat_dim=8)
+    model = Model(settings, stem="cifar", classes=10, stop_gradient=stop_gradient).to(dtype)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate, momentum=0.9)
-    step = Step(model, Objective(Weights(manipulation=1.0), temperature=0.5), accelerator, affine="official")
-    metrics: list[Tensor] = []
+    objective = Objective(ObjectiveSettings(manip_lambda=1.0, temperature=0.5))
+    step = Step(model, objective, accelerator, affine="official")
+    metrics: list[dict[str, Tensor]] = []
     gradients: dict[str, Tensor] = {}
     for _ in range(steps):
-        chunks = [dataclasses.replace(c, views=c.views.to(dtype)) for c in itertools.islice(batches, accumulate)]
+        batch = [dataclasses.replace(b, views=b.views.to(dtype)) for b in itertools.islice(batches, accumulate)]
         if labeled_views:
-            chunks = [dataclasses.replace(c, labeled_views=c.views[:, :1].flip(-1)) for c in chunks]
-        metrics.append(accelerator.reduce(step(chunks), "mean"))
+            batch = [dataclasses.replace(b, labeled_views=b.views[:, :1].flip(-1)) for b in batch]
+        metrics.append(accelerator.reduce(step(batch), "mean"))
         gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
     return {
-        "metrics": torch.stack(metrics),
+        "metrics": {name: torch.stack([values[name] for values in metrics]) for name in metrics[0]},
         "gradients": gradients,
         "state": model.state_dict(),
         "batch_norms": sorted(
@@ -79,16 +80,16 @@ def train(
 
 
 def normalize(accelerator: Accelerator, dtype: torch.dtype) -> dict[str, Any]:
-    """A lone batch norm on 4 images, in all: outputs, gradients and running statistics of all processes."""
+    """One batch norm on 4 images of all processes: outputs, gradients and running statistics."""
     generator = torch.Generator().manual_seed(0)
     x, weights = (5 + 3 * torch.randn(2, 4, 3, 2, 2, generator=generator, dtype=torch.float64)).to(dtype)
-    own = slice(*(4 * (accelerator.process_index + end) // accelerator.num_processes for end in (0, 1)))
+    rows = slice(*(4 * (accelerator.process_index + end) // accelerator.num_processes for end in (0, 1)))
     kind = nn.BatchNorm2d if accelerator.num_processes == 1 else CpuSyncBatchNorm
     norm = kind(3).to(torch.float32 if dtype == torch.bfloat16 else dtype)
     norm.weight.data.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    leaf = x[own].clone().requires_grad_()
+    leaf = x[rows].clone().requires_grad_()
     y = norm(leaf)
-    (y * weights[own]).sum().backward()
+    (y * weights[rows]).sum().backward()
     parameters = [accelerator.reduce(p.grad, "sum") for p in norm.parameters()]
     return {
         "dtype": y.dtype,
@@ -106,8 +107,8 @@ def everything(accelerator: Accelerator) -> dict[str, Any]:
         "float32, exact": train(accelerator, data, dtype=torch.float64, **several),
         "float64": train(accelerator, data, **exact),
         "accumulate": train(accelerator, data, accumulate=2, **exact),
-        "online_classifier": train(accelerator, data, stop_gradient=0, labeled_views=True, **exact),
-        "online linear classifier, accumulate": train(
+        "online classifier": train(accelerator, data, stop_gradient=0, labeled_views=True, **exact),
+        "online classifier, accumulate": train(
             accelerator, data, stop_gradient=0, labeled_views=True, accumulate=2, **exact
         ),
         "frozen": train(accelerator, data, stop_gradient=2, accumulate=2, **exact),
@@ -127,7 +128,7 @@ def accelerate() -> Accelerator:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """``everything`` on 1, 2 and 4 processes."""
     folder = tmp_path_factory.mktemp("processes")
-    found = {1: everything(accelerate())}
+    results = {1: everything(accelerate())}
     for processes in (2, 4):
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
         command += [
@@ -141,42 +142,42 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, An
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[1])
         assert done.returncode == 0, done.stdout + done.stderr
-        found[processes] = torch.load(folder / str(processes))
-    return found
+        results[processes] = torch.load(folder / str(processes))
+    return results
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_twenty_steps_in_single_precision(outcomes: dict[int, dict[str, Any]], processes: int) -> None:
-    """Losses, parameters and running statistics have rounding errors only, against double precision.
+    """Losses, parameters and running statistics differ from double precision only by rounding errors.
 
-    Sums of several shares round otherwise than one sum, and twenty steps carry that on: up to 31 eps were seen. What is
-    wrong by little more than rounding is for the tests in double precision below.
+    Sums over several processes round differently from one sum, and twenty steps amplify that: up to 31 eps have been
+    measured. The tests in double precision below detect smaller errors.
     """
     reference = outcomes[1]["float32, exact"]
     errors = []
     for outcome in (outcomes[1]["float32"], outcomes[processes]["float32"]):
-        losses = [made["metrics"][:, LOSSES].double() for made in (outcome, reference)]
+        losses = [torch.stack([run["metrics"][name] for name in LOSSES]).double() for run in (outcome, reference)]
         state = [
-            torch.cat([v.double().flatten() for v in made["state"].values() if v.is_floating_point()])
-            for made in (outcome, reference)
+            torch.cat([v.double().flatten() for v in run["state"].values() if v.is_floating_point()])
+            for run in (outcome, reference)
         ]
-        errors.append([float(((found - exact) / exact.abs().max()).abs().max()) for found, exact in (losses, state)])
+        errors.append([float(((value - exact) / exact.abs().max()).abs().max()) for value, exact in (losses, state)])
     for one, several in zip(*errors, strict=True):
         assert several < 4 * one + 100 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize(
-    "case", ["float64", "accumulate", "online_classifier", "online linear classifier, accumulate", "frozen"]
+    "case", ["float64", "accumulate", "online classifier", "online classifier, accumulate", "frozen"]
 )
 @pytest.mark.parametrize("processes", [2, 4])
 def test_gradients_in_double_precision(outcomes: dict[int, dict[str, Any]], processes: int, case: str) -> None:
-    """To 1e-6, which is what NT-Xent's similarities in single precision leave."""
+    """To 1e-6, the error of NT-Xent's similarities in single precision."""
     one, several = outcomes[1][case], outcomes[processes][case]
     torch.testing.assert_close(several["metrics"], one["metrics"], rtol=1e-6, atol=1e-6)
     assert several["gradients"].keys() == one["gradients"].keys()
     for name, gradient in one["gradients"].items():
         difference = (several["gradients"][name] - gradient).norm().item()
-        # The bias before a batch norm has no gradient but for rounding.
+        # The gradient of a bias before a batch norm is a rounding error.
         assert difference < 1e-6 * gradient.norm().item() + 1e-9, name
     for name, value in one["state"].items():
         torch.testing.assert_close(several["state"][name], value, rtol=1e-6, atol=1e-7, msg=name)
@@ -184,7 +185,7 @@ def test_gradients_in_double_precision(outcomes: dict[int, dict[str, Any]], proc
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_batch_norm_on_few_images(outcomes: dict[int, dict[str, Any]], processes: int) -> None:
-    """Outputs, gradients and running statistics are those of ``nn.BatchNorm2d``, also with an image a process."""
+    """Outputs, gradients and running statistics are those of ``nn.BatchNorm2d``, also with one image per process."""
     for one, several, tolerance in zip(outcomes[1]["batch norm"], outcomes[processes]["batch norm"], (1e-12, 2e-2)):
         assert several["dtype"] == one["dtype"]
         for expected, value in zip(one["values"], several["values"], strict=True):

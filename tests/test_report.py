@@ -16,7 +16,7 @@ from PIL import Image
 
 import launch
 from pipelines.datasets import demo
-from stec.config import TrainConfig
+from stec.config import ModelSettings, TrainConfig
 from stec.evaluation.evaluate import Features, evenly_spread, nearest
 from stec.evaluation.report import RUN_COLORS, Look, Neighbors, _thinned, report
 from stec.models.model import Model
@@ -55,12 +55,12 @@ def write_run(folder: Path, *, steps: int = 40, finished: bool = True, **changed
                 "epoch": (step - 1) // 16,
                 "steps": 2,
                 "loss": 9 - step / 10,
-                "discrimination": 4 - step / 20,
-                "discrimination_accuracy": step / 100,
-                "manipulation": 1.8 * (settings.objective.manip_lambda > 0),
-                "manipulation_accuracy": step / 80 * (settings.objective.manip_lambda > 0),
-                "supervised": 2.3,
-                "supervised_accuracy": 0.1,
+                "contrastive_loss": 4 - step / 20,
+                "contrastive_accuracy": step / 100,
+                "inverse_loss": 1.8 * (settings.objective.manip_lambda > 0),
+                "inverse_accuracy": step / 80 * (settings.objective.manip_lambda > 0),
+                "classifier_loss": 2.3,
+                "classifier_accuracy": 0.1,
                 "learning_rate": 0.001,
                 "images_per_second": 100.0 + step,
                 "wait_fraction": 0.25,
@@ -71,13 +71,9 @@ def write_run(folder: Path, *, steps: int = 40, finished: bool = True, **changed
         (folder / "results.json").write_text(json.dumps({"knn20_before": 0.11, "knn20_after": 0.5 + steps / 1000}))
         torch.manual_seed(0)
         model = Model(
-            arch="resnet18",
+            ModelSettings(width=4, feat_dim=8, hidden_mlp=8, manip_hidden_mlp=8),
             stem="cifar",
             classes=10,
-            width=4,
-            feat_dim=8,
-            hidden_mlp=8,
-            manip_hidden_mlp=8,
             with_inverse_model=settings.objective.manip_lambda > 0,
         )
         write_safetensors(model.state_dict(), folder / "model.safetensors", {"config": settings.identity()})
@@ -206,8 +202,8 @@ def test_mistakes_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureF
         ([str(tmp_path / "no run")], f"{tmp_path / 'no run'} is no run"),
         ([str(folder), str(tmp_path / "absent")], f"{tmp_path / 'absent'} is no run"),
         ([], "needs the folder of a run"),
-        ([str(folder), "--out", str(tmp_path)], "give an .html file in an existing folder"),
-        ([str(folder), "--out", str(tmp_path / "nowhere" / "r.html")], "give an .html file in an existing folder"),
+        ([str(folder), "--out", str(tmp_path)], "must end in .html"),
+        ([str(folder), "--out", str(tmp_path / "nowhere" / "r.html")], "must end in .html"),
         ([str(folder), "--images", "0"], "--images 0 is too small"),
     ]:
         assert launch.main(["report", *arguments]) == 2
@@ -275,9 +271,9 @@ def crowded_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {
                 "step": 9973 * step,
                 "loss": 1e7 / step,
-                "discrimination": n + 1,
-                "manipulation": 1e-7 * step,
-                "manipulation_accuracy": 1e-4 * rng.random(),
+                "contrastive_loss": n + 1,
+                "inverse_loss": 1e-7 * step,
+                "inverse_accuracy": 1e-4 * rng.random(),
                 "learning_rate": 1e-5 / step,
                 "images_per_second": 123456 + step,
             }

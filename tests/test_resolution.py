@@ -154,7 +154,7 @@ def tell_sizes() -> None:
     """Print what the views of each step look like to the model."""
     step = Step.__call__
 
-    def telling(self: Step, chunks: Any) -> torch.Tensor:
+    def telling(self: Step, chunks: Any) -> dict[str, torch.Tensor]:
         print("trained on", {tuple(chunk.views.shape) for chunk in chunks}, flush=True)
         return step(self, chunks)
 

@@ -1,4 +1,4 @@
-"""The gradient of a global batch in chunks is that of the whole batch."""
+"""The gradient of a global batch in micro-batches is that of the whole batch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
+from stec.config import ModelSettings, ObjectiveSettings
 from stec.models.model import Model
-from stec.objectives.objective import Objective, Weights
+from stec.objectives.objective import Objective
 from stec.training.step import Step
 from tests.runs import Run
 
@@ -38,9 +39,8 @@ def sampler(images: ImageArray, *, processes: int = 1, process: int = 0, accumul
     )
 
 
-def chunks(images: ImageArray, *, accumulate: int, labeled_views: bool = False) -> list[Batch]:
-    """The first global batch, in double precision; with ``labeled_views``, the online classifier sees images of its
-    own."""
+def micro_batches(images: ImageArray, *, accumulate: int, labeled_views: bool = False) -> list[Batch]:
+    """The first global batch, in double precision; with ``labeled_views``, the online classifier gets other views."""
     loader = Loader(
         sampler(images, accumulate=accumulate), backend="torchvision", device=torch.device("cpu"), workers=0
     )
@@ -57,21 +57,22 @@ def chunks(images: ImageArray, *, accumulate: int, labeled_views: bool = False) 
 
 def a_model(stop_gradient: int = 1) -> Model:
     torch.manual_seed(0)
-    return Model(arch="resnet18", stem="cifar", classes=10, width=4, hidden_mlp=16, stop_gradient=stop_gradient)
+    return Model(ModelSettings(width=4, hidden_mlp=16), stem="cifar", classes=10, stop_gradient=stop_gradient)
 
 
 def step_of(model: Model) -> Step:
-    return Step(model, Objective(Weights(manipulation=1.0), temperature=0.5), Accelerator(cpu=True), affine="official")
+    objective = Objective(ObjectiveSettings(manip_lambda=1.0, temperature=0.5))
+    return Step(model, objective, Accelerator(cpu=True), affine="official")
 
 
 @pytest.mark.parametrize("stop_gradient", [0, 1, 2])
 @pytest.mark.parametrize("labeled_views", [False, True])
-def test_chunks_give_the_gradient_of_the_whole_batch(
+def test_micro_batches_give_the_gradient_of_the_whole_batch(
     demo_test_images: ImageArray, stop_gradient: int, labeled_views: bool
 ) -> None:
-    """With batch norm in evaluation mode, the only part of the encoder that looks at other images.
+    """With batch norm in evaluation mode, as its statistics depend on the micro-batch.
 
-    To what NT-Xent's similarities in single precision leave.
+    To 1e-6, the error of NT-Xent's similarities in single precision.
     """
     gradients, metrics = [], []
     for accumulate in (1, 3):
@@ -79,20 +80,20 @@ def test_chunks_give_the_gradient_of_the_whole_batch(
         step = step_of(model)
         model.train()
         model.encoder.eval()
-        metrics.append(step(chunks(demo_test_images, accumulate=accumulate, labeled_views=labeled_views)))
+        metrics.append(step(micro_batches(demo_test_images, accumulate=accumulate, labeled_views=labeled_views)))
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-6, atol=1e-6)
     whole, cached = gradients
     assert whole.keys() == cached.keys()
     assert ("encoder.conv1.weight" in whole) == (stop_gradient != 2)
     for name in whole:
-        # The bias before a batch norm has no gradient but for rounding.
+        # The gradient of a bias before a batch norm is a rounding error.
         assert (cached[name] - whole[name]).norm() < 1e-6 * whole[name].norm() + 1e-9, name
 
 
-def test_running_statistics_count_each_chunk_once(demo_test_images: ImageArray) -> None:
-    """Although each chunk passes the encoder twice."""
-    batches = chunks(demo_test_images, accumulate=3)
+def test_running_statistics_count_each_micro_batch_once(demo_test_images: ImageArray) -> None:
+    """Although the encoder processes each micro-batch twice."""
+    batches = micro_batches(demo_test_images, accumulate=3)
     expected = a_model().double().encoder.train()
     with torch.no_grad():
         for batch in batches:
@@ -102,7 +103,7 @@ def test_running_statistics_count_each_chunk_once(demo_test_images: ImageArray) 
     assert model.encoder.bn1.num_batches_tracked == 3
     for name, buffer in expected.named_buffers():
         torch.testing.assert_close(model.encoder.get_buffer(name), buffer)
-    # The heads see the whole batch, once.
+    # The heads process the whole batch once.
     assert model.projection.bn_hidden.num_batches_tracked == 1
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
@@ -115,15 +116,15 @@ def test_one_process_has_plain_batch_norm(demo_test_images: ImageArray) -> None:
 
 
 @pytest.mark.parametrize(("processes", "accumulate"), [(1, 4), (2, 2), (4, 1), (3, 2)])
-def test_chunks_and_processes_share_the_same_global_batches(
+def test_micro_batches_and_processes_divide_the_same_global_batches(
     demo_test_images: ImageArray, processes: int, accumulate: int
 ) -> None:
-    """Step by step the same positions, images and commands, chunk after chunk and process after process."""
+    """Each step has the same positions, images and commands, in the order of micro-batches and processes."""
     whole = sampler(demo_test_images)
     parts = [sampler(demo_test_images, processes=processes, process=p, accumulate=accumulate) for p in range(processes)]
     assert {part.steps_per_epoch for part in parts} == {whole.steps_per_epoch}
     assert {part.global_batch_size for part in parts} == {GLOBAL_BATCH}
-    # The second step, the last of the epoch, and the first of the next.
+    # The second step, the last step of the epoch, and the first step of the next one.
     for step in (1, whole.steps_per_epoch - 1, whole.steps_per_epoch):
         expected = whole.plan(step)
         plans = [part.plan(step * accumulate + k) for k in range(accumulate) for part in parts]
@@ -144,8 +145,8 @@ def train(folder: Path, *more: str) -> str:
     return Run(*FLAGS, "--results_path", folder, *more).end()
 
 
-def test_a_run_in_chunks_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """Its steps are those of the global batch, and the second epoch is the same to the bit after a resume."""
+def test_a_run_in_micro_batches_resumes_where_it_stopped(tmp_path: Path) -> None:
+    """Its steps are those of the global batch, and the second epoch is bit-equal after a resume."""
     out = train(tmp_path / "whole")
     assert "2 epochs of 4 steps of 24 images" in out
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")

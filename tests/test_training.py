@@ -1,10 +1,11 @@
-"""Whole runs through the command line, as a user starts them."""
+"""Complete runs through the command line."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import math
+import platform
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stec.runs import checkpoint
-from stec.training.engine import resolve_precision
+from stec.training.precision import resolve_precision
 from tests.conftest import smooth_image
 from tests.runs import Run, SignalAtStep, together
 
@@ -32,7 +33,7 @@ SMALL = (
 
 
 def run_on(processes: int, *arguments: str | Path) -> str:
-    """Run on several processes through Accelerate's launcher; returns what was printed."""
+    """Run on several processes through Accelerate's launcher; returns the output."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     launcher += ["--main_process_port", "0"]
     command = [*launcher, str(ROOT / "launch.py"), *map(str, arguments)]
@@ -53,7 +54,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished run and what it printed."""
+    """A finished run and its output."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     out, _ = run("--results_path", folder)
     return folder, out
@@ -94,7 +95,7 @@ def test_exported_weights_are_the_trained_ones(finished: tuple[Path, str]) -> No
         assert json.loads(file.metadata()["stec"])["step"] == 10
 
 
-def test_the_same_run_twice_is_equal_to_the_bit(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_same_run_twice_is_bit_equal(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = finished
     run("--results_path", tmp_path / "second")
     for name in ("model.safetensors", "encoder.safetensors"):
@@ -109,7 +110,7 @@ def test_a_run_can_be_repeated_from_its_config(finished: tuple[Path, str], tmp_p
 
 
 def test_ctrl_c_saves_and_resuming_changes_nothing(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """Stopped in the middle of an epoch, the run goes on to the same bits, with every step logged once."""
+    """A run that was stopped in the middle of an epoch ends with the same bits, and every step is logged once."""
     folder, _ = finished
     interrupted = tmp_path / "interrupted"
     stopped = Run(*SMALL, "--results_path", interrupted, prepare=SignalAtStep(3, signal.SIGINT))
@@ -135,7 +136,7 @@ def test_an_existing_run_is_not_overwritten(finished: tuple[Path, str]) -> None:
 
 
 def test_a_resumed_run_keeps_precision_and_metrics(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """What ``auto`` came out as is remembered; a damaged metrics file costs its damaged lines alone."""
+    """The precision of ``auto`` is checked; a damaged metrics file loses only its damaged lines."""
     folder, _ = finished
     resumed = tmp_path / "resumed"
     shutil.copytree(folder, resumed)
@@ -162,8 +163,8 @@ def test_a_resumed_run_keeps_precision_and_metrics(finished: tuple[Path, str], t
     assert "--mixed_precision was resolved to fp8 and is now resolved to" in err
 
 
-def test_a_run_goes_on_with_another_number_of_processes(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """The global batch stays 32; what differs is said where it does not."""
+def test_a_run_resumes_with_another_number_of_processes(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """If the global batch remains 32; otherwise the error names both."""
     folder, _ = finished
     resumed = tmp_path / "resumed"
     shutil.copytree(folder, resumed)
@@ -177,8 +178,8 @@ def test_a_run_goes_on_with_another_number_of_processes(finished: tuple[Path, st
     assert [line["step"] for line in metrics(resumed)] == [2, 4, 5, 6, 8, 10]
 
 
-def test_stl10_trains_with_labeled_images_beside(tmp_path: Path) -> None:
-    """Pre-training on unlabeled images, then the linear probing; neither needs as many labeled images as unlabeled."""
+def test_stl10_trains_the_online_classifier_on_labeled_images(tmp_path: Path) -> None:
+    """Pre-training on unlabeled images, then linear probing, with fewer labeled images than unlabeled ones."""
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -186,28 +187,17 @@ def test_stl10_trains_with_labeled_images_beside(tmp_path: Path) -> None:
         rng.integers(0, 256, (count, 3, 96, 96), np.uint8).tofile(folder / f"{split}_X.bin")
         if split != "unlabeled":
             rng.integers(1, 11, count).astype(np.uint8).tofile(folder / f"{split}_y.bin")
-    stl10 = [
-        "--dataset",
-        "stl10",
-        "--data_dir",
-        tmp_path,
-        "--limit_train",
-        "32",
-        "--batch_size",
-        "16",
-        "--warmup_epochs",
-        "1",
-    ]
+    stl10 = [*"--dataset stl10 --limit_train 32 --batch_size 16 --warmup_epochs 1 --data_dir".split(), tmp_path]
     both = ["--use_solarization", "1", "--use_gaussian_blur", "1", "--manip_lambda", "0.3"]
     run(*stl10, *both, "--results_path", tmp_path / "run")
-    assert all(math.isfinite(line["supervised"]) for line in metrics(tmp_path / "run"))
+    assert all(math.isfinite(line["classifier_loss"]) for line in metrics(tmp_path / "run"))
     weights = ["--ckpt_path", tmp_path / "run" / "model.safetensors", "--stop_gradient", "2"]
-    run(*stl10, *weights, "--results_path", tmp_path / "fit")
+    run(*stl10, *weights, "--results_path", tmp_path / "probing")
 
 
 @pytest.fixture
 def custom_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of 40 pictures without labels, one of which is cut off, and a cache of its own for the index."""
+    """A folder of 40 pictures without labels, one of which is truncated, and a separate cache for the index."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
@@ -224,9 +214,8 @@ FOLDER = (
 ).split()
 
 
-def test_own_images_need_no_labels_and_a_bad_one_stops_nothing(custom_dataset: Path, tmp_path: Path) -> None:
-    """Neither online classifier nor evaluation; the bad image is named and listed once, also when the run is
-    resumed."""
+def test_a_folder_of_images_needs_no_labels_and_may_have_bad_images(custom_dataset: Path, tmp_path: Path) -> None:
+    """There is neither online classifier nor evaluation; the bad image is listed once, also after a resume."""
     run_folder = tmp_path / "run"
     arguments = [*FOLDER, "--data_dir", custom_dataset, "--results_path", run_folder, "--max_bad_fraction", "0.05"]
     out, err = run(*arguments)
@@ -235,7 +224,7 @@ def test_own_images_need_no_labels_and_a_bad_one_stops_nothing(custom_dataset: P
     assert (run_folder / "bad-images.tsv").read_text().count("\n") == 1
     results = json.loads((run_folder / "results.json").read_text())
     assert results.keys() == {"inverse_model_accuracy", "images_per_second", "wait_fraction"}
-    assert not any(name.startswith("online_classifier") for name in load_file(run_folder / "model.safetensors"))
+    assert not any(name.startswith("classifier") for name in load_file(run_folder / "model.safetensors"))
 
     before = (run_folder / "model.safetensors").read_bytes()
     for left in ("checkpoint-00000005.pt", "model.safetensors", "encoder.safetensors", "results.json"):
@@ -248,12 +237,12 @@ def test_own_images_need_no_labels_and_a_bad_one_stops_nothing(custom_dataset: P
     assert "1 of 40 training images are bad" in err and "more than --max_bad_fraction 0.01" in err
 
 
-def test_shards_of_own_images(custom_dataset: Path, tmp_path: Path) -> None:
-    """The same images in tar shards train to the same weights, if all of them are shuffled."""
+def test_shards_of_images(custom_dataset: Path, tmp_path: Path) -> None:
+    """The same images in tar shards lead to the same weights, if all of them are shuffled."""
     (custom_dataset / "more" / "7.jpg").unlink()
     files = sorted(path for path in custom_dataset.rglob("*") if path.is_file())
     (tmp_path / "shards").mkdir()
-    # Of loose files, those in the folder itself come before those below it.
+    # The index has the files of a folder before those of its subfolders.
     files = sorted(files, key=lambda path: (str(path.parent), path.name))
     for k in range(4):
         with tarfile.open(tmp_path / "shards" / f"{k}.tar", "w") as archive:
@@ -280,9 +269,9 @@ def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_a_profile(tmp_path: Path) -> None:
-    """The parts of a step make up the step; the trace is what a browser can show."""
+    """The parts of a step add up to the step, and the trace has them."""
     out, err = run("--results_path", tmp_path / "run", "--profile", "4")
-    assert "profiler" not in err  # its library is silent
+    assert "profiler" not in err  # the library prints nothing
     parts = json.loads((tmp_path / "run" / "profile.json").read_text())
     assert "4 steps; trace in" in out and "backward" in out
     step = parts.pop("step")
@@ -295,11 +284,11 @@ def test_a_profile(tmp_path: Path) -> None:
     )
     assert not list((tmp_path / "run").glob(".*.tmp"))
     _, err = run("--results_path", tmp_path / "short", "--profile", "100", code=2)
-    assert "--profile 100 needs 103 steps, some for warming up, but there are only 10" in err
+    assert "--profile 100 needs 103 steps" in err and "only 10" in err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    """The step and its positions are named, and no checkpoint holds the broken weights."""
+    """The error names the step and its positions, and no checkpoint holds the weights after it."""
     _, err = run("--results_path", tmp_path / "run", "--learning_rate", "1e30", "--optimizer", "sgd", code=2)
     assert "The loss became" in err and "positions" in err
     assert not list((tmp_path / "run").glob("*.pt")) + list((tmp_path / "run").glob("*.safetensors"))
@@ -311,10 +300,11 @@ def test_simclr_runs_without_an_inverse_model(tmp_path: Path) -> None:
     )
     assert "SimCLR" in out
     assert "inverse_model_accuracy" not in json.loads((tmp_path / "run" / "results.json").read_text())
+    assert not any(name.startswith("inverse") for line in metrics(tmp_path / "run") for name in line)
 
 
 def test_several_processes_train_and_evaluate_together(tmp_path: Path) -> None:
-    """One of them speaks and writes, and evaluation counts every image once on 1, 2 and 3 processes."""
+    """One of them prints and writes, and evaluation counts every image once on 1, 2 and 3 processes."""
     out = run_on(2, *SMALL, "--results_path", tmp_path / "run", "--max_epochs", "1", "--gpus", "2")
     assert "2 process(es)" in out and out.count("epoch 1/1 ") == 1
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2]
@@ -333,29 +323,20 @@ def test_several_processes_train_and_evaluate_together(tmp_path: Path) -> None:
     assert f"accuracy {written['accuracy']:.4f}" == alone[-1]
 
 
-def test_a_linear_probing_trains_the_probe_alone(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_linear_probing_trains_only_the_classifier(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = finished
     weights = folder / "model.safetensors"
-    fit = [
-        "--stop_gradient",
-        "2",
-        "--reinitialize_supervised_head",
-        "1",
-        "--optimizer",
-        "sgd",
-        "--learning_rate",
-        "0.1",
-    ]
-    out, _ = run("--results_path", tmp_path / "fit", "--ckpt_path", weights, *fit, "--feat_dim", "99")
+    flags = "--stop_gradient 2 --reinitialize_supervised_head 1 --optimizer sgd --learning_rate 0.1 --feat_dim 99"
+    out, _ = run("--results_path", tmp_path / "probing", "--ckpt_path", weights, *flags.split())
     assert "Linear probing" in out
-    before, after = load_file(weights), load_file(tmp_path / "fit" / "model.safetensors")
-    assert {name.split(".")[0] for name in after} == {"encoder", "online_classifier"}
+    before, after = load_file(weights), load_file(tmp_path / "probing" / "model.safetensors")
+    assert {name.split(".")[0] for name in after} == {"encoder", "classifier"}
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
 def test_training_starts_from_given_weights(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """With a learning rate of 0 they stay what they were, batch norm's statistics aside."""
+    """With a learning rate of 0 they remain the same, except for the statistics of batch norm."""
     folder, _ = finished
     weights = folder / "checkpoint-00000010.pt"
     run("--results_path", tmp_path / "run", "--ckpt_path", weights, "--learning_rate", "0", "--max_epochs", "1")
@@ -378,3 +359,11 @@ def test_bf16_is_chosen_only_within_the_instructions_that_may_be_used(
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert resolve_precision("auto", torch.device("cpu")) == precision
     assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="reads Linux's flags of x86")
+def test_the_instruction_sets_are_those_of_the_processor() -> None:
+    """The functions of ``torch.cpu`` are not public: if PyTorch changes them, ``auto`` needs another way to ask."""
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    assert torch.cpu._is_avx512_bf16_supported() == ("avx512_bf16" in flags)
+    assert torch.cpu._is_amx_tile_supported() == ("amx_tile" in flags)

@@ -8,6 +8,7 @@ import sys
 import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor
 
 import launch
 from pipelines.errors import UserError
+from stec.config import ModelSettings
 from stec.models.model import Model
 from stec.weights.export import from_official_names, load_weights, read_weights, to_official_names, write_safetensors
 
 
-def small_model(**changes: object) -> Model:
+def small_model(classes: int = 10, **changes: Any) -> Model:
     torch.manual_seed(0)
-    settings = {"arch": "resnet18", "stem": "cifar", "classes": 10, "width": 4, "feat_dim": 8, **changes}
-    return Model(**settings)
+    return Model(ModelSettings(width=4, feat_dim=8, **changes), stem="cifar", classes=classes)
 
 
 @pytest.fixture

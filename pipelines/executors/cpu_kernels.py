@@ -1,12 +1,12 @@
-"""Views on the CPU: one compiled function that executes a command from window to float, as Pillow and torchvision do.
+"""Views on the CPU: one compiled function that executes a command from crop to float, like Pillow and torchvision.
 
 The arithmetic is Pillow's own, rounding included (its ``Resample.c``, ``Blend.c``, ``Convert.c``, ``ImageEnhance``), so
-that a view is the one that torchvision's transforms make of the same command. All of a view's stages happen while it is
-in the processor's cache. DALI calls the function from its threads, an image at a time, as an operator of its graph.
+that a view equals the one that torchvision's transforms make from the same command. All stages of a view are executed
+while it is in the cache. DALI calls the function from its threads, once per image, as an operator of its graph.
 
-Numba compiles on first use, in a few seconds, and keeps the machine code on disk.
+Numba compiles on first use, in a few seconds, and caches the machine code on disk.
 
-Indices are unsigned where it matters: Numba looks for negative ones otherwise, at every access.
+Indices are unsigned in inner loops: Numba would otherwise check for negative ones at every access.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS = PACKED_COLUMNS["end"]
 
 
 def _can_cache() -> bool:
-    """Whether Numba finds a place to keep machine code: beside this file, or in the user's cache folder."""
+    """Whether Numba can cache machine code, next to this file or in the user's cache folder."""
     try:
         njit(cache=True)(_can_cache)
     except RuntimeError:
@@ -44,7 +44,7 @@ def _can_cache() -> bool:
 
 CACHE = _can_cache()
 
-# Called from compiled code alone, so without the wrappers that would make Python functions of them.
+# Called from compiled code only, so the wrappers for Python are not needed.
 compiled = njit(cache=CACHE, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
@@ -52,15 +52,15 @@ compiled = njit(cache=CACHE, nogil=True, error_model="numpy", no_cpython_wrapper
 def _make_views(
     image: Any, strides: Any, image_hw: Any, origin: Any, commands: Any, window_px: int, views: Any
 ) -> None:
-    """Fill ``views`` [V, size, size, 3] float32 in [0, 1] as ``commands`` [V, 20] float32 say.
+    """Fill ``views`` [V, size, size, 3] float32 in [0, 1] by executing ``commands`` [V, 20] float32.
 
-    ``image`` is a flat array of uint8 whose rows, columns and colors are ``strides`` apart. It is the part of the
-    source image that starts at ``origin`` and is ``image_hw`` large. ``window_px``: width of the official blur kernel.
+    ``image`` is a flat array of uint8 with ``strides`` between rows, columns and colors. It is the part of the source
+    image that starts at ``origin`` and has the size ``image_hw``. ``window_px``: width of the official blur kernel.
     """
     size = views.shape[1]
     for v in range(len(views)):
         command, view = commands[v], views[v]
-        # A file may have become another image since its command was drawn: never read beside it. It is told later.
+        # The file may have changed since its command was drawn: never read out of bounds. The change is detected later.
         top = min(max(int(command[TOP]) - origin[0], 0), image_hw[0] - 1)
         left = min(max(int(command[LEFT]) - origin[1], 0), image_hw[1] - 1)
         height, width = min(int(command[HEIGHT]), image_hw[0] - top), min(int(command[WIDTH]), image_hw[1] - left)
@@ -115,7 +115,7 @@ def _weights(source_px: int, target_px: int) -> tuple[Any, Any, Any]:
 
 @compiled
 def _resize(image: Any, start: int, strides: Any, height: int, width: int, size: int, flip: bool) -> Any:
-    """[3, size * size] uint8: the window's rows resized first, then its columns, rounded in between."""
+    """[3, size * size] uint8: the rows of the crop resized first, then its columns, rounded in between."""
     first, taps, weights = _weights(width, size)
     rows = np.empty((3, height, size), np.uint8)
     step_y, step_x, step_c = np.uint64(strides[0]), np.uint64(strides[1]), np.uint64(strides[2])
@@ -209,9 +209,9 @@ def _gray(planes: Any) -> None:
 
 @compiled
 def _hue(planes: Any, turns: Any) -> None:
-    """Through Pillow's HSV, whose three values have 8 bits each; without branches, so that it is compiled to vectors.
+    """Through Pillow's HSV, whose three values have 8 bits each; without branches, so that it is vectorized.
 
-    In single precision, where Pillow has some double: one color in 1,000 comes out in the next hue.
+    In single precision, where Pillow partly uses double: one color in 1,000 gets the adjacent hue.
     """
     shift = np.int32(np.float64(turns) * 255)
     red, green, blue = planes[0], planes[1], planes[2]
@@ -260,7 +260,7 @@ def _interleave(planes: Any, view: Any) -> None:
 
 @compiled
 def _blurred(planes: Any, sigma_px: float, window_px: int, view: Any) -> None:
-    """The same with torchvision's Gaussian blur, mirrored at the borders.
+    """``_interleave`` with torchvision's Gaussian blur, mirrored at the borders.
 
     Four sigmas to each side are within one part in 10,000 of the kernel of ``window_px``, which is never exceeded.
     """
@@ -310,7 +310,7 @@ def _solarize(view: Any) -> None:
         flat[p] = min(flat[p], np.float32(1) - flat[p])
 
 
-# --- What DALI calls: C functions of addresses, as its operator for Numba hands them over ---
+# --- C functions of addresses, in the form that DALI's operator for Numba calls ---
 
 
 @intrinsic
@@ -330,11 +330,11 @@ _U, _I = types.uint64, types.int32
 _SHAPES = types.void(_U, _U, _I, _U, _U, _I, _I)
 _RUN = types.void(_U, _U, _U, _I, _U, _U, _U, _I)
 
-# Each is compiled when it is first asked for: a run needs one of the two below.
+# Each is compiled when it is first needed: a run uses one of the two below.
 
 
 def shape_function(views: int, size: int) -> int:
-    """Address of the function that tells DALI the shape of each sample's output: [views, size, size, 3]."""
+    """Address of the function that returns the shape of each sample's output: [views, size, size, 3]."""
 
     @cfunc(_SHAPES, cache=CACHE)
     def shapes(outputs, _ranks, _count, _input_shapes, _input_ranks, _input_count, samples):
@@ -347,7 +347,7 @@ def shape_function(views: int, size: int) -> int:
 
 
 def views_of_memory() -> int:
-    """Address of the operator on images that lie in memory, any layout.
+    """Address of the operator on images in memory, with any layout.
 
     Inputs of a sample: [5] int64, the address of the image's first byte, its three strides and the width of the blur
     kernel; its commands [V, 20].

@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> None:
     from stec.evaluation.preview import png, sheet
     from stec.loaders import training_loader
     from stec.runs.run_record import read_run
-    from stec.training.engine import resolve_precision
+    from stec.training.precision import resolve_precision
     from stec.weights.pretrained import read_trained
 
     console = Console(enabled=is_main_process())

@@ -82,10 +82,11 @@ def run_training(config: TrainConfig) -> None:
     """Train as configured, and write the files of the run."""
     from pipelines.datasets.fingerprint import fingerprint
     from stec.distributed import failures, processes
-    from stec.loaders import evaluation_loader, training_loader
+    from stec.loaders import Data, evaluation_loader, training_loader
     from stec.runs.run_folder import open_run_folder
     from stec.startup import start
-    from stec.training import engine, trackers
+    from stec.training import loop, trackers
+    from stec.training.initial_model import initial_model
 
     accelerator, console, precision = start(
         config.run.mixed_precision, config.run.process_timeout_s, bool(config.run.deterministic)
@@ -113,16 +114,16 @@ def run_training(config: TrainConfig) -> None:
         )
         for images in (data_set.labeled, data_set.test)
     )
-    data = engine.Data(training=loader, labeled=labeled, test=test, classes=len(data_set.classes))
+    data = Data(training=loader, labeled=labeled, test=test, classes=len(data_set.classes))
     environment = {
         **environment_of(accelerator, precision),
         "backend": loader.backend,
         "training_images": len(data_set.train),
         "data_fingerprint": fingerprint(data_set.train),
     }
-    model = engine.initial_model(config, data.classes)
+    model = initial_model(config, data.classes)
     folder, resumed, notes = processes.on_main_process(accelerator, lambda: open_run_folder(config, environment))
-    loader.sampler.bad.list_in(folder.bad_images, say=print_error, main=accelerator.is_main_process)
+    loader.sampler.bad.list_in(folder.bad_images, report=print_error, main=accelerator.is_main_process)
     console.facts(title(config), facts(config, data_set, loader, environment, str(folder.path.resolve())))
     for note in (*data_set.notes, *notes):
         console.say(note)
@@ -136,11 +137,11 @@ def run_training(config: TrainConfig) -> None:
             folder,
             config.to_json(),
             after_step=resumed["step"] if resumed is not None else 0,
-            say=console.say,
+            report=console.say,
         ),
     )
-    with failures.shared(), trackers.finished(accelerator):
-        results = engine.train(
+    with failures.shared(), trackers.finished(accelerator, console.say):
+        results = loop.train(
             config,
             data,
             model,

@@ -1,1 +1,1 @@
-"""Several processes that work together: what they exchange, and what happens when one of them fails."""
+"""Several processes that work together: collectives, and the report of a process that failed."""

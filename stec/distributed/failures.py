@@ -1,4 +1,4 @@
-"""When one of several processes fails, the others say which one, and why."""
+"""The report of which process failed and why, by the others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ROLL_CALL_SECONDS = 5.0
 
 
 @contextmanager
-def shared(how_to_go_on: str = "go on from the last checkpoint by --resume auto") -> Iterator[None]:
-    """Tell the other processes of a failure inside, and turn what theirs causes here into a UserError that names it.
+def shared(advice: str = "resume from the last checkpoint by --resume auto") -> Iterator[None]:
+    """Report a failure of this process to the others, and raise a UserError that names the process if another failed.
 
-    An error that all processes run into together is no news to the others; neither is an interruption.
+    An error that all processes raise together is not reported, nor is an interruption.
     """
     if num_processes() == 1:
         yield
@@ -28,17 +28,17 @@ def shared(how_to_go_on: str = "go on from the last checkpoint by --resume auto"
         yield
     except UserError as error:
         if error.local:
-            _leave_word(str(error))
+            _report(str(error))
         raise
     except Exception as error:
         if not _lost_contact(error):
-            _leave_word(f"{type(error).__name__}: {error}")
+            _report(f"{type(error).__name__}: {error}")
             raise
-        raise _who_failed(how_to_go_on) from error
+        raise _who_failed(advice) from error
 
 
 def _lost_contact(error: Exception) -> bool:
-    """Whether the exchange with another process broke off or timed out."""
+    """Whether the exchange with another process was broken off or timed out."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError)
@@ -47,21 +47,22 @@ def _lost_contact(error: Exception) -> bool:
 
 
 def _store() -> dist.Store:
-    """What torch.distributed found the processes with; it needs no working exchange between them."""
+    """The store that torch.distributed connected the processes with; it works without collectives."""
+    # PyTorch has no public function that returns it.
     return dist.PrefixStore("stec", dist.distributed_c10d._get_default_store())
 
 
-def _leave_word(message: str) -> None:
+def _report(message: str) -> None:
     with suppress(RuntimeError, ValueError):  # the process that keeps the store may be gone
         _store().set("failed", f"Process {process_index()} failed: {message}")
 
 
 def _who_failed(advice: str) -> UserError:
-    """What a failed process left word of, else which ones do not answer a roll call.
+    """The error that a failed process reported, or else the processes that do not answer a roll call.
 
-    Said by the main process or, where that is gone without a word, by the first that is left.
+    It is printed by the main process or, if that does not answer, by the first process that does.
     """
-    # A launcher that noticed the failure, too, asks the others to end: not before they have spoken.
+    # A launcher that noticed the failure also ends the others, which must not be before they have reported it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         store = _store()
@@ -72,12 +73,13 @@ def _who_failed(advice: str) -> UserError:
             time.sleep(0.1)
             silent = [rank for rank in silent if not store.check([f"here {rank}"])]
         if store.check(["failed"]):
-            return UserError(f"{store.get('failed').decode().rstrip('.')}; mend that, and {advice}.")
+            return UserError(f"{store.get('failed').decode().rstrip('.')}; fix that, and {advice}.")
     except (RuntimeError, ValueError):
-        return UserError(f"Process 0, which keeps the others in touch, is gone; {advice}.", local=process_index() == 1)
+        return UserError(f"Process 0, which connects the processes, died; {advice}.", local=process_index() == 1)
     if not silent:
-        return UserError(f"The processes lost contact with each other though all are there; {advice}.")
-    first_left = min(set(range(num_processes())) - set(silent))
+        return UserError(f"The processes lost contact with each other although all of them run; {advice}.")
+    first_alive = min(set(range(num_processes())) - set(silent))
     return UserError(
-        f"Process {', '.join(map(str, silent))} died or does not answer; {advice}.", local=process_index() == first_left
+        f"Process {', '.join(map(str, silent))} died or does not answer; {advice}.",
+        local=process_index() == first_alive,
     )

@@ -1,4 +1,4 @@
-"""The processes that train together, and a gather that gradients flow through."""
+"""The processes of a run, and a gather that propagates gradients."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ def process_index() -> int:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        ctx.count = len(own)
-        gathered = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(num_processes())]
-        dist.all_gather(gathered, own.contiguous())
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        ctx.count = len(local)
+        gathered = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(num_processes())]
+        dist.all_gather(gathered, local.contiguous())
         return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # A copy: what comes in may be shared with other branches of the graph, and all_reduce works in place.
+        # A copy, as all_reduce works in place and the gradient may be shared with other branches of the graph.
         summed = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(summed)
         first = process_index() * ctx.count
         return summed[first : first + ctx.count]
 
 
-def gather(own: Tensor) -> Tensor:
-    """[N, ...] of each process to [P N, ...], in the order of the processes; N is the same on all of them.
+def gather(local: Tensor) -> Tensor:
+    """Gather [N, ...] of P processes to [P N, ...], in the order of the processes; N must be the same on all of them.
 
-    The gradient of a row is summed over the processes that used it.
+    The gradient of a row is summed over the processes.
     """
-    return _Gather.apply(own) if num_processes() > 1 else own
+    return _Gather.apply(local) if num_processes() > 1 else local
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Do something on the main process only; its result, or its UserError, reaches all processes."""
+    """Call ``action`` on the main process only; all processes return its result or raise its UserError."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -65,7 +65,7 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 
 def main_process_first(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Do something on every process, on the main one before the others: what it leaves on disk is there for them."""
+    """Call ``action`` on all processes, first on the main one, whose files the others then find."""
     results: list[T] = []
     on_main_process(accelerator, lambda: results.append(action()))
     if not accelerator.is_main_process:

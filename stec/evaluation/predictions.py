@@ -18,7 +18,7 @@ from pipelines.commands import Commands
 from stec.models.heads import COMMAND_SHAPE
 from stec.models.model import Model, encode
 from stec.objectives.geometry import Convention, following_windows, relative_windows, window_matrices, windows_of
-from stec.objectives.objective import bin_centers, command_bins
+from stec.objectives.inverse import bin_centers, command_bins
 
 
 @dataclass(frozen=True, kw_only=True)

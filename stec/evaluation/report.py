@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from stec.config import rule_on_resume
 from stec.evaluation.preview import Example, panels, png
-from stec.objectives.objective import bin_centers
+from stec.objectives.inverse import TARGET, bin_centers
 from stec.runs.run_folder import RESULTS
 from stec.runs.run_record import RunRecord
 
@@ -33,18 +33,17 @@ RUN_COLORS = ("#3b7dd8", "#e07a00", "#2a9d6f", "#c23bae", "#8a6d3b", "#d1495b", 
 
 LEARNING = {
     "loss": "Loss",
-    "discrimination": "Contrastive loss (NT-Xent)",
-    "manipulation": "Inverse model: loss",
-    "supervised": "Online linear classifier: loss",
-    "discrimination_accuracy": "Contrastive accuracy, among all other views",
-    "manipulation_accuracy": "Inverse model: accuracy per entry",
-    "supervised_accuracy": "Online linear classifier: accuracy on training views",
-    "contrast_entropy": "Entropy of the contrast, nats",
+    "contrastive_loss": "Contrastive loss (NT-Xent)",
+    "inverse_loss": "Inverse model: loss",
+    "classifier_loss": "Online linear classifier: loss",
+    "contrastive_accuracy": "Contrastive accuracy, among all other views",
+    "inverse_accuracy": "Inverse model: accuracy per entry",
+    "classifier_accuracy": "Online linear classifier: accuracy on training views",
+    "cross_view_accuracy": "Contrastive accuracy, among the other views j",
+    "cross_view_entropy": "Entropy of the contrastive prediction, nats",
     "learning_rate": "Learning rate",
 }
-PACE = {"images_per_second": "Images per second", "wait_fraction": "Share of time waiting for data"}
-ENTRIES = (("x scale", "x shear", "x shift"), ("y shear", "y scale", "y shift"))
-"""The entries of the command; crop boxes have no shear."""
+PACE = {"images_per_second": "Images per second", "wait_fraction": "Fraction of time waiting for data"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +336,7 @@ def _confusion(run: int, counts: NDArray[np.int64] | None) -> str:
         figure.update_xaxes(title="predicted", showgrid=False, ticks="outside", tickangle=0)
         figure.update_yaxes(title="true", showgrid=False, ticks="outside")
         right = np.trace(of_entry) / max(of_entry.sum(), 1)
-        charts.append(_chart(figure, f"{ENTRIES[row][column]}: {right:.0%} correct"))
+        charts.append(_chart(figure, f"{TARGET.entries[row][column]}: {right:.0%} correct"))
     pairs = int(counts[0, 0].sum())
     return f'<p>{pairs} pairs.</p><div class="charts three">{"".join(charts)}</div>'
 

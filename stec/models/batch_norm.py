@@ -13,9 +13,9 @@ from stec.distributed.processes import gather, num_processes
 
 
 class CpuSyncBatchNorm(_BatchNorm):
-    """``nn.SyncBatchNorm`` for CPUs, which PyTorch's own refuses: the statistics are those of all processes' images.
+    """``nn.SyncBatchNorm`` for CPUs, which PyTorch's does not support: statistics over the images of all processes.
 
-    Each process must hold equally many images. [N, C, ...] in and out; half-precision input is computed in single.
+    Input and output are [N, C, ...], with the same N on all processes; half precision is computed in single.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -28,18 +28,18 @@ class CpuSyncBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         reduced = [d for d in range(x.dim()) if d != 1]
-        own = torch.stack([values.mean(reduced), values.var(reduced, correction=0)])
-        means, variances = gather(own[None]).unbind(1)
+        local = torch.stack([values.mean(reduced), values.var(reduced, correction=0)])
+        means, variances = gather(local[None]).unbind(1)
         mean = means.mean(0)
-        # As all processes count alike: the variance within them, and the variance of their means.
+        # All processes have the same weight: the variance within them plus the variance of their means.
         variance = variances.mean(0) + means.var(0, correction=0)
         if self.track_running_stats:
             self._track(mean.detach(), variance.detach(), x.numel() // x.shape[1] * num_processes())
         along_channels = [-1 if d == 1 else 1 for d in range(x.dim())]
         scale = torch.rsqrt(variance + self.eps) * self.weight
-        # Centerd first: with the mean folded into the bias, the gradient would be a difference of large numbers.
-        centerd = values - mean.view(along_channels)
-        return (centerd * scale.view(along_channels) + self.bias.view(along_channels)).to(x.dtype)
+        # Centered first: with the mean folded into the bias, the gradient would be a difference of large numbers.
+        centered = values - mean.view(along_channels)
+        return (centered * scale.view(along_channels) + self.bias.view(along_channels)).to(x.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
@@ -51,9 +51,9 @@ class CpuSyncBatchNorm(_BatchNorm):
 
 
 def synchronize(model: nn.Module, device: torch.device) -> None:
-    """Make every batch norm of ``model`` see the images of all processes; the parameters stay the same objects.
+    """Synchronize the statistics of every batch norm of ``model`` over processes; its parameters stay the same objects.
 
-    On one process nothing is changed; several on GPUs get PyTorch's ``SyncBatchNorm``.
+    A single process keeps its batch norms; several processes with GPUs get PyTorch's ``SyncBatchNorm``.
     """
     if num_processes() == 1:
         return
@@ -72,7 +72,7 @@ def synchronize(model: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def untracked(model: nn.Module) -> Iterator[None]:
-    """While open, batch norm in training mode leaves its running statistics alone."""
+    """While open, batch norm in training mode does not update its running statistics."""
     tracking = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     for module in tracking:
         module.track_running_stats = False

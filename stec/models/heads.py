@@ -11,7 +11,7 @@ COMMAND_SHAPE = (2, 3)
 
 
 class Projection(nn.Module):
-    """Features [N, D] to unit vectors [N, F], which NT-Xent compares.
+    """Maps features [N, D] to unit vectors [N, F], which NT-Xent compares.
 
     The last batch norm has no learned bias, as in SimCLR.
     """
@@ -30,7 +30,7 @@ class Projection(nn.Module):
 
 
 class InverseModel(nn.Module):
-    """Features of views i and j, each [N, D], to logits [N, K, 2, 3] over K bins of each entry of the command."""
+    """Maps features of views i and j, each [N, D], to logits [N, K, 2, 3] over K bins of the command's entries."""
 
     def __init__(self, feature_dim: int, hidden_dim: int, n_bins: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class InverseModel(nn.Module):
 
 
 def make_classifier(feature_dim: int, classes: int) -> nn.Linear:
-    """A linear classifier of detached features [N, D] that watches training without influencing it."""
+    """A linear classifier of features [N, D], with the official initial weights."""
     classifier = nn.Linear(feature_dim, classes)
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)

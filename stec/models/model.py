@@ -1,4 +1,4 @@
-"""The whole model: one encoder and three heads, from two views to everything the objective needs."""
+"""The model: an encoder and three heads, from two views to everything that the objective needs."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stec.architectures import ARCHITECTURES
+from stec.config import ModelSettings
 from stec.models.encoder import Encoder, Stem
 from stec.models.heads import InverseModel, Projection, make_classifier
 
-DEFAULT_HIDDEN_MLP = {"resnet18": 512, "resnet50": 2048}
-"""Width of the projection's hidden layer where ``hidden_mlp`` is -1, by architecture, as in the official code."""
-
 
 class Outputs(NamedTuple):
-    """What the model makes of N pairs of views."""
+    """The outputs of the heads for N pairs of views."""
 
     projections: Tensor | None
-    """[N, 2, F]: unit vectors; None where only the online linear classifier is trained."""
+    """Unit vectors [N, 2, F]; None if only the online linear classifier is trained."""
     command_logits: Tensor | None
-    """[N, K, 2, 3]: of the command from view i to view j; None without an inverse model (SimCLR)."""
+    """Logits [N, K, 2, 3] over K bins of the command from view i to view j; None without an inverse model (SimCLR)."""
     class_logits: Tensor | None
-    """[N, V, C]: of the online linear classifier; None without labels."""
+    """Logits [N, V, C] of the online linear classifier; None without labels."""
 
 
 def encode(encoder: nn.Module, views: Tensor, *, trained: bool) -> Tensor:
-    """Features [N, V, D] of views [N, V, 3, H, W]; unless ``trained``, no gradient reaches the encoder.
+    """Features [N, V, D] of views [N, V, 3, H, W], without gradient unless ``trained``.
 
-    All views pass the encoder as one batch, so that batch norm sees i and j together (official behavior).
+    The encoder processes all views as one batch, so that batch norm computes statistics over both (as officially).
     """
     with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
         features: Tensor = encoder(views.flatten(0, 1))
@@ -38,9 +37,9 @@ def encode(encoder: nn.Module, views: Tensor, *, trained: bool) -> Tensor:
 class Heads(nn.Module):
     """A model's heads as one module: from features to everything the objective needs.
 
-    ``pairs`` are features [N, 2, D] of both views (or [N, V, D] where only the online classifier is trained),
-    ``probed`` [N, V, D]
-    what the online linear classifier sees; it does not train what made them unless ``classifier_trains_encoder``.
+    ``pairs`` are the features [N, 2, D] of both views (or [N, V, D] if only the online classifier is trained),
+    ``classified`` the features [N, V, D] that the online classifier classifies; they are detached unless
+    ``classifier_trains_encoder``.
     """
 
     def __init__(
@@ -69,24 +68,17 @@ class Heads(nn.Module):
 class Model(nn.Module):
     """S-TEC's model; without the inverse model it is SimCLR's.
 
-    ``classes`` 0 means that there are no labels and so no online classifier. ``hidden_mlp`` -1 stands for the
-    architecture's own
-    width. ``stop_gradient`` 1: the online classifier's gradient stops at the features; 0: it reaches the encoder; 2:
-    there is only
-    the online linear classifier to train, on a frozen encoder in evaluation mode.
+    ``classes`` 0 means that there are no labels and therefore no online classifier. With ``stop_gradient`` 1 the
+    gradient of the online classifier stops at the features, with 0 it also trains the encoder, and with 2 the online
+    classifier is the only head, on a frozen encoder in evaluation mode.
     """
 
     def __init__(
         self,
+        settings: ModelSettings,
         *,
-        arch: str,
         stem: Stem,
         classes: int,
-        width: int = 64,
-        hidden_mlp: int = -1,
-        feat_dim: int = 128,
-        manip_hidden_mlp: int = 512,
-        n_bins: int = 6,
         with_inverse_model: bool = True,
         stop_gradient: int = 1,
     ) -> None:
@@ -95,29 +87,31 @@ class Model(nn.Module):
         self.projection: Projection | None
         self.inverse_model: InverseModel | None
         self.classifier: nn.Linear | None
-        self.encoder = Encoder(arch, stem, width)
+        self.encoder = Encoder(settings.arch, stem, settings.width)
         feature_dim = self.encoder.feature_dim
-        hidden_dim = DEFAULT_HIDDEN_MLP[arch] if hidden_mlp == -1 else hidden_mlp
+        default_dim = ARCHITECTURES[settings.arch].hidden_mlp
+        hidden_dim = default_dim if settings.hidden_mlp == -1 else settings.hidden_mlp
         self.classifier = make_classifier(feature_dim, classes) if classes else None
         self.projection = self.inverse_model = None
         if stop_gradient == 2:
             self.encoder.requires_grad_(False)
             return
-        self.projection = Projection(feature_dim, hidden_dim, feat_dim)
+        self.projection = Projection(feature_dim, hidden_dim, settings.feat_dim)
         if with_inverse_model:
-            self.inverse_model = InverseModel(feature_dim, manip_hidden_mlp, n_bins)
+            self.inverse_model = InverseModel(feature_dim, settings.manip_hidden_mlp, settings.n_bins)
 
     def train(self, mode: bool = True) -> Model:
-        """As in any module, but a frozen encoder always stays in evaluation mode."""
+        """Set the mode of all modules, except that a frozen encoder stays in evaluation mode."""
         super().train(mode)
         if self.stop_gradient == 2:
             self.encoder.eval()
         return self
 
     def forward(self, views: Tensor, labeled_views: Tensor | None = None) -> Outputs:
-        """``views`` [N, V, 3, H, W] in [0, 1]; V = 2, or any number where only the online linear classifier is trained.
+        """Compute the outputs for ``views`` [N, V, 3, H, W] in [0, 1].
 
-        ``labeled_views`` [N, 1, 3, H, W] are what the online linear classifier sees instead of ``views``.
+        V is 2, or any number if only the online classifier is trained. The online classifier classifies
+        ``labeled_views`` [N, 1, 3, H, W] if they are given, and otherwise ``views``.
         """
         pairs = encode(self.encoder, views, trained=self.views_train_encoder)
         classified = pairs
@@ -127,7 +121,7 @@ class Model(nn.Module):
 
     @property
     def heads(self) -> Heads:
-        """The heads as one module; the parameters are this model's."""
+        """The heads as one module, which shares this model's parameters."""
         return Heads(
             self.projection,
             self.inverse_model,

@@ -1,1 +1,1 @@
-"""What is minimized: NT-Xent, the inverse model's loss, and the geometry of its target."""
+"""The losses and their sum, and the targets of the inverse model."""

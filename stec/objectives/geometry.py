@@ -1,6 +1,6 @@
-"""What a command does, as matrices: windows, the change from view i to view j, and colors.
+"""Commands as matrices: crop boxes, the command from view i to view j, and colors.
 
-Coordinates are x to the right and y **up**; an image, and likewise a view, is the square [-1, 1]^2.
+Coordinates are x to the right and y **up**; images and views are the square [-1, 1]^2.
 Shapes: N images, V views.
 """
 
@@ -18,7 +18,7 @@ Convention = Literal["official", "exact", "egocentric"]
 
 
 def window_matrices(commands: Commands) -> NDArray[np.float64]:
-    """[N, V, 3, 3]: maps coordinates of a view to coordinates of its source image.
+    """Matrices [N, V, 3, 3] that map coordinates of a view to coordinates of its source image.
 
     ``[[sx, 0, tx], [0, sy, ty], [0, 0, 1]]`` with ``sx = w/W`` (negative when flipped), ``sy = h/H``,
     ``tx = w/W - 1 + 2 left/W`` and ``ty = 1 - h/H - 2 top/H``.
@@ -35,10 +35,10 @@ def window_matrices(commands: Commands) -> NDArray[np.float64]:
 
 
 def official_inverse(theta: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The official code's inverse of window matrices [..., 3, 3]: right in the linear part only.
+    """The official code's inverse of window matrices [..., 3, 3], which is correct in the linear part only.
 
-    The official implementation inverts the linear part and merely negates the translation, where the true inverse of
-    ``x -> s x + t`` translates by ``-t/s``. Published models were trained on this, so it is the default convention.
+    The official code inverts the linear part and only negates the translation, although the inverse of ``x -> s x + t``
+    translates by ``-t/s``. Published models were trained with it, so it is the default convention.
     """
     inverse = np.linalg.inv(theta).astype(np.float64)
     inverse[..., :2, 2] = -theta[..., :2, 2]
@@ -48,10 +48,12 @@ def official_inverse(theta: NDArray[np.float64]) -> NDArray[np.float64]:
 def relative_windows(
     commands: Commands, *, from_view: int = 0, to_view: int = 1, convention: Convention = "official"
 ) -> NDArray[np.float32]:
-    """[N, 2, 3] float32: the command that turns one view's window into the other's, which the inverse model recovers.
+    """The commands float32 [N, 2, 3] that turn the crop box of one view into that of the other.
+
+    The inverse model recovers them.
 
     ``official``: ``theta_to @ official_inverse(theta_from)``; ``exact``: the same with the true inverse;
-    ``egocentric``: ``inverse(theta_from) @ theta_to``, the change as seen from within the first view.
+    ``egocentric``: ``inverse(theta_from) @ theta_to``, in the coordinates of the first view.
     """
     theta = window_matrices(commands)
     theta_from, theta_to = theta[:, from_view], theta[:, to_view]
@@ -67,24 +69,23 @@ def relative_windows(
 def following_windows(
     theta_from: NDArray[np.float64], command: NDArray[np.floating], convention: Convention = "official"
 ) -> NDArray[np.float64]:
-    """The window matrices [N, 3, 3] that the commands [N, 2, 3] lead to from ``theta_from`` [N, 3, 3].
+    """Apply commands [N, 2, 3] to window matrices ``theta_from`` [N, 3, 3]; returns the matrices of the other views.
 
-    The inverse of ``relative_windows``: a view's window and the command to the other view give the other's window.
+    The inverse of ``relative_windows``.
     """
-    whole = np.zeros_like(theta_from)
-    whole[:, :2], whole[:, 2, 2] = command, 1
+    matrix = np.zeros_like(theta_from)
+    matrix[:, :2], matrix[:, 2, 2] = command, 1
     if convention == "egocentric":
-        return theta_from @ whole
+        return theta_from @ matrix
     if convention == "exact":
-        return whole @ theta_from
-    return whole @ np.linalg.inv(official_inverse(theta_from))
+        return matrix @ theta_from
+    return matrix @ np.linalg.inv(official_inverse(theta_from))
 
 
 def windows_of(theta: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Left, top, width and height [..., 4] of windows as shares of the image, and whether they are flipped [...].
+    """Left, top, width and height [..., 4] of crop boxes as fractions of the image, and whether they are flipped [...].
 
-    ``theta`` [..., 3, 3] are window matrices; what is off their diagonal, a shear, is left out, and a window may reach
-    beyond the image.
+    ``theta`` [..., 3, 3] are window matrices; shears are ignored, and a crop box may extend beyond the image.
     """
     half_width, half_height = np.abs(theta[..., 0, 0]), np.abs(theta[..., 1, 1])
     left, top = (theta[..., 0, 2] - half_width + 1) / 2, (1 - theta[..., 1, 2] - half_height) / 2
@@ -92,17 +93,17 @@ def windows_of(theta: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
 
 
 def color_matrices(commands: Commands, mean: float = 0.5) -> NDArray[np.float64]:
-    """[N, V, 3, 4]: jitter and gray of each view as one affine map of colors in [0, 1], the last column added.
+    """Jitter and gray of each view as affine maps [N, V, 3, 4] of colors in [0, 1]; the last column is the offset.
 
-    The turn of the hue is a rotation about the gray axis here, its nearest linear map. A contrast moves colors toward
-    the gray mean of the view, which the command does not know: ``mean`` stands for it, as it is before the jitter.
+    The change of hue is approximated by a rotation about the gray axis. Contrast moves colors toward the gray mean of
+    the view, which the commands do not contain: ``mean`` is used instead, for the view before the jitter.
     """
     angle = 2 * np.pi * commands.hue_turns.astype(np.float64)[..., None, None]
     axis = np.array([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
     rotation = np.cos(angle) * np.eye(3) + (1 - np.cos(angle)) / 3 + np.sin(angle) * axis
     (before, weights_before), (after, weights_after) = color_maps(commands, "before"), color_maps(commands, "after")
     offset_before = weights_before.sum(-1) * mean
-    # A gray mean passes a rotation about the gray axis, and the first map scales it by its row sum and adds the offset.
+    # A rotation about the gray axis keeps the gray mean; the first map scales it by its row sum and adds the offset.
     mean_after = before[..., 0, :].sum(-1) * mean + offset_before
     matrix = np.empty((*commands.top.shape, 3, 4))
     matrix[..., :3] = after @ rotation @ before
@@ -114,15 +115,15 @@ def color_matrices(commands: Commands, mean: float = 0.5) -> NDArray[np.float64]
 def relative_colors(
     commands: Commands, *, from_view: int = 0, to_view: int = 1, mean: float = 0.5
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The color change from one view to the other: [N, 3, 4] float32, and where there is one, [N] bool.
+    """The change of colors from one view to the other, float32 [N, 3, 4], and whether it exists, bool [N].
 
-    ``matrix @ (r, g, b, 1)`` turns the first view's colors into the second's, clamping and rounding aside, as far as
-    both are invertible; where one is not (gray, or a factor near 0) the matrix holds NaN. ``mean`` as in
+    ``matrix @ (r, g, b, 1)`` turns the first view's colors into the second's, except for clamping and rounding. If the
+    colors of a view are not invertible (gray, or a factor near 0), the matrix is NaN. ``mean`` as in
     ``color_matrices``.
     """
     matrices = color_matrices(commands, mean)
     first, second = matrices[:, from_view], matrices[:, to_view]
-    # Determinants are products of factors of about 1; float32 factors leave a few parts in 10 million.
+    # Determinants are products of factors of about 1, with errors of a few 1e-7 from float32.
     valid = (np.abs(np.linalg.det(first[..., :3])) > 1e-5) & (np.abs(np.linalg.det(second[..., :3])) > 1e-5)
     relative = np.full(first.shape, np.nan)
     linear = second[valid][..., :3] @ np.linalg.inv(first[valid][..., :3])
@@ -132,11 +133,11 @@ def relative_colors(
 
 
 def relative_factors(commands: Commands, *, from_view: int = 0, to_view: int = 1) -> NDArray[np.float32]:
-    """[N, 6] float32: the second view's value less the first's, of what is not geometry.
+    """Differences float32 [N, 6] of the second view's colors, blur and solarization from the first view's.
 
-    The columns are the factors of brightness, contrast and saturation, the hue in turns (-0.5 to 0.5, the short way
-    round), the blur's standard deviation in px of the view, and solarization (1 if only the second view is solarized,
-    -1 if only the first).
+    The columns are the factors of brightness, contrast and saturation, the hue in turns (-0.5 to 0.5, the shorter
+    way), the standard deviation of the blur in px of the view, and solarization (1 if only the second view is
+    solarized, -1 if only the first).
     """
     names = ("brightness", "contrast", "saturation", "hue_turns", "sigma_px", "solarize")
     values = np.stack([getattr(commands, name).astype(np.float32) for name in names], axis=-1)

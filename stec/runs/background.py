@@ -1,4 +1,4 @@
-"""Work beside training, such as writing a checkpoint, which training waits for only when it has to."""
+"""Work in a background thread, such as writing a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import TracebackType
 
 
 class Background:
-    """Does one thing at a time in a thread of its own, which does not keep the program from ending.
+    """Calls one function at a time in a daemon thread.
 
-    ``on_failure`` is called in that thread when something went wrong; ``finish`` then raises it. As a context it waits
-    at the end for what goes on, but not after Ctrl-C: whoever presses it while that is waited for wants no more of it.
+    If it raises, ``on_failure`` is called in that thread, and ``finish`` raises the error. As a context manager it
+    waits for the function at the end, except after a KeyboardInterrupt, by which the user refuses to wait.
     """
 
     def __init__(self, on_failure: Callable[[], None]) -> None:
@@ -27,13 +27,13 @@ class Background:
             self._thread.join()
 
     def start(self, action: Callable[[], object]) -> None:
-        """Begin; what was begun before must be finished."""
-        assert self._thread is None, "finish comes first"
+        """Call ``action`` in the thread; call ``finish`` before the next ``start``."""
+        assert self._thread is None, "the previous action is not finished"
         self._thread = threading.Thread(target=self._run, args=(action,), daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait for what was begun, if anything, and raise what it raised."""
+        """Wait for the function, if one was started, and raise its error."""
         if self._thread is None:
             return
         self._thread.join()

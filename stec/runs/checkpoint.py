@@ -12,7 +12,7 @@ import torch
 
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, unwritable
-from stec.compatibility import with_current_parameter_names
+from stec.compatibility import checkpoint_with_current_names
 
 FORMAT_VERSION = 2
 KEYS = frozenset(
@@ -108,7 +108,7 @@ def load(path: Path) -> dict[str, Any]:
     state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION or KEYS - state.keys():
         raise UserError(f"The checkpoint {path} is not of format {FORMAT_VERSION}; use the version that wrote it.")
-    return {**state, "model": with_current_parameter_names(state["model"])}
+    return checkpoint_with_current_names(state)
 
 
 def load_newest(run_folder: Path) -> tuple[dict[str, Any] | None, dict[Path, str]]:

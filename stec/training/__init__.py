@@ -1,1 +1,1 @@
-"""A training run: the loop, its step, optimizers, signals, and the processes that train together."""
+"""A training run: the loop, its step, optimizers, logs, checkpoints and signals."""

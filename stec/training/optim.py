@@ -1,25 +1,25 @@
-"""LARS, the parameter groups it works on, and the learning-rate schedule."""
+"""The optimizers with their parameter groups, LARS among them, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-OptimizerName = Literal["lars", "sgd", "adam"]
+from stec.config import OptimizationSettings
+
 MOMENTUM = 0.9
 
 
 class Lars(torch.optim.Optimizer):
     """LARS (You et al. 2017, "Large Batch Training of Convolutional Networks") as lightning-bolts 0.5 computes it.
 
-    In groups with ``adapt`` the gradient, weight decay included, is scaled by
-    ``trust |w| / (|g| + weight_decay |w| + eps)``; where either norm is 0, or without weight decay, the plain gradient
-    is taken, as there. Other groups get SGD with momentum. Runs on multi-tensor operations: a few launches per group
-    and no host synchronization.
+    In groups with ``adapt``, the gradient including weight decay is scaled by
+    ``trust |w| / (|g| + weight_decay |w| + eps)``; if either norm or the weight decay is 0, the gradient is not scaled.
+    Other groups get SGD with momentum. Multi-tensor operations need a few launches per group and no host sync.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Lars(torch.optim.Optimizer):
             weight_norm = torch.stack(torch._foreach_norm(params))
             grad_norm = torch.stack(torch._foreach_norm(grads))
             scale = group["trust_coefficient"] * weight_norm / (grad_norm + decay * weight_norm + group["eps"])
-            # A zero gradient stays zero (no decay alone); a zero weight takes the plain gradient.
+            # A zero gradient stays zero (no decay alone); the gradient of a zero weight is not scaled.
             scale = torch.where(weight_norm > 0, scale, 1.0) * (grad_norm > 0)
             torch._foreach_mul_(updates, list(scale.unbind()))
 
@@ -79,34 +79,32 @@ class Lars(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def make_optimizer(
-    model: nn.Module, name: OptimizerName, *, learning_rate: float, weight_decay: float, nesterov: bool
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.optim.Optimizer:
     """The optimizer over the trainable parameters of a ``stec.models.model.Model``.
 
     LARS has the official groups: names that contain ``bias`` or ``bn`` get SGD without decay, the online classifier's
-    weight SGD
-    with decay, everything else LARS. (A shortcut's batch-norm scale is called ``downsample.1.weight``, so it is under
-    LARS, as in the official code.) SGD and Adam treat all parameters alike, as the official code does.
+    weight SGD with decay, everything else LARS. (The scale of a shortcut's batch norm, ``downsample.1.weight``, is
+    therefore under LARS, as in the official code.) SGD and Adam treat all parameters equally, as the official code
+    does.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if name == "sgd":
+    learning_rate, weight_decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
         return torch.optim.SGD(
             [p for _, p in named],
             lr=learning_rate,
             momentum=MOMENTUM,
             weight_decay=weight_decay,
-            nesterov=nesterov,
+            nesterov=bool(settings.nesterov),
             foreach=True,
         )
-    if name == "adam":
+    if settings.optimizer == "adam":
         return torch.optim.Adam([p for _, p in named], lr=learning_rate, weight_decay=weight_decay, foreach=True)
     plain = [p for name, p in named if "bias" in name or "bn" in name]
     classifier = [p for name, p in named if name == "classifier.weight"]
-    taken = {id(p) for p in plain + classifier}
-    adapted = [p for _, p in named if id(p) not in taken]
+    others = {id(p) for p in plain + classifier}
     groups: list[dict[str, Any]] = [
-        {"params": adapted},
+        {"params": [p for _, p in named if id(p) not in others]},
         {"params": plain, "adapt": False, "weight_decay": 0.0},
         {"params": classifier, "adapt": False},
     ]
@@ -114,13 +112,19 @@ def make_optimizer(
         [group for group in groups if group["params"]],
         lr=learning_rate,
         weight_decay=weight_decay,
-        nesterov=nesterov,
+        nesterov=bool(settings.nesterov),
     )
 
 
-def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> float:
-    """Factor of the peak learning rate at ``step``: linear from 0 over the warm-up, then half a cosine to 0."""
+def learning_rate_at(step: int, settings: OptimizationSettings, *, steps_per_epoch: int) -> float:
+    """The learning rate of a step, counted from 0.
+
+    With ``lr_scheduler`` cosine it grows linearly from 0 over the warm-up and then decreases as half a cosine to 0.
+    """
+    if settings.lr_scheduler == "none":
+        return settings.learning_rate
+    warmup_steps, total_steps = settings.warmup_epochs * steps_per_epoch, settings.max_epochs * steps_per_epoch
     if step < warmup_steps:
-        return step / max(1, warmup_steps)
+        return settings.learning_rate * (step / warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+    return settings.learning_rate * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,4 +1,4 @@
-"""The gradient of one global batch: at once, or chunk by chunk where that does not fit into memory."""
+"""The gradient of one global batch, computed at once or in micro-batches if the batch does not fit into memory."""
 
 from __future__ import annotations
 
@@ -12,74 +12,70 @@ from torch import Tensor, nn
 from pipelines.batch import Batch
 from stec.models.batch_norm import synchronize, untracked
 from stec.models.model import Model, encode
-from stec.objectives.geometry import Convention, relative_windows
+from stec.objectives.geometry import Convention
+from stec.objectives.inverse import inverse_targets
 from stec.objectives.objective import Objective
 from stec.profiling import part
 
 
 class Step:
-    """Called with the chunks of a global batch, it leaves the gradient in the parameters of ``model``.
+    """Called with the micro-batches of a global batch, computes the gradient of the parameters of ``model``.
 
-    A contrastive loss is no sum over chunks, so several chunks take gradient caching (Gao et al. 2021, "Scaling Deep
-    Contrastive Learning Batch Size under Memory Limited Setup"): the features of all chunks, without a graph; the loss
-    of all of them, and its gradient down to the features; then each chunk's features once more, now with a graph, to
-    carry that gradient on to the encoder. Only the encoder works in chunks: the heads see all features at once.
+    A contrastive loss is not a sum over micro-batches, so several micro-batches need gradient caching (Gao et al. 2021,
+    "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"): the features of all micro-batches are
+    computed without a graph, then the loss of all of them and its gradient with respect to the features, then the
+    features of each micro-batch again with a graph, through which that gradient is propagated to the encoder. Only the
+    encoder works in micro-batches: the heads get all features at once.
 
-    Encoder and heads are wrapped apart, as their gradients are complete, and averaged over processes, at different
+    Encoder and heads are wrapped separately, as their gradients are complete, and averaged over processes, at different
     moments.
     """
 
     def __init__(self, model: Model, objective: Objective, accelerator: Accelerator, *, affine: Convention) -> None:
         synchronize(model, accelerator.device)
         self.model, self.objective, self.accelerator, self.affine = model, objective, accelerator, affine
-        # A module without anything to train must not be wrapped for training.
+        # A module without trainable parameters must not be wrapped for training.
         self.encoder: nn.Module = accelerator.prepare_model(
             model.encoder, evaluation_mode=not model.views_train_encoder
         )
         self.heads: nn.Module = accelerator.prepare_model(model.heads)
 
-    def __call__(self, chunks: Sequence[Batch]) -> Tensor:
-        """The values of ``METRICS`` for this process's share."""
-        passes = [(chunk.views, self.model.views_train_encoder) for chunk in chunks]
-        passes += [
-            (chunk.labeled_views, self.model.classifier_trains_encoder)
-            for chunk in chunks
-            if chunk.labeled_views is not None
+    def __call__(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Compute the gradient; returns the metrics of the images of this process."""
+        inputs = [(batch.views, self.model.views_train_encoder) for batch in micro_batches]
+        inputs += [
+            (batch.labeled_views, self.model.classifier_trains_encoder)
+            for batch in micro_batches
+            if batch.labeled_views is not None
         ]
-        cached = len(chunks) > 1
+        cached = len(micro_batches) > 1
         with torch.set_grad_enabled(not cached), part("encoder"):
-            features = [encode(self.encoder, views, trained=trained) for views, trained in passes]
+            features = [encode(self.encoder, views, trained=trained) for views, trained in inputs]
         if cached:
-            features = [f.requires_grad_(trained) for f, (_, trained) in zip(features, passes, strict=True)]
+            features = [f.requires_grad_(trained) for f, (_, trained) in zip(features, inputs, strict=True)]
 
+        pairs, labeled = features[: len(micro_batches)], features[len(micro_batches) :]
         with part("heads"):
-            outputs = self.heads(
-                torch.cat(features[: len(chunks)]), torch.cat(features[len(chunks) :] or features[: len(chunks)])
-            )
+            outputs = self.heads(torch.cat(pairs), torch.cat(labeled or pairs))
+        targets: tuple[Tensor, ...] = ()
         with part("commands and masks"):
-            targets = _targets(chunks, self.affine) if outputs.command_logits is not None else ()
-        loss, metrics = self.objective(outputs, torch.cat([chunk.labels for chunk in chunks]), *targets)
+            if outputs.command_logits is not None:
+                commands = [batch.commands for batch in micro_batches]
+                targets = inverse_targets(commands, self.affine, micro_batches[0].views.device)
+        loss, metrics = self.objective(outputs, torch.cat([batch.labels for batch in micro_batches]), *targets)
         with part("backward"):
             self.accelerator.backward(loss)
             if cached:
                 self._backward_through_encoder(
-                    [(views, f.grad) for f, (views, trained) in zip(features, passes, strict=True) if trained]
+                    [(views, f.grad) for f, (views, trained) in zip(features, inputs, strict=True) if trained]
                 )
         return metrics
 
     def _backward_through_encoder(self, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        """Carry the gradients of features on to the encoder's parameters, a pass at a time."""
-        # The first time counted for the running statistics.
+        """Propagate the gradients of features to the encoder's parameters, for one group of views after another."""
+        # The first forward pass has updated the running statistics.
         with untracked(self.encoder):
             for n, (views, gradient) in enumerate(gradients):
                 last = n == len(gradients) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.encoder):
                     encode(self.encoder, views, trained=True).backward(gradient)
-
-
-def _targets(chunks: Sequence[Batch], affine: Convention) -> tuple[Tensor, Tensor]:
-    """The commands from view i to view j [N, 2, 3], and which pairs the inverse model is asked about [N] bool."""
-    device = chunks[0].views.device
-    commands = [torch.from_numpy(relative_windows(chunk.commands, convention=affine)) for chunk in chunks]
-    valid = [torch.from_numpy(~chunk.commands.solarize.any(axis=1)) for chunk in chunks]
-    return torch.cat(commands).to(device, non_blocking=True), torch.cat(valid).to(device, non_blocking=True)

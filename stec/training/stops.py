@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and how its processes agree to."""
+"""Signals that ask a run to stop, and the agreement of its processes on the step at which they stop."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from pipelines.errors import Interrupted
 from stec.distributed.processes import num_processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; what schedulers send before they kill; what SLURM can be asked to send earlier."""
-
-
+"""Ctrl-C; the signal that schedulers send before they kill; the one that SLURM can be asked to send earlier."""
 FAILURE = max(SIGNALS) + 1
-"""What stands in a signal's place where it is the run itself that cannot go on."""
+"""The number that replaces a signal's if the run itself cannot continue."""
 
 
 def exit_code(number: int, stop_exit_code: int) -> int:
@@ -30,13 +28,14 @@ def exit_code(number: int, stop_exit_code: int) -> int:
 
 @contextmanager
 def immediately(
-    stop_exit_code: int, how_to_go_on: str = "a run goes on from its last checkpoint by --resume auto"
+    stop_exit_code: int, advice: str = "resume a run from its last checkpoint by --resume auto"
 ) -> Iterator[None]:
-    """While open, signals raise Interrupted wherever the program is; of Ctrl-C, it comes out as that.
+    """While open, signals raise Interrupted at any point of the program; Ctrl-C first raises KeyboardInterrupt.
 
-    Further SIGTERMs and SIGUSR1s are ignored: a launcher that ends, too, must not disturb what is cleaned up.
+    Further SIGTERMs and SIGUSR1s are ignored, because the one that a launcher sends as it ends must not interrupt the
+    cleanup.
     """
-    sentence = f"Stopped at once; {how_to_go_on}."
+    sentence = f"Stopped immediately; {advice}."
 
     def stop(number: int, _frame: object) -> None:
         for other in (signal.SIGTERM, signal.SIGUSR1):
@@ -45,8 +44,8 @@ def immediately(
             raise KeyboardInterrupt
         raise Interrupted(sentence, exit_code=exit_code(number, stop_exit_code))
 
-    heeded = [number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heeded}
+    handled = [number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in handled}
     try:
         yield
     except KeyboardInterrupt as error:
@@ -57,60 +56,59 @@ def immediately(
 
 
 class StopRequests:
-    """While open, signals are noted instead of acting, and all processes learn of one that any of them got.
+    """While open, a signal is recorded as a request to stop, which reaches all processes.
 
-    A second Ctrl-C acts as ever; further SIGTERMs do not, as launchers and schedulers may each send one.
+    A second Ctrl-C acts as without this class; further SIGTERMs do not, as launchers and schedulers may each send one.
 
-    After each step, every process sends its note to the others through an all-reduce of one number between CPUs (gloo),
-    which runs in the background and is read after the next step: no process waits for a GPU or for the network, all of
-    them read the same at the same step, and a request is served one step later than on a single process. As a process
-    that dies breaks the exchange, this is also how the others notice within a step or two, even where the GPUs' own
-    library would wait; one that hangs is given up after ``timeout``.
+    After each step, the processes exchange their requests by an all-reduce of one number between CPUs (gloo), which
+    runs in the background and is read after the next step: no process waits for a GPU or for the network, all of them
+    read the same number at the same step, and a request takes effect one step later than on a single process. A process
+    that dies breaks the exchange, so the others notice it within a step or two, even if NCCL would wait; a process that
+    hangs breaks it after ``timeout``.
     """
 
     def __init__(self, timeout: timedelta) -> None:
-        self._own = 0
+        self._requested = 0
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if num_processes() > 1 else None
-        self._sent: tuple[torch.Tensor, Any] | None = None
+        self._exchange: tuple[torch.Tensor, Any] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequests:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def __exit__(self, _type: type[BaseException] | None, _value: object, _traceback: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: object) -> None:
-        # Of Ctrl-C, which a launcher notices, too, and then ends, the first signal is what was meant.
-        self._own = self._own or number
+    def _record(self, number: int, _frame: object) -> None:
+        # After Ctrl-C, which also ends the launcher, more signals may follow: the first one is the request.
+        self._requested = self._requested or number
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
-    def ask(self) -> None:
-        """Ask all processes to stop as a signal would, with ``FAILURE`` for its number; from any thread."""
-        self._own = FAILURE
+    def request(self) -> None:
+        """Request a stop as a signal does, with the number ``FAILURE``; may be called from any thread."""
+        self._requested = FAILURE
 
     def after_step(self, *, last: bool) -> int:
-        """The signal that some process got, or ``FAILURE``, the same on all of them; 0: none.
+        """The signal that a process received, or ``FAILURE``, the same on all processes; 0 if there is none.
 
-        Call it after each step on all processes. After the ``last`` step the answer is waited for, as no later one
-        could give it.
+        Call it after each step on all processes. After the ``last`` step it waits for the exchange.
         """
         if self._group is None:
-            return self._own
+            return self._requested
         agreed = self._received()
         if agreed == 0:
-            note = torch.tensor(self._own)
-            self._sent = note, dist.all_reduce(note, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            request = torch.tensor(self._requested)
+            self._exchange = request, dist.all_reduce(request, dist.ReduceOp.MAX, group=self._group, async_op=True)
             if last:
                 agreed = self._received()
         return agreed
 
     def _received(self) -> int:
-        if self._sent is None:
+        if self._exchange is None:
             return 0
-        note, exchange = self._sent
-        exchange.wait()
-        self._sent = None
-        return int(note)
+        request, work = self._exchange
+        work.wait()
+        self._exchange = None
+        return int(request)

@@ -17,6 +17,7 @@ from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from pipelines.files import read_object
 from stec.architectures import ARCHITECTURES
+from stec.config import ModelSettings
 from stec.models.encoder import STEMS, Encoder, Stem
 from stec.models.heads import COMMAND_SHAPE, InverseModel, make_classifier
 from stec.models.model import Model
@@ -63,7 +64,8 @@ class Trained:
         required = ["encoder"]
         # Not on a device: the initial weights are replaced, so initializing them would waste time and random numbers.
         with torch.device("meta"):
-            model = Model(arch=self.arch, stem=self.stem, classes=0, width=self.width, stop_gradient=2)
+            settings = ModelSettings(arch=self.arch, width=self.width)
+            model = Model(settings, stem=self.stem, classes=0, stop_gradient=2)
             feature_dim = model.encoder.feature_dim
             if "classifier" in heads and classifier is not None:
                 model.classifier = make_classifier(feature_dim, len(classifier))

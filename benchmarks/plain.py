@@ -1,4 +1,4 @@
-"""Plain versions of what the project does in a more frugal way."""
+"""The loss in its plain form, for comparison with the memory-saving one."""
 
 from __future__ import annotations
 

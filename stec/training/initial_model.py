@@ -1,0 +1,47 @@
+"""The model that training starts from, and its compilation."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from pipelines.errors import UserError
+from stec.config import TrainConfig
+from stec.models.encoder import Encoder
+from stec.models.model import Model
+from stec.weights.export import load_weights, read_weights
+
+
+def initial_model(config: TrainConfig, classes: int) -> Model:
+    """The model that training starts from, equal on all processes: from the seed, then from ``ckpt_path`` if given.
+
+    Raises UserError if the weights cannot be read or do not fit.
+    """
+    torch.manual_seed(config.run.seed)
+    model = Model(
+        config.model,
+        stem=config.traits.stem,
+        classes=classes,
+        with_inverse_model=config.objective.manip_lambda > 0,
+        stop_gradient=config.objective.stop_gradient,
+    )
+    if config.model.ckpt_path is not None:
+        state = read_weights(config.model.ckpt_path)
+        if config.model.reinitialize_supervised_head:
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
+        load_weights(model, state, config.model.ckpt_path, required=("encoder",))
+    return model
+
+
+def compile_encoder(encoder: Encoder, device: torch.device) -> None:
+    """Compile the encoder in place, when it is first called. Raises UserError if a CPU's compiler is missing."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"--compile 1 needs a C++ compiler, but there is no {compiler}; install it, name another one by the "
+            f"environment variable CXX, or leave --compile out."
+        )
+    # By default, the compiler also converts narrow encoders to channels-last, in which they hang (see encoder.NARROW).
+    encoder.compile(options={"layout_optimization": encoder.memory_format == torch.channels_last})
