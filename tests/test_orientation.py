@@ -163,6 +163,7 @@ def test_the_flag_is_part_of_a_runs_identity(tmp_path: Path) -> None:
     fields = {
         "model": {},
         "epoch_rows": [],
+        "last_epoch": {},
         "identity": before,
         "environment": environment,
         "step": 1,
