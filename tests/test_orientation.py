@@ -162,6 +162,8 @@ def test_the_flag_is_part_of_a_runs_identity(tmp_path: Path) -> None:
     before = {name: value for name, value in config.identity().items() if name != "exif_orientation"}
     fields = {
         "model": {},
+        "epoch_rows": [],
+        "last_epoch": {},
         "identity": before,
         "environment": environment,
         "step": 1,
