@@ -202,8 +202,8 @@ def test_mistakes_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureF
         ([str(tmp_path / "no run")], f"{tmp_path / 'no run'} is no run"),
         ([str(folder), str(tmp_path / "absent")], f"{tmp_path / 'absent'} is no run"),
         ([], "needs the folder of a run"),
-        ([str(folder), "--out", str(tmp_path)], "must end in .html"),
-        ([str(folder), "--out", str(tmp_path / "nowhere" / "r.html")], "must end in .html"),
+        ([str(folder), "--out", str(tmp_path)], f"--out {tmp_path}"),
+        ([str(folder), "--out", str(tmp_path / "nowhere" / "r.html")], "nowhere/r.html"),
         ([str(folder), "--images", "0"], "--images 0 is too small"),
     ]:
         assert launch.main(["report", *arguments]) == 2
