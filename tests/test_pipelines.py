@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numba import njit
 from nvidia.dali import Pipeline
 from nvidia.dali.backend import TryGetSchema  # type: ignore[attr-defined]  # the stubs lack it
 from PIL import Image
@@ -26,7 +27,7 @@ from pipelines.batch import Batch
 from pipelines.commands import LABELED_STREAM, VIEWS, Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images, Names
 from pipelines.errors import UserError
-from pipelines.executors import EXECUTORS, ExecutorName, graph
+from pipelines.executors import EXECUTORS, ExecutorName, cpu_kernels, graph
 from pipelines.executors import torchvision as reference
 from pipelines.executors.cpu import CompiledViews
 from pipelines.executors.dali_operators import DaliExecutor, argument_names, pixels_on_device
@@ -742,3 +743,18 @@ def test_the_private_operator_for_compiled_functions_has_the_arguments_in_use() 
     )
     used = CompiledViews(VIEWS, 32, in_memory=True).arguments.keys()
     assert used <= set(schema.GetArgumentNames())
+
+
+def test_compiled_code_reads_and_writes_at_an_address() -> None:
+    """``cpu_kernels`` makes arrays of addresses with Numba's ``intrinsic`` and ``cgutils``, which may change with any
+    version."""
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    @njit  # type: ignore[untyped-decorator]
+    def double(address: int) -> Any:
+        array = cpu_kernels._at(address, (2, 3), np.float32)
+        array *= 2
+        return array.sum()
+
+    assert double(values.ctypes.data) == 30
+    np.testing.assert_array_equal(values, [[0, 2, 4], [6, 8, 10]])
