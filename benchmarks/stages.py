@@ -142,7 +142,7 @@ def through_the_pipeline(sampler: Sampler, options: Options, console: Console) -
 
 @cache
 def in_a_loop(function: Any) -> Any:
-    """A function that calls one of ``executors.kernels``, which compiled code alone can do, so many times."""
+    """A function that calls one of ``executors.cpu_kernels``, which compiled code alone can do, so many times."""
 
     @njit(error_model="numpy")  # type: ignore[untyped-decorator]
     def loop(times: int, *arguments: Any) -> None:

@@ -21,19 +21,19 @@ class Batch:
     """
 
     views: Tensor
-    """[N, V, 3, H, W] float32 in [0, 1] on the loader's device; channels-last in memory. H and W are equal,
-    and the same throughout an epoch."""
+    """[N, V, 3, H, W] float32 in [0, 1] on the loader's device; channels-last in memory. H and W are equal
+    and constant within an epoch."""
     commands: Commands
     """The executed commands; NumPy arrays on the host."""
     labels: Tensor
-    """[N] int64 on the loader's device: of ``labeled_views`` where there are any, else of the images."""
+    """[N] int64 on the loader's device: of ``labeled_views`` if there are any, otherwise of the images."""
     epoch: int
     positions: NDArray[np.int64]
     """[N]: positions in the epoch."""
     image_ids: NDArray[np.int64]
     """[N]: numbers of the images in the data set."""
     labeled_views: Tensor | None = None
-    """[N, 1, 3, H, W], like ``views``: labeled images for the online classifier, where the images themselves have no
+    """[N, 1, 3, H, W], like ``views``: labeled images for the online classifier, if the images themselves have no
     labels."""
 
 

@@ -28,12 +28,11 @@ def color_maps(commands: Commands, part: Literal["before", "after"]) -> tuple[ND
     steps. Gray, ``1 w^T``, comes last.
     """
     w = GRAY_WEIGHTS
-    step = np.argsort(commands.order, axis=-1)
-    hue_at = step[..., 3]
+    rank = np.argsort(commands.order, axis=-1)
 
     def factor(values: NDArray[np.float32], kind: int) -> NDArray[np.float64]:
-        ours = (step[..., kind] < hue_at) == (part == "before")
-        return np.where(ours, values.astype(np.float64), 1.0)[..., None]
+        in_part = (rank[..., kind] < rank[..., 3]) == (part == "before")
+        return np.where(in_part, values.astype(np.float64), 1.0)[..., None]
 
     b, c, s = factor(commands.brightness, 0), factor(commands.contrast, 1), factor(commands.saturation, 2)
     linear = (b * c)[..., None] * (s[..., None] * np.eye(3) + ((1 - s) * w)[..., None, :])

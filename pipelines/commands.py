@@ -24,19 +24,9 @@ JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int32)
 
 # One column per random choice of a view. 36 and not 33 columns: a Philox counter yields four numbers at a time, and
 # a position must start on a counter.
-_AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = (
-    0,
-    10,
-    20,
-    21,
-    22,
-    23,
-    24,
-    25,
-    26,
-    27,
-)
-_ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE = 28, 29, 30, 31, 32
+_AREA, _RATIO = 0, TRIES  # one column per try
+_TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(2 * TRIES, 2 * TRIES + 8)
+_ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE = range(_HUE + 1, _HUE + 6)
 UNIFORMS_PER_VIEW = 36
 _COUNTERS_PER_VIEW = UNIFORMS_PER_VIEW // 4
 
@@ -130,33 +120,18 @@ class Commands:
 
     def pack(self) -> NDArray[np.float32]:
         """[N, V, 20] float32 in the order of the fields: one tensor that travels with its batch."""
-        columns = [getattr(self, field.name) for field in fields(self)]
-        packed = np.empty((*self.top.shape, len(columns) - 1 + 4), dtype=np.float32)
-        column = 0
-        for values in columns:
-            if values.ndim == 3:
-                packed[..., column : column + 4] = values
-                column += 4
-            else:
-                packed[..., column] = values
-                column += 1
+        packed = np.empty((*self.top.shape, PACKED_COLUMNS["end"]), dtype=np.float32)
+        for field in fields(self):
+            packed[..., _columns_of(field.name)] = getattr(self, field.name)
         return packed
 
     @staticmethod
     def unpack(packed: NDArray[np.float32]) -> Commands:
         """The inverse of ``pack``, bit-exact."""
         values: dict[str, NDArray[np.generic]] = {}
-        column = 0
         for field in fields(Commands):
-            part: NDArray[np.float32]
-            if field.name == "order":
-                part = packed[..., column : column + 4]
-                column += 4
-            else:
-                part = packed[..., column]
-                column += 1
-            kind = np.bool_ if "bool" in str(field.type) else np.int32 if "int32" in str(field.type) else np.float32
-            values[field.name] = part.astype(kind)
+            dtype = np.bool_ if "bool" in str(field.type) else np.int32 if "int32" in str(field.type) else np.float32
+            values[field.name] = packed[..., _columns_of(field.name)].astype(dtype)
         return Commands(**values)  # type: ignore[arg-type]
 
 
@@ -170,6 +145,11 @@ def _packed_columns() -> dict[str, int]:
 
 PACKED_COLUMNS = _packed_columns()
 """The first column of each field in a row of ``Commands.pack``; ``end`` is the number of columns."""
+
+
+def _columns_of(name: str) -> int | slice:
+    first = PACKED_COLUMNS[name]
+    return slice(first, first + 4) if name == "order" else first
 
 
 def generator(stream: int, seed: int, epoch: int, counter: int = 0) -> np.random.Generator:

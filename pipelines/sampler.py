@@ -96,15 +96,14 @@ class Sampler:
             return self._permute_windows(random)[: self.epoch_length]
         # The larger of the two: a short epoch must draw from all images, a long one repeats them.
         positions = max(self.epoch_length, len(self.images))
-        order = random.permutation(positions)
-        return order[: self.epoch_length] % len(self.images)
+        return random.permutation(positions)[: self.epoch_length] % len(self.images)
 
     def _permute_windows(self, random: np.random.Generator) -> NDArray[np.int64]:
         """Shards in random order, then the images of each window in random order."""
         assert isinstance(self.images, ImageFiles)
         shard_of = self.images.shard_of
-        place_of_shard = random.permutation(int(shard_of.max()) + 1)
-        return np.lexsort((random.random(len(shard_of)), place_of_shard[shard_of] // self.shuffle_window))
+        rank_of_shard = random.permutation(int(shard_of.max()) + 1)
+        return np.lexsort((random.random(len(shard_of)), rank_of_shard[shard_of] // self.shuffle_window))
 
     def shards_of(self, step: int) -> NDArray[np.int32]:
         """The shards with the images of this process in a step, each once."""

@@ -1,4 +1,4 @@
-"""Commands: torchvision's distribution, and nothing but (seed, epoch, position) decides."""
+"""Commands: a pure function of (seed, epoch, position) with torchvision's distribution."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw_many(policy: Policy, count: int = 4000, seed: int = 1, epoch: int = 0) 
 
 
 class ScriptedTorch:
-    """Stands in for torch inside torchvision's RandomResizedCrop and hands out given uniforms."""
+    """Replaces torch in torchvision's RandomResizedCrop, and returns given uniforms."""
 
     log, exp, tensor = staticmethod(torch.log), staticmethod(torch.exp), staticmethod(torch.tensor)
 
@@ -42,8 +42,8 @@ class ScriptedTorch:
         return torch.tensor([low + int(next(self.corner) * (high - low))])
 
 
-def test_windows_are_torchvisions_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's sampler, fed with our uniforms, returns our windows: tries, rounding and fallback alike."""
+def test_crop_boxes_equal_those_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the same uniforms, including rejected tries, rounding and the fallback."""
     rng = np.random.default_rng(0)
     image_hw = SEVERAL_SIZES[rng.integers(len(SEVERAL_SIZES), size=300)]
     uniforms = rng.random((300, VIEWS, UNIFORMS_PER_VIEW))
@@ -62,17 +62,17 @@ def test_windows_are_torchvisions_own(monkeypatch: pytest.MonkeyPatch) -> None:
             )
             assert (ours.top[n, v], ours.left[n, v], ours.height[n, v], ours.width[n, v]) == theirs
             fallbacks += next(scripted.tries, None) is None
-    assert fallbacks > 20, "the fallback was hardly reached"
+    assert fallbacks > 20, "the fallback is tested"
 
 
-def test_windows_lie_within_the_image() -> None:
+def test_crop_boxes_lie_within_the_image() -> None:
     image_hw = SEVERAL_SIZES[np.random.default_rng(1).integers(len(SEVERAL_SIZES), size=2000)]
     c = draw(Policy(), seed=3, epoch=0, first_position=0, image_hw=image_hw)
     assert (c.top >= 0).all() and (c.left >= 0).all() and (c.height > 0).all() and (c.width > 0).all()
     assert (c.top + c.height <= c.source_height).all() and (c.left + c.width <= c.source_width).all()
 
 
-def test_a_command_depends_on_its_position_alone() -> None:
+def test_a_command_depends_on_its_position_and_not_on_the_batch() -> None:
     image_hw = np.tile([[32, 32]], (100, 1))
     whole = draw(Policy(p_blur=0.5), seed=5, epoch=2, first_position=40, image_hw=image_hw)
     part = draw(Policy(p_blur=0.5), seed=5, epoch=2, first_position=90, image_hw=image_hw[:20])
@@ -87,7 +87,7 @@ def test_seed_and_epoch_change_everything(other: dict[str, int]) -> None:
 
 
 def test_probabilities_and_ranges() -> None:
-    """Frequencies within five standard deviations of the policy's, values in SimCLR's ranges and not bunched."""
+    """Frequencies are within five standard deviations of the probabilities; values are uniform in SimCLR's ranges."""
     policy = Policy(jitter_strength=1.0, p_blur=0.5, p_solarize=0.2)
     c = draw_many(policy)
     expected = {"flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": 0.5, "solarize": 0.2}
@@ -97,10 +97,10 @@ def test_probabilities_and_ranges() -> None:
     for name, low, high in [
         ("brightness", 0.2, 1.8), ("contrast", 0.2, 1.8), ("saturation", 0.2, 1.8), ("hue_turns", -0.2, 0.2),
     ]:  # fmt: skip
-        share = (getattr(c, name)[c.jitter] - low) / (high - low)
-        np.testing.assert_allclose(np.histogram(share, 10, (0, 1))[0] / share.size, 0.1, atol=0.02)
-    share = (c.sigma_px[c.blur] - 0.1 * 32 / 224) / (1.9 * 32 / 224)
-    np.testing.assert_allclose(np.histogram(share, 10, (0, 1))[0] / share.size, 0.1, atol=0.02)
+        fraction = (getattr(c, name)[c.jitter] - low) / (high - low)
+        np.testing.assert_allclose(np.histogram(fraction, 10, (0, 1))[0] / fraction.size, 0.1, atol=0.02)
+    fraction = (c.sigma_px[c.blur] - 0.1 * 32 / 224) / (1.9 * 32 / 224)
+    np.testing.assert_allclose(np.histogram(fraction, 10, (0, 1))[0] / fraction.size, 0.1, atol=0.02)
     orders, counts = np.unique(c.order.reshape(-1, 4), axis=0, return_counts=True)
     assert len(orders) == 24 and counts.min() > 0.7 * counts.mean()
 

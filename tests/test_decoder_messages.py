@@ -1,4 +1,4 @@
-"""What decoders print by themselves does not reach the user; everything else does."""
+"""Messages of image decoders are dropped from standard error, and nothing else."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ print("afterwards", file=sys.stderr)
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, cwd=os.curdir, timeout=60
     )
-    return done.returncode, done.stdout, done.stderr
+    return process.returncode, process.stdout, process.stderr
 
 
 def test_only_the_lines_of_decoders_are_dropped() -> None:
@@ -36,7 +36,7 @@ def test_only_the_lines_of_decoders_are_dropped() -> None:
     assert sorted(err.splitlines()) == sorted(
         ["from a library", "from Python", "in two parts", "from a child", "without an end", "afterwards"]
     )
-    assert err.splitlines()[-1] == "afterwards", "all that was printed before has arrived by then"
+    assert err.splitlines()[-1] == "afterwards", "everything printed before has been forwarded"
 
 
 def test_a_traceback_is_complete() -> None:

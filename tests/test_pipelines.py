@@ -1,4 +1,4 @@
-"""Pipelines: what comes out is what was commanded, wherever and however it is executed."""
+"""Pipelines: every executor, on every device, makes the views that the commands describe."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numba import njit
 from nvidia.dali import Pipeline
 from nvidia.dali.backend import TryGetSchema  # type: ignore[attr-defined]  # the stubs lack it
 from PIL import Image
@@ -26,7 +27,7 @@ from pipelines.batch import Batch
 from pipelines.commands import LABELED_STREAM, VIEWS, Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images, Names
 from pipelines.errors import UserError
-from pipelines.executors import EXECUTORS, ExecutorName, graph
+from pipelines.executors import EXECUTORS, ExecutorName, cpu_kernels, graph
 from pipelines.executors import torchvision as reference
 from pipelines.executors.cpu import CompiledViews
 from pipelines.executors.dali_operators import DaliExecutor, argument_names, pixels_on_device
@@ -52,7 +53,7 @@ def loader(
     executor: ExecutorName | None = None,
     **sampler: Any,
 ) -> Loader:
-    """A loader of small batches. torchvision's works in this process, which is quicker than starting workers."""
+    """A loader of small batches; that of torchvision without workers, which would take long to start."""
     settings = {"seed": 11, "batch_size": 64, **sampler}
     workers = workers if backend == "dali" else 0
     return Loader(
@@ -70,7 +71,7 @@ def difference(one: torch.Tensor, two: torch.Tensor) -> float:
 
 
 TOLERANCES = [
-    # Compiled operators do Pillow's own arithmetic. DALI's leave out its rounding and some of its clamping.
+    # The compiled function repeats Pillow's arithmetic. DALI's operators round and clamp less often.
     ("cpu", "plain", 0.001),
     ("cpu", "cifar", 0.01),
     ("cpu", "stl10", 0.01),
@@ -82,7 +83,7 @@ TOLERANCES = [
 
 
 @pytest.mark.parametrize(("executor", "name", "tolerance"), TOLERANCES)
-def test_dali_executes_what_torchvision_executes(
+def test_executors_make_the_views_of_torchvision(
     demo_test_images: ImageArray, executor: ExecutorName, name: str, tolerance: float
 ) -> None:
     for ours, theirs in zip(
@@ -96,12 +97,12 @@ def test_dali_executes_what_torchvision_executes(
 
 
 @pytest.mark.parametrize(("executor", "name", "tolerance"), TOLERANCES)
-def test_files_are_decoded_like_pillow_decodes_them(
+def test_executors_make_the_views_of_torchvision_from_files(
     photographs: ImageFiles, executor: ExecutorName, name: str, tolerance: float
 ) -> None:
-    """Only the part that the two windows need is decoded, and yet the views are those of the whole image."""
+    """Only the part that contains both crop boxes is decoded."""
     policy = dataclasses.replace(POLICIES[name], size=64)
-    # Pillow 13 resizes columns before rows where that is faster, which rounds otherwise.
+    # Pillow 13 resizes columns before rows if that is faster, which rounds differently.
     tolerance += 0.1
     for ours, theirs in zip(
         take(loader(photographs, policy, executor=executor, batch_size=16), 8),
@@ -116,7 +117,7 @@ JITTER_STEPS = ("brightness", "contrast", "saturation", "hue_turns")
 
 
 class OneStepSampler(Sampler):
-    """Commands that jitter by one of the four steps alone."""
+    """Commands whose jitter is only one of the four steps."""
 
     step = ""
 
@@ -128,8 +129,7 @@ class OneStepSampler(Sampler):
 
 
 @pytest.mark.parametrize("step", JITTER_STEPS)
-def test_each_step_of_the_jitter_is_pillows(demo_test_images: ImageArray, step: str) -> None:
-    """A fault in one step cannot hide behind the others."""
+def test_each_step_of_the_jitter_equals_that_of_pillow(demo_test_images: ImageArray, step: str) -> None:
     sampler = OneStepSampler(
         demo_test_images, Policy(p_color_jitter=1.0, p_grayscale=-1, jitter_strength=1.0), seed=3, batch_size=64
     )
@@ -137,13 +137,13 @@ def test_each_step_of_the_jitter_is_pillows(demo_test_images: ImageArray, step: 
     (ours,) = take(Loader(sampler, backend="dali", device=CPU, workers=2), 1)
     (theirs,) = take(Loader(sampler, backend="torchvision", device=CPU, workers=0), 1)
     (plain,) = take(loader(demo_test_images, POLICIES["plain"], seed=3), 1)
-    assert difference(theirs.views, plain.views) > 1, "the step does something"
+    assert difference(theirs.views, plain.views) > 1, "the step changes the views"
     different = float((ours.views != theirs.views).float().mean())
-    assert different < 0.005, "every jitter passes the hue, in which one color in 1,000 is rounded otherwise"
+    assert different < 0.005, "the hue, always a part of the jitter, rounds one color in 1,000 differently"
 
 
-def test_a_blurred_view_is_torchvisions(demo_test_images: ImageArray) -> None:
-    """With the official kernel, over the whole range of sigma at 96 px."""
+def test_blur_equals_that_of_torchvision(demo_test_images: ImageArray) -> None:
+    """The official kernel over the whole range of sigma at 96 px."""
     policy = dataclasses.replace(POLICIES["plain"], size=96, p_blur=1.0)
     for ours, theirs in zip(
         take(loader(demo_test_images, policy), 2), take(loader(demo_test_images, policy, "torchvision"), 2)
@@ -151,8 +151,8 @@ def test_a_blurred_view_is_torchvisions(demo_test_images: ImageArray) -> None:
         assert (ours.views - theirs.views).abs().max() * 255 < 0.05
 
 
-def test_column_major_images_come_out_upright(demo_test_images: ImageArray) -> None:
-    """STL-10's storage of the same images gives the same views."""
+def test_column_major_images_are_upright(demo_test_images: ImageArray) -> None:
+    """Images stored like those of STL-10 have the same views."""
     columns = ImageArray(
         pixels=np.ascontiguousarray(demo_test_images.pixels.transpose(0, 3, 2, 1)),
         labels=demo_test_images.labels,
@@ -165,17 +165,16 @@ def test_column_major_images_come_out_upright(demo_test_images: ImageArray) -> N
 
 
 def test_labeled_images_accompany_unlabeled_ones(demo_test_images: ImageArray) -> None:
-    """The online classifier's images are cycled through beside the others, one view each, with labels and commands of
-    their own."""
+    """Labeled images are repeated to accompany a larger set, with one view each and separate commands."""
     labeled, policy = demo_test_images.limited(100), POLICIES["plain"]
-    orders = [
+    samplers = [
         Sampler(demo_test_images, policy, seed=3, batch_size=64),
         Sampler(labeled, policy, seed=3, batch_size=64, views=1, command_stream=LABELED_STREAM, epoch_length=2048),
     ]
-    both = Loader(orders[0], backend="dali", device=CPU, workers=2, labeled_sampler=orders[1])
-    (batch,) = take(both, 1, first_step=40)
-    plan = orders[1].plan(40)
-    np.testing.assert_array_equal(plan.image_ids, orders[0].plan(40).image_ids % 100)
+    loader_of_both = Loader(samplers[0], backend="dali", device=CPU, workers=2, labeled_sampler=samplers[1])
+    (batch,) = take(loader_of_both, 1, first_step=40)
+    plan = samplers[1].plan(40)
+    np.testing.assert_array_equal(plan.image_ids, samplers[0].plan(40).image_ids % 100)
     np.testing.assert_array_equal(batch.labels, labeled.labels[plan.image_ids])
     assert batch.labeled_views is not None and batch.labeled_views.shape == (64, 1, 3, 32, 32)
     for n in range(0, 64, 9):
@@ -185,29 +184,29 @@ def test_labeled_images_accompany_unlabeled_ones(demo_test_images: ImageArray) -
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("source", ["memory", "files"])
-def test_a_view_can_be_made_again_from_its_command(
+def test_a_view_can_be_reproduced_from_its_command(
     demo_test_images: ImageArray, photographs: ImageFiles, source: str, processes: int
 ) -> None:
-    """Only the source image and the command that came with the batch are used; a slipped pairing cannot pass.
+    """From the source image and the command in the batch alone, so views and commands of a batch must match.
 
-    Batches from the middle of the second epoch, as after a resume, several of them in flight, of the last process.
+    The batches are from the middle of the second epoch, as after a resume, and of the last process.
     """
     images = demo_test_images if source == "memory" else photographs
     policy = dataclasses.replace(POLICIES["stl10"], size=48)
-    share = {"batch_size": 16, "num_processes": processes, "process_index": processes - 1}
+    settings = {"batch_size": 16, "num_processes": processes, "process_index": processes - 1}
     steps_per_epoch = len(images) // (16 * processes)
-    for batch in take(loader(images, policy, **share), 3, first_step=steps_per_epoch + steps_per_epoch // 2):
+    for batch in take(loader(images, policy, **settings), 3, first_step=steps_per_epoch + steps_per_epoch // 2):
         assert batch.epoch >= 1
         np.testing.assert_array_equal(batch.labels, images.labels[batch.image_ids])
         for n, image_id in enumerate(batch.image_ids.tolist()):
             for v in range(VIEWS):
                 view = reference.execute(images.open(image_id), batch.commands, policy, n, v)
-                # To the bit where Pillow resizes rows before columns, and but for a few colors' hue.
+                # Not exact, because of the hue and because Pillow 13 may resize columns first.
                 assert difference(batch.views[n, v], view) < 0.5
 
 
-def test_batches_stay_as_they_are_while_more_are_made(demo_test_images: ImageArray) -> None:
-    """Batches are handed over without a copy, so DALI must not reuse their memory."""
+def test_batches_are_not_overwritten_by_later_ones(demo_test_images: ImageArray) -> None:
+    """Views share memory with DALI's outputs, which DALI must not reuse."""
     batches = loader(demo_test_images, POLICIES["cifar"]).batches(0)
     kept = [next(batches) for _ in range(6)]
     copies = [(batch.views.clone(), batch.commands.pack()) for batch in kept]
@@ -235,7 +234,7 @@ def test_two_processes_make_the_batch_of_one(demo_test_images: ImageArray, backe
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
-def test_a_resumed_loader_goes_on_exactly(demo_test_images: ImageArray, backend: str) -> None:
+def test_a_resumed_loader_continues_exactly(demo_test_images: ImageArray, backend: str) -> None:
     straight = take(loader(demo_test_images, POLICIES["stl10"], backend), 5)
     resumed = take(loader(demo_test_images, POLICIES["stl10"], backend, workers=1), 2, first_step=3)
     for one, two in zip(straight[3:], resumed):
@@ -267,8 +266,8 @@ def test_an_epoch_shows_each_image_once(demo_test_images: ImageArray) -> None:
     assert np.mean(epochs[0] == epochs[1]) < 0.01
 
 
-def test_an_order_can_be_sent_to_a_process_that_is_not_forked(demo_test_images: ImageArray) -> None:
-    """As torchvision's workers are started on macOS, also after the order has been used."""
+def test_a_sampler_can_be_pickled(demo_test_images: ImageArray) -> None:
+    """Also after use; on macOS, workers are not forked and get a pickled sampler."""
     sampler = Sampler(demo_test_images, POLICIES["cifar"], seed=1, batch_size=64)
     expected = sampler.plan(40)
     for _ in range(2):
@@ -277,11 +276,11 @@ def test_an_order_can_be_sent_to_a_process_that_is_not_forked(demo_test_images: 
         np.testing.assert_array_equal(sampler.plan(40).commands.pack(), expected.commands.pack())
 
 
-def test_forgotten_pipelines_end_before_workers_are_forked(demo_test_images: ImageArray) -> None:
-    """A worker that collected one would wait for ever for its threads, which were not forked."""
+def test_unreferenced_pipelines_are_collected_before_workers_are_forked(demo_test_images: ImageArray) -> None:
+    """A worker that collects one would wait forever for its threads, which were not forked."""
     sampler = Sampler(demo_test_images, Policy(), seed=1, batch_size=4)
 
-    def forget() -> weakref.ref[Any]:
+    def abandoned_batches() -> weakref.ref[Any]:
         batches = Loader(sampler, backend="dali", device=CPU, workers=1).batches(0)
         next(batches)
         cycle: list[Any] = [batches]
@@ -290,16 +289,16 @@ def test_forgotten_pipelines_end_before_workers_are_forked(demo_test_images: Ima
 
     gc.disable()
     try:
-        forgotten = forget()
-        assert forgotten() is not None
+        abandoned = abandoned_batches()
+        assert abandoned() is not None
         next(Loader(sampler, backend="torchvision", device=CPU, workers=1).batches(0))
-        assert forgotten() is None
+        assert abandoned() is None
     finally:
         gc.enable()
 
 
-def test_a_data_set_smaller_than_the_batch_is_refused(demo_test_images: ImageArray) -> None:
-    with pytest.raises(UserError, match="use --batch_size 1024 or less"):
+def test_a_data_set_smaller_than_the_global_batch_is_an_error(demo_test_images: ImageArray) -> None:
+    with pytest.raises(UserError, match=r"--batch_size 1024\b"):
         Sampler(demo_test_images, POLICIES["cifar"], seed=1, batch_size=2000, num_processes=2)
 
 
@@ -318,20 +317,20 @@ def test_gray_views_are_gray(demo_test_images: ImageArray, executor: ExecutorNam
     assert torch.equal(batch.views[:, :, 0], batch.views[:, :, 1])
     assert torch.equal(batch.views[:, :, 0], batch.views[:, :, 2])
     (theirs,) = take(loader(demo_test_images, Policy(p_color_jitter=-1, p_grayscale=1.0), "torchvision"), 1)
-    # DALI's round once in the window, and not in the gray.
+    # DALI's operators round after the crop, but not after gray.
     assert (batch.views - theirs.views).abs().max() * 255 <= (0 if executor == "cpu" else 2.01)
 
 
 def operators_of(pipeline: Any) -> list[Any]:
     """Every operator of a defined graph."""
-    found: dict[int, Any] = {}
+    operators: dict[int, Any] = {}
     waiting = [node.source for node in pipeline._graph_out]
     while waiting:
         operator = waiting.pop()
-        if id(operator) not in found:
-            found[id(operator)] = operator
+        if id(operator) not in operators:
+            operators[id(operator)] = operator
             waiting += [node.source for node in operator.inputs]
-    return list(found.values())
+    return list(operators.values())
 
 
 @pytest.mark.parametrize("form", ["HWC", "CWH", "path", "bytes", "either"])
@@ -339,7 +338,7 @@ def operators_of(pipeline: Any) -> list[Any]:
 def test_the_gpu_graph_can_be_defined_without_a_gpu(
     name: str, form: str, demo_test_images: ImageArray, photographs: ImageFiles, tmp_path: Path
 ) -> None:
-    """Defining checks operators and arguments; only building needs the device. Pixels never go back to the host."""
+    """Defining the graph checks operators and arguments; only building it needs a GPU. Pixels stay on the GPU."""
     in_files = form in ("path", "bytes", "either")
     images: Images = demo_test_images
     if form == "CWH":
@@ -361,24 +360,24 @@ def test_the_gpu_graph_can_be_defined_without_a_gpu(
     )
     views, commands, record, *_ = pipeline._graph_out
     assert views.device == "gpu" and commands.device == record.device == "cpu"
-    assert "Cast" in views.name, "views leave in half precision"
+    assert "Cast" in views.name, "views are in half precision"
     kinds: dict[str, set[str]] = {}
     for operator in operators_of(pipeline):
         kind = operator.name.strip("_").split("_")[0]
         (device,) = {node.device for node in operator.outputs}
         kinds.setdefault(kind, set()).add(device)
-        given = {node.device for node in operator.inputs}
-        assert device == "gpu" or "gpu" not in given, f"{operator.name} brings pixels back to the host"
+        input_devices = {node.device for node in operator.inputs}
+        assert device == "gpu" or "gpu" not in input_devices, f"{operator.name} copies pixels to the host"
         if kind == "ArithmeticGenericOp":
-            assert len(given) == 1, f"{operator.name} mixes devices"
+            assert len(input_devices) == 1, f"{operator.name} mixes devices"
     on_gpu = {"Slice", "Resize", "Stack", "Cast"}
     on_gpu |= {"CoordTransform", "Mean", "Max", "Min"} if name != "plain" else set()
     on_gpu |= {"GaussianBlur"} if name == "stl10" else set()
     on_gpu |= {"ImageSlice"} if in_files else set()
     assert {kind: kinds.get(kind) for kind in on_gpu} == {kind: {"gpu"} for kind in on_gpu}
-    # Images in memory are on the GPU already; files are read on the host, and decoded by the GPU as far as it can.
+    # Images in memory are already on the GPU; files are read on the host.
     assert kinds["ExternalSource"] == ({"cpu"} if in_files else {"cpu", "gpu"})
-    # Those are picked out by PyTorch, on its own stream: DALI's would not wait for them, so they are copied there.
+    # Batches on the GPU are gathered on PyTorch's stream, for which DALI's streams do not wait, so they are copied.
     for operator in operators_of(pipeline):
         if "ExternalSource" in operator.name:
             copied = "no_copy: False" in str(operator.spec)
@@ -389,7 +388,7 @@ def test_the_gpu_graph_can_be_defined_without_a_gpu(
     assert len(decoders) == in_files
 
 
-def test_stages_that_never_happen_are_left_out() -> None:
+def test_stages_with_probability_0_have_no_arguments() -> None:
     assert len(argument_names(POLICIES["plain"])) < len(argument_names(POLICIES["cifar"]))
     assert len(argument_names(POLICIES["cifar"])) < len(argument_names(POLICIES["stl10"]))
 
@@ -397,7 +396,7 @@ def test_stages_that_never_happen_are_left_out() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", POLICIES)
 def test_gpu_and_cpu_agree(demo_test_images: ImageArray, photographs: ImageFiles, name: str) -> None:
-    """DALI's operators give the same pixels on both devices, from memory and from files."""
+    """DALI's operators make the same views on both devices, from memory and from files."""
     for images in (demo_test_images, photographs):
         policy = dataclasses.replace(POLICIES[name], size=32)
         gpu = take(loader(images, policy, device=GPU), 3)
@@ -408,7 +407,7 @@ def test_gpu_and_cpu_agree(demo_test_images: ImageArray, photographs: ImageFiles
 
 
 @pytest.mark.gpu
-def test_a_gpu_gets_half_precision_without_a_copy(demo_test_images: ImageArray) -> None:
+def test_half_precision_on_a_gpu(demo_test_images: ImageArray) -> None:
     sampler = Sampler(demo_test_images, POLICIES["cifar"], seed=1, batch_size=64)
     (half,) = take(Loader(sampler, backend="dali", device=GPU, workers=2, half=True), 1)
     (full,) = take(Loader(sampler, backend="dali", device=GPU, workers=2), 1)
@@ -417,8 +416,8 @@ def test_a_gpu_gets_half_precision_without_a_copy(demo_test_images: ImageArray) 
     assert (half.views.float() - full.views).abs().max() < 1e-3
 
 
-def test_files_are_evaluated_like_torchvision_does(photographs: ImageFiles) -> None:
-    """Shorter side resized, center cut out; every image once, in order, the incomplete last batch included."""
+def test_evaluation_of_files_equals_that_of_torchvision(photographs: ImageFiles) -> None:
+    """Shorter side resized, center cropped; every image once, in order, including the incomplete last batch."""
     transform = transforms.Compose([transforms.Resize(73), transforms.CenterCrop(64), transforms.ToTensor()])
     expected = torch.stack([transform(photographs.open(n)) for n in range(2, 63)])
     for backend in ("dali", "torchvision"):
@@ -436,7 +435,7 @@ FAULTS = ["gone", "truncated", "no image"]
 
 
 def damage(images: ImageFiles, image_id: int, fault: str) -> None:
-    """Make an image's file one that cannot be found or decoded."""
+    """Remove or damage the file of an image."""
     file = images.path(image_id)
     if fault == "gone":
         file.unlink()
@@ -448,7 +447,7 @@ def damage(images: ImageFiles, image_id: int, fault: str) -> None:
 
 @pytest.fixture
 def copied(photographs: ImageFiles, tmp_path: Path) -> ImageFiles:
-    """The photographs in files of this test's own."""
+    """A copy of the photographs that the test may change."""
     shutil.copytree(photographs.root, tmp_path / "copy")
     return dataclasses.replace(
         photographs, root=tmp_path / "copy", needs_pillow=photographs.needs_pillow.copy(), faults={}
@@ -460,13 +459,13 @@ PLAIN_64 = dataclasses.replace(POLICIES["plain"], size=64)
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_another_image_stands_in_for_a_bad_one(
+def test_a_bad_image_is_replaced(
     copied: ImageFiles, backend: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At the same position, named once with its reason; every other view stays what it was."""
+    """At the same position; it is reported once and listed, and no other view changes."""
     bad = BadImages(copied, max_fraction=0.05)
     bad.list_in(tmp_path / "bad-images.tsv", report=print)
-    # The third of four steps of an epoch, then the first two of the next.
+    # The last two of four steps of an epoch, and the first two of the next.
     whole = take(loader(copied, PLAIN_64, backend, batch_size=16), 4, first_step=2)
     (at,) = np.flatnonzero(whole[1].image_ids == whole[1].image_ids[5])
     image_id = int(whole[1].image_ids[at])
@@ -478,22 +477,21 @@ def test_another_image_stands_in_for_a_bad_one(
         same = before.image_ids != image_id
         np.testing.assert_array_equal(ours.image_ids[same], before.image_ids[same])
         assert torch.equal(ours.views[torch.from_numpy(same)], before.views[torch.from_numpy(same)])
-    # What stands in is executed as its own command says.
-    stand_in = reference.execute(copied.open(batches[1].image_ids[at]), batches[1].commands, PLAIN_64, int(at), 0)
-    assert difference(batches[1].views[at, 0], stand_in) < 1
-    said = capsys.readouterr().out
-    assert said.count(f"{image_id}.jpg") == 1
+    # The replacement has its own size, and so its own command.
+    replacement = reference.execute(copied.open(batches[1].image_ids[at]), batches[1].commands, PLAIN_64, int(at), 0)
+    assert difference(batches[1].views[at, 0], replacement) < 1
+    assert capsys.readouterr().out.count(f"{image_id}.jpg") == 1
     (line,) = (tmp_path / "bad-images.tsv").read_text().splitlines()
-    listed, name, reason, _, _ = line.split("\t")
-    assert (int(listed), name) == (image_id, str(copied.path(image_id))) and reason
+    listed_id, name, reason, _, _ = line.split("\t")
+    assert (int(listed_id), name) == (image_id, str(copied.path(image_id))) and reason
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
 @pytest.mark.parametrize("scale", [2, 0.5])
-def test_an_image_that_was_replaced_by_one_of_another_size_is_used(
+def test_a_file_overwritten_by_an_image_of_another_size_is_used(
     copied: ImageFiles, backend: str, scale: float, tmp_path: Path
 ) -> None:
-    """Its commands are drawn for its size of today; it is not bad, and the index is made anew the next time."""
+    """Its commands are drawn for its new size; it is not bad, and the index file is removed."""
     index = tmp_path / "index.npz"
     index.touch()
     images = dataclasses.replace(
@@ -501,9 +499,9 @@ def test_an_image_that_was_replaced_by_one_of_another_size_is_used(
     )
     bad = BadImages(images)
     before = take(loader(copied, PLAIN_64, backend, batch_size=16), 4)
-    # Five of them in one batch, and one in another.
-    replaced = [*before[1].image_ids[3:8], before[2].image_ids[0]]
-    for image_id in replaced:
+    # Five in one batch, and one in another.
+    overwritten = [*before[1].image_ids[3:8], before[2].image_ids[0]]
+    for image_id in overwritten:
         height, width = images.sizes[image_id].tolist()
         picture = smooth_image(int(scale * height), int(scale * width), int(image_id))
         Image.fromarray(picture).save(images.path(image_id), quality=95)
@@ -516,12 +514,12 @@ def test_an_image_that_was_replaced_by_one_of_another_size_is_used(
             assert (int(ours.commands.source_width[n, 0]), int(ours.commands.source_height[n, 0])) == opened.size
             expected = reference.execute(opened, ours.commands, PLAIN_64, n, 1)
             assert difference(ours.views[n, 1], expected) < 1
-            if image_id not in replaced:
+            if image_id not in overwritten:
                 assert torch.equal(ours.views[n], old.views[n])
 
 
-def test_many_bad_images_end_no_pipeline(copied: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every batch of the first epoch fails, others being in flight; each comes out as if all had been known before."""
+def test_bad_images_need_no_new_pipeline(copied: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch of the first epoch fails while others are in flight; views are as if all had been known before."""
     for image_id in range(0, 64, 5):
         damage(copied, image_id, "truncated")
     built: list[Any] = []
@@ -533,11 +531,11 @@ def test_many_bad_images_end_no_pipeline(copied: ImageFiles, monkeypatch: pytest
 
     monkeypatch.setattr(graph, "training_pipeline", build_and_count)
     bad = BadImages(copied, max_fraction=0.5)
-    met = take(loader(copied, PLAIN_64, batch_size=16, bad=bad), 12)
+    batches = take(loader(copied, PLAIN_64, batch_size=16, bad=bad), 12)
     assert bad.count == 13 and len(built) == 1
     known = BadImages(copied, max_fraction=0.5)
     known.add([copied.bad(n, "truncated") for n in range(0, 64, 5)])
-    for ours, straight in zip(met, take(loader(copied, PLAIN_64, batch_size=16, bad=known), 12)):
+    for ours, straight in zip(batches, take(loader(copied, PLAIN_64, batch_size=16, bad=known), 12)):
         np.testing.assert_array_equal(ours.image_ids, straight.image_ids)
         assert torch.equal(ours.views, straight.views)
 
@@ -547,7 +545,7 @@ TRACEBACK = ',\nwhich was used with this traceback:\n\n  File "/cuda/out of memo
 
 
 @pytest.mark.parametrize(
-    ("said", "bad_images"),
+    ("message", "bad_images"),
     [
         (f"Error in {DECODING}{TRACEBACK}Failed to decode sample #5 :", 1),
         (f"Error in {DECODING}{TRACEBACK}CUDA allocation failed: out of memory", 0),
@@ -557,12 +555,12 @@ TRACEBACK = ',\nwhich was used with this traceback:\n\n  File "/cuda/out of memo
     ],
 )
 def test_only_failures_on_images_make_images_bad(
-    copied: ImageFiles, monkeypatch: pytest.MonkeyPatch, said: str, bad_images: int
+    copied: ImageFiles, monkeypatch: pytest.MonkeyPatch, message: str, bad_images: int
 ) -> None:
-    """There is a truncated image in the batch that fails; only where it may be the cause is it looked for."""
+    """The batch that fails has a truncated image, which is looked for only if it may be the cause."""
     damage(copied, 0, "truncated")
     run = Pipeline.run
-    failures = [RuntimeError(f"Critical error in pipeline:\n{said}\nCurrent pipeline object is no longer valid.")]
+    failures = [RuntimeError(f"Critical error in pipeline:\n{message}\nCurrent pipeline object is no longer valid.")]
 
     def failing(self: Pipeline, *arguments: object) -> object:
         if failures:
@@ -573,26 +571,25 @@ def test_only_failures_on_images_make_images_bad(
 
     monkeypatch.setattr(Pipeline, "run", failing)
     bad = BadImages(copied, max_fraction=0.5)
-    met = loader(copied, PLAIN_64, batch_size=64, bad=bad)
+    source = loader(copied, PLAIN_64, batch_size=64, bad=bad)
     if bad_images:
-        take(met, 1)
+        take(source, 1)
     else:
-        with pytest.raises(UserError, match="--backend torchvision") as told:
-            take(met, 1)
-        assert "\n" not in str(told.value) and ".py" not in str(told.value)
+        with pytest.raises(UserError, match="--backend torchvision") as error:
+            take(source, 1)
+        assert "\n" not in str(error.value) and ".py" not in str(error.value)
     assert bad.count == bad_images
 
 
-def test_images_in_memory_move_to_a_device_once(demo_test_images: ImageArray) -> None:
-    once = pixels_on_device(demo_test_images, CPU)
-    np.testing.assert_array_equal(once.numpy(), demo_test_images.pixels)
-    assert pixels_on_device(demo_test_images, CPU) is once
-    some = demo_test_images.limited(5)
-    assert len(pixels_on_device(some, CPU)) == 5
+def test_images_in_memory_are_copied_to_a_device_once(demo_test_images: ImageArray) -> None:
+    pixels = pixels_on_device(demo_test_images, CPU)
+    np.testing.assert_array_equal(pixels.numpy(), demo_test_images.pixels)
+    assert pixels_on_device(demo_test_images, CPU) is pixels
+    assert len(pixels_on_device(demo_test_images.limited(5), CPU)) == 5
 
 
-def test_stand_ins_do_not_depend_on_who_met_what(copied: ImageFiles, tmp_path: Path) -> None:
-    """Two processes that share the list, one that resumes from it, and one that finds out itself agree."""
+def test_replacements_do_not_depend_on_which_process_finds_bad_images(copied: ImageFiles, tmp_path: Path) -> None:
+    """Two processes that share the list, one that resumes from it, and one alone make the same batches."""
     sampler = {"batch_size": 32, "seed": 4}
     for image_id in (3, 17, 40):
         damage(copied, image_id, "no image")
@@ -600,45 +597,45 @@ def test_stand_ins_do_not_depend_on_who_met_what(copied: ImageFiles, tmp_path: P
     alone = take(loader(copied, PLAIN_64, bad=bad, **sampler), 4)
     assert bad.count == 3
 
-    told: list[str] = []
+    lines: list[str] = []
     halves = []
     for k in range(2):
-        shared = BadImages(copied, max_fraction=0.05)
-        shared.list_in(tmp_path / "bad-images.tsv", report=told.append)
+        bad = BadImages(copied, max_fraction=0.05)
+        bad.list_in(tmp_path / "bad-images.tsv", report=lines.append)
         halves.append(
             take(
-                loader(copied, PLAIN_64, bad=shared, **{**sampler, "batch_size": 16}, process_index=k, num_processes=2),
+                loader(copied, PLAIN_64, bad=bad, **{**sampler, "batch_size": 16}, process_index=k, num_processes=2),
                 4,
             )
         )
     for step in range(4):
         assert torch.equal(alone[step].views, torch.cat([half[step].views for half in halves]))
 
-    def named() -> int:
-        return sum(f"{copied.root}/{image_id}.jpg" in line for line in told for image_id in (3, 17, 40))
+    def reports() -> int:
+        return sum(f"{copied.root}/{image_id}.jpg" in line for line in lines for image_id in (3, 17, 40))
 
-    assert named() == 3, "each is named once, whoever meets it"
+    assert reports() == 3, "one process reports each"
 
     resumed = BadImages(copied, max_fraction=0.05)
-    resumed.list_in(tmp_path / "bad-images.tsv", report=told.append)
+    resumed.list_in(tmp_path / "bad-images.tsv", report=lines.append)
     (last,) = take(loader(copied, PLAIN_64, bad=resumed, **sampler), 1, first_step=3)
     assert torch.equal(last.views, alone[3].views)
-    assert named() == 3
+    assert reports() == 3
 
 
-def test_too_many_bad_images_stop_the_run(copied: ImageFiles) -> None:
-    """Whether the index knew them or the run meets them; a share, not a count."""
+def test_too_many_bad_images_are_an_error(copied: ImageFiles) -> None:
+    """Those found during the run, and those that the index knows."""
     for image_id in range(3):
         damage(copied, image_id, "gone")
-    with pytest.raises(UserError, match=r"3 of 64 training images are bad, more than --max_bad_fraction 0.02"):
+    with pytest.raises(UserError, match=r"3 of 64\b.*--max_bad_fraction 0\.02"):
         take(loader(copied, PLAIN_64, bad=BadImages(copied, max_fraction=0.02)), 2)
     known = dataclasses.replace(copied, faults=dict.fromkeys(range(2), "no image"))
     with pytest.raises(UserError, match="2 of 64"):
         BadImages(known, max_fraction=0.02)
 
 
-def test_an_evaluation_stops_at_a_bad_image(copied: ImageFiles) -> None:
-    """An accuracy over some of the images would be none."""
+def test_a_bad_image_in_an_evaluation_is_an_error(copied: ImageFiles) -> None:
+    """An accuracy without it would not be that of the data set."""
     for fault, backend in itertools.product(("gone", "truncated"), ("dali", "torchvision")):
         damage(copied, 9, fault) if copied.path(9).exists() else None
         plain = EvaluationLoader(copied, size=64, resize_px=73, batch_size=25, backend=backend, device=CPU, workers=0)
@@ -646,8 +643,8 @@ def test_an_evaluation_stops_at_a_bad_image(copied: ImageFiles) -> None:
             list(plain.batches(np.arange(64)))
 
 
-def test_what_dali_refuses_is_opened_by_pillow(copied: ImageFiles) -> None:
-    """An image that only Pillow reads costs no run, even where the index did not foresee it."""
+def test_images_that_dali_cannot_decode_are_opened_by_pillow(copied: ImageFiles) -> None:
+    """Also if the index has not marked them as such."""
     Image.open(copied.path(7)).convert("CMYK").save(copied.path(7).with_suffix(".tif"))
     copied.path(7).with_suffix(".tif").replace(copied.path(7))
     bad = BadImages(copied)
@@ -658,7 +655,7 @@ def test_what_dali_refuses_is_opened_by_pillow(copied: ImageFiles) -> None:
 
 
 def in_shards(images: ImageFiles, folder: Path, per_shard: int = 8) -> ImageFiles:
-    """The same images as parts of tar archives."""
+    """The same images in tar archives."""
     folder.mkdir()
     offsets, shards = [], range(0, len(images), per_shard)
     for shard in shards:
@@ -676,7 +673,7 @@ def in_shards(images: ImageFiles, folder: Path, per_shard: int = 8) -> ImageFile
     )
 
 
-def test_shards_give_the_views_of_loose_files(photographs: ImageFiles, tmp_path: Path) -> None:
+def test_shards_have_the_views_of_loose_files(photographs: ImageFiles, tmp_path: Path) -> None:
     shards = in_shards(photographs, tmp_path / "shards")
     for backend in ("dali", "torchvision"):
         for one, two in zip(
@@ -692,7 +689,7 @@ def test_shards_give_the_views_of_loose_files(photographs: ImageFiles, tmp_path:
             assert torch.equal(one.images, two.images)
 
 
-def test_a_shard_that_loses_its_end_has_bad_images(photographs: ImageFiles, tmp_path: Path) -> None:
+def test_a_truncated_shard_has_bad_images(photographs: ImageFiles, tmp_path: Path) -> None:
     shards = in_shards(photographs, tmp_path / "shards")
     shard = shards.path(63)
     shard.write_bytes(shard.read_bytes()[: int(shards.offset[63]) + 100])
@@ -702,7 +699,7 @@ def test_a_shard_that_loses_its_end_has_bad_images(photographs: ImageFiles, tmp_
 
 
 def test_shards_are_shuffled_window_by_window(photographs: ImageFiles, tmp_path: Path) -> None:
-    """Every image once an epoch, few shards at a time, another order each epoch, alike on any number of processes."""
+    """Every image once per epoch, few shards at a time, in an order that differs by epoch and not by processes."""
     shards = in_shards(photographs, tmp_path / "shards")
     sampler = Sampler(shards, PLAIN_64, seed=1, batch_size=8, shuffle_window=2)
     epochs = [np.concatenate([sampler.plan(8 * epoch + step).image_ids for step in range(8)]) for epoch in range(2)]
@@ -719,11 +716,11 @@ def test_shards_are_shuffled_window_by_window(photographs: ImageFiles, tmp_path:
     for step in (0, 11):
         both = np.concatenate([half.plan(step).image_ids for half in halves])
         np.testing.assert_array_equal(both, sampler.plan(step).image_ids)
-    everywhere = Sampler(shards, PLAIN_64, seed=1, batch_size=16, shuffle_window=0)
-    assert len(np.unique(shards.shard_of[everywhere.plan(0).image_ids])) > 4
+    unwindowed = Sampler(shards, PLAIN_64, seed=1, batch_size=16, shuffle_window=0)
+    assert len(np.unique(shards.shard_of[unwindowed.plan(0).image_ids])) > 4
 
 
-def test_evaluation_sees_every_image_once_in_order(demo_test_images: ImageArray) -> None:
+def test_evaluation_of_images_in_memory(demo_test_images: ImageArray) -> None:
     plain = EvaluationLoader(
         demo_test_images, size=32, resize_px=None, batch_size=300, backend="auto", device=CPU, workers=1
     )
@@ -742,3 +739,18 @@ def test_the_private_operator_for_compiled_functions_has_the_arguments_in_use() 
     )
     used = CompiledViews(VIEWS, 32, in_memory=True).arguments.keys()
     assert used <= set(schema.GetArgumentNames())
+
+
+def test_compiled_code_reads_and_writes_at_an_address() -> None:
+    """``cpu_kernels`` makes arrays of addresses with Numba's ``intrinsic`` and ``cgutils``, which may change with any
+    version."""
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    @njit  # type: ignore[untyped-decorator]
+    def double(address: int) -> Any:
+        array = cpu_kernels._at(address, (2, 3), np.float32)
+        array *= 2
+        return array.sum()
+
+    assert double(values.ctypes.data) == 30
+    np.testing.assert_array_equal(values, [[0, 2, 4], [6, 8, 10]])

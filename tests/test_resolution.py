@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,13 @@ from tests.runs import Run
 POLICY = Policy(size=64, p_blur=0.5, p_solarize=0.2)
 CONFIG = TrainConfig().updated(view_size=64, max_epochs=4, resolution_schedule="32:64")
 SIZES = [32, 40, 48, 64]
-"""What ``CONFIG`` makes of them, epoch by epoch."""
+"""The sizes of ``CONFIG`` by epoch."""
 EXECUTORS: list[tuple[str, ExecutorName | None, float]] = [
     ("dali", "cpu", 0.5),
     ("dali", "dali", 3.0),
     ("torchvision", None, 0.001),
 ]
-"""Backend, executor, and how far a view may be from torchvision's on average, in 1/255."""
+"""Backend, executor, and largest mean difference to torchvision in 1/255."""
 
 
 def sampler(images: Images, **settings: Any) -> Sampler:
@@ -55,8 +56,8 @@ def images(request: pytest.FixtureRequest, demo_test_images: ImageArray, photogr
     return demo_test_images.limited(64) if request.param == "memory" else photographs
 
 
-def test_sizes_grow_to_the_full_one() -> None:
-    """Three sizes of 32 px apart for ImageNet, in equal shares but for the last quarter; never down."""
+def test_sizes_increase_to_the_full_one() -> None:
+    """In steps of 32 px from 128 px on, otherwise of 8 px; the last quarter of the epochs has the full size."""
     imagenet = recipe("imagenet-resnet50").updated(resolution_schedule="160:224", max_epochs=80)
     sizes = [imagenet.view_size_at(epoch) for epoch in range(100)]
     assert sizes == [160] * 30 + [192] * 30 + [224] * 40
@@ -73,23 +74,23 @@ def test_sizes_grow_to_the_full_one() -> None:
 
 
 @pytest.mark.parametrize(("backend", "executor", "tolerance"), EXECUTORS)
-def test_views_change_their_size_and_nothing_else(
+def test_only_the_size_of_views_changes(
     images: Images, backend: str, executor: ExecutorName | None, tolerance: float
 ) -> None:
-    """Each image once an epoch, with the command it would have had, and executed as that says."""
+    """Images and commands are those without a schedule, and executors make the views that the commands describe."""
     scheduled = take(sampler(images), 16, 0, backend, executor)
     plain_sampler = sampler(images, view_size_at=None)
-    for chunk, batch in enumerate(scheduled):
-        size = SIZES[chunk // 4]
+    for step, batch in enumerate(scheduled):
+        size = SIZES[step // 4]
         assert batch.views.shape == (16, VIEWS, 3, size, size)
-        expected = plain_sampler.plan(chunk)
+        expected = plain_sampler.plan(step)
         assert batch.epoch == expected.epoch
         np.testing.assert_array_equal(batch.positions, expected.positions)
         np.testing.assert_array_equal(batch.image_ids, expected.image_ids)
         for field in dataclasses.fields(Commands):
             ours, theirs = getattr(batch.commands, field.name), getattr(expected.commands, field.name)
             if field.name == "sigma_px":
-                # The blur is proportional to the view, and the command says what was executed.
+                # Sigma is proportional to the size of the view.
                 np.testing.assert_allclose(ours, theirs * size / 64, rtol=1e-6)
                 assert ours.any()
             else:
@@ -106,38 +107,40 @@ def test_views_change_their_size_and_nothing_else(
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
 def test_any_step_can_be_the_first(images: Images, backend: str) -> None:
-    """Also with several chunks a step, and where every chunk is an epoch of its own."""
-    for settings, chunks in (({"accumulate": 2, "batch_size": 8}, 32), ({"batch_size": 64}, 4)):
-        straight = take(sampler(images, **settings), chunks, backend=backend)
-        for first in (0, chunks // 4 - 1, chunks // 4, chunks // 2 + 1):
-            resumed = take(sampler(images, **settings), chunks - first, first, backend)
+    """Also with several micro-batches per step, and with one micro-batch per epoch."""
+    for settings, count in (({"accumulate": 2, "batch_size": 8}, 32), ({"batch_size": 64}, 4)):
+        straight = take(sampler(images, **settings), count, backend=backend)
+        for first in (0, count // 4 - 1, count // 4, count // 2 + 1):
+            resumed = take(sampler(images, **settings), count - first, first, backend)
             for one, two in zip(straight[first:], resumed, strict=True):
                 assert torch.equal(one.views, two.views)
                 np.testing.assert_array_equal(one.commands.pack(), two.commands.pack())
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
-def test_a_bad_image_where_the_size_changes(photographs: ImageFiles, backend: str, tmp_path: Path) -> None:
-    """DALI meets it while the batches before are still on their way; no other view is lost, doubled or changed."""
+def test_a_bad_image_in_the_last_batch_of_a_size(photographs: ImageFiles, backend: str, tmp_path: Path) -> None:
+    """DALI fails on it while earlier batches are in flight; no other view is lost, repeated or changed."""
     shutil.copytree(photographs.root, tmp_path / "copy")
     copied = dataclasses.replace(photographs, root=tmp_path / "copy", needs_pillow=photographs.needs_pillow.copy())
     whole = take(sampler(copied), 12, backend=backend)
     image_id = int(whole[7].image_ids[3])  # of the last batch of an epoch
     copied.path(image_id).write_text("no image")
     bad = BadImages(copied, max_fraction=0.05)
-    met = take(sampler(copied, bad=bad), 12, backend=backend)
+    replaced = take(sampler(copied, bad=bad), 12, backend=backend)
     assert bad.count == 1
-    for ours, before in zip(met, whole, strict=True):
+    for ours, before in zip(replaced, whole, strict=True):
         assert ours.views.shape == before.views.shape and image_id not in ours.image_ids
         np.testing.assert_array_equal(ours.positions, before.positions)
         same = torch.from_numpy(before.image_ids != image_id)
         assert torch.equal(ours.views[same], before.views[same])
 
 
-def test_labeled_images_beside_have_the_same_size(demo_test_images: ImageArray) -> None:
+def test_labeled_images_have_the_same_size(demo_test_images: ImageArray) -> None:
     images, labeled = demo_test_images.limited(64), demo_test_images.limited(10)
-    beside = sampler(labeled, views=1, command_stream=LABELED_STREAM, epoch_length=64)
-    loader = Loader(sampler(images), backend="dali", device=torch.device("cpu"), workers=1, labeled_sampler=beside)
+    labeled_sampler = sampler(labeled, views=1, command_stream=LABELED_STREAM, epoch_length=64)
+    loader = Loader(
+        sampler(images), backend="dali", device=torch.device("cpu"), workers=1, labeled_sampler=labeled_sampler
+    )
     for batch in itertools.islice(loader.batches(0), 16):
         assert batch.labeled_views is not None
         assert batch.labeled_views.shape == (16, 1, 3, SIZES[batch.epoch], SIZES[batch.epoch])
@@ -150,28 +153,28 @@ RUN = (
 ).split()
 
 
-def tell_sizes() -> None:
-    """Print what the views of each step look like to the model."""
+def print_sizes() -> None:
+    """Print the shapes of the views of each step."""
     step = Step.__call__
 
-    def telling(self: Step, chunks: Any) -> dict[str, torch.Tensor]:
-        print("trained on", {tuple(chunk.views.shape) for chunk in chunks}, flush=True)
-        return step(self, chunks)
+    def printing_step(self: Step, micro_batches: Any) -> dict[str, torch.Tensor]:
+        print("trained on", {tuple(batch.views.shape) for batch in micro_batches}, flush=True)
+        return step(self, micro_batches)
 
-    patch.object(Step, "__call__", telling).start()
+    patch.object(Step, "__call__", printing_step).start()
 
 
-def test_a_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    """From the middle of an epoch of the second size; another schedule is refused."""
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """From the middle of an epoch of the second size; another schedule is an error."""
     whole = tmp_path / "whole"
-    said = Run(*RUN, whole, prepare=tell_sizes).end()
-    told = [line for line in said.splitlines() if line.startswith("trained on")]
-    assert told == [f"trained on {{(16, 2, 3, {size}, {size})}}" for size in (16, 16, 24, 32) for _ in range(4)]
-    assert "32 px, 16 px at first" in said
+    output = Run(*RUN, whole, prepare=print_sizes).end()
+    shapes = [line for line in output.splitlines() if line.startswith("trained on")]
+    assert shapes == [f"trained on {{(16, 2, 3, {size}, {size})}}" for size in (16, 16, 24, 32) for _ in range(4)]
+    assert re.search(r"\b32 px\b.*\b16 px\b", output)
     folder = tmp_path / "resumed"
     folder.mkdir()
     shutil.copy(checkpoint.checkpoint_path(whole, 10), folder)
     assert "Resuming after step 10." in Run(*RUN, folder).end()
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    said = Run(*RUN, folder, "--resolution_schedule", "24:32").end(2)
-    assert "--resolution_schedule was 16:32 and is now 24:32" in said
+    output = Run(*RUN, folder, "--resolution_schedule", "24:32").end(2)
+    assert all(value in output for value in ("--resolution_schedule", "16:32", "24:32"))

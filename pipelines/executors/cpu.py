@@ -1,4 +1,4 @@
-"""Commands executed on the CPU: one operator in a DALI graph, a compiled function from crop box to float."""
+"""Commands executed on the CPU: a compiled function, as one operator of a DALI graph, makes all views of an image."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from nvidia.dali import ops, types
 
 from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
+from pipelines.executors import DataNode
 from pipelines.executors.image_files import Files
 from pipelines.sampler import BatchPlan
-
-DataNode = Any
 
 
 class CompiledViews(ops.python_op_factory("CompiledViews", "NumbaFuncImpl", "NumbaFuncImpl", generated=False)):  # type: ignore[misc]
     """DALI's operator for compiled functions, given their addresses.
 
-    This is the private operator behind DALI's Numba plugin. The plugin itself would compile at each start (4 s) and
-    import the CUDA part of Numba; the functions in ``cpu_kernels`` are cached on disk.
+    It is the private operator of DALI's Numba plugin. The plugin itself would compile at each start (4 s) and import
+    the CUDA part of Numba; the functions in ``cpu_kernels`` are cached on disk.
     """
 
     def __init__(self, views: int, size: int, *, in_memory: bool) -> None:
@@ -44,7 +43,7 @@ class CompiledViews(ops.python_op_factory("CompiledViews", "NumbaFuncImpl", "Num
 
 
 class CpuExecutor:
-    """Images in memory are given by their addresses, images in files by their decoded part."""
+    """Images in memory enter the graph as addresses, images in files are decoded in it."""
 
     device_inputs: tuple[str, ...] = ()
 
@@ -61,8 +60,8 @@ class CpuExecutor:
         assert self.files is not None
         inputs = self.files.inputs(plan.image_ids, plan.commands)
         origin = inputs["origin"]
-        window = np.full(len(origin), blur_window_px)
-        inputs["placement"] = np.stack([origin[:, 0], origin[:, 1], window], axis=-1, dtype=np.int64)
+        blur_window = np.full(len(origin), blur_window_px)
+        inputs["placement"] = np.stack([origin[:, 0], origin[:, 1], blur_window], axis=-1, dtype=np.int64)
         return inputs
 
     def views(self, nodes: Mapping[str, DataNode], commands: DataNode) -> tuple[DataNode, ...]:

@@ -4,8 +4,8 @@ The stages of a view:
 
 1. crop: the crop box is cut from the source, then resized to the size of the view, and mirrored by a swapped region of
    interest. Cutting first keeps the resampling filter inside the crop box, as in torchvision.
-2. blur, for the views that have it. The official order is color, then blur; both are almost linear, so they nearly
-   commute, and here the blur works on 8-bit values.
+2. blur. The official order is color, then blur; both are almost linear, so they nearly commute, and here the blur
+   works on 8-bit values.
 3. color: jitter and gray as an affine map, a rotation of the hue and a second affine map, clamped to [0, 1].
 4. solarization: ``min(x, limit - x)``.
 """
@@ -25,19 +25,18 @@ from torch import Tensor
 from pipelines.color import color_maps
 from pipelines.commands import Commands, Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
+from pipelines.executors import DataNode
 from pipelines.executors.image_files import Files
 from pipelines.sampler import BatchPlan
 
-DataNode = Any
-
-WINDOW_ARGUMENTS = ("anchor", "shape", "roi_start", "roi_end")
+CROP_ARGUMENTS = ("anchor", "shape", "roi_start", "roi_end")
 COLOR_ARGUMENTS = ("matrix_before", "mean_weights_before", "hue_turns", "matrix_after", "mean_weights_after")
 BLUR_ARGUMENTS = ("sigma_px", "blur_window_px")
 SOLARIZE_ARGUMENTS = ("solarize_limit",)
 
 
 class DaliExecutor:
-    """Images in memory are uploaded to a GPU once, and a batch is gathered there; images in files are decoded."""
+    """Images in memory are copied to the GPU once, and batches are gathered there; images in files are decoded."""
 
     def __init__(self, images: Images, policy: Policy, views: int, device: torch.device) -> None:
         self.images, self.policy, self.num_views, self.torch_device = images, policy, views, device
@@ -73,7 +72,7 @@ class DaliExecutor:
         return fn.stack(*views), *stored_shape
 
     def _gather(self, images: ImageArray, image_ids: NDArray[np.int64]) -> NDArray[np.uint8] | Tensor:
-        """The pixels of a batch, gathered where the executor works."""
+        """The pixels of a batch, gathered on the executor's device."""
         if self.device == "cpu":
             return images.pixels[image_ids]
         return pixels_on_device(images, self.torch_device)[
@@ -92,13 +91,13 @@ class DaliExecutor:
 
 @lru_cache(maxsize=2)
 def pixels_on_device(images: ImageArray, device: torch.device) -> Tensor:
-    """All pixels of a data set; the last two data sets are kept there."""
+    """All pixels of a data set on ``device``; those of the last two data sets are kept."""
     return torch.from_numpy(images.pixels).to(device)
 
 
 def argument_names(policy: Policy) -> tuple[str, ...]:
-    """Names of the per-view arguments that DALI's operators take: stages that never happen are left out."""
-    names: tuple[str, ...] = WINDOW_ARGUMENTS
+    """Names of the arguments of a view; stages with probability 0 have none."""
+    names: tuple[str, ...] = CROP_ARGUMENTS
     if policy.p_blur > 0:
         names += BLUR_ARGUMENTS
     if policy.p_color_jitter > 0 or policy.p_grayscale > 0:
@@ -138,7 +137,7 @@ def view_arguments(
             arguments[f"mean_weights_{part}"] = mean_weights[..., None, :] * scale
         arguments["hue_turns"] = commands.hue_turns[..., None, None, None]
     if "solarize_limit" in names:
-        # min(x, 2 - x) leaves every x in [0, 1] as it is.
+        # min(x, 2 - x) is x for x in [0, 1].
         arguments["solarize_limit"] = np.where(commands.solarize, 1, 2).astype(np.float32)[..., None, None, None]
     return arguments
 
@@ -146,15 +145,15 @@ def view_arguments(
 def execute(image: DataNode, size: int, arguments: dict[str, DataNode], device: str) -> DataNode:
     """One view of ``image`` [H, W, 3] uint8 by DALI's operators: [size, size, 3] float32 in [0, 1].
 
-    ``arguments`` are on the host: most operators want them there. Those that arithmetic needs move to ``device``.
+    ``arguments`` are on the host, where most operators require them; arguments of arithmetic are moved to ``device``.
     """
 
-    def here(name: str) -> DataNode:
+    def on_device(name: str) -> DataNode:
         return arguments[name].gpu() if device == "gpu" else arguments[name]
 
-    window = fn.slice(image, arguments["anchor"], arguments["shape"], axes=[0, 1])
+    crop = fn.slice(image, arguments["anchor"], arguments["shape"], axes=[0, 1])
     view: DataNode = fn.resize(
-        window,
+        crop,
         size=[size, size],
         roi_start=arguments["roi_start"],
         roi_end=arguments["roi_end"],
@@ -165,17 +164,17 @@ def execute(image: DataNode, size: int, arguments: dict[str, DataNode], device: 
         view = _blur(view, arguments["sigma_px"], arguments["blur_window_px"])
     if "hue_turns" in arguments:
         view = _map_colors(view, arguments["matrix_before"], arguments["mean_weights_before"])
-        view = _turn_hue(view, here("hue_turns"), device)
+        view = _rotate_hue(view, on_device("hue_turns"), device)
         view = _map_colors(view, arguments["matrix_after"], arguments["mean_weights_after"])
     else:
         view = view / 255.0
     if "solarize_limit" in arguments:
-        view = math.min(view, here("solarize_limit") - view)
+        view = math.min(view, on_device("solarize_limit") - view)
     return view
 
 
 def _blur(view: DataNode, sigma_px: DataNode, window_px: DataNode) -> DataNode:
-    # A per-sample condition: samples that are not blurred go past the operator without a copy.
+    # A condition per sample: samples without blur skip the operator, without a copy.
     if sigma_px > 0:
         blurred = fn.gaussian_blur(view, sigma=sigma_px, window_size=window_px)
     else:
@@ -184,15 +183,15 @@ def _blur(view: DataNode, sigma_px: DataNode, window_px: DataNode) -> DataNode:
 
 
 def _map_colors(view: DataNode, matrix: DataNode, mean_weights: DataNode) -> DataNode:
-    """``matrix @ rgb + mean_weights @ mean``, clamped to [0, 1]; the mean is the view's own."""
+    """``matrix @ rgb + mean_weights @ mean``, clamped to [0, 1]; ``mean`` is the mean color of the view."""
     mean = fn.reductions.mean(view, axes=[0, 1], keep_dims=True)
-    # The offset is a sum and not an argument of the operator: it is on the device, arguments must be on the host.
+    # Not an argument of the operator, because arguments must be on the host, and the mean is on the device.
     offset = fn.coord_transform(mean, M=mean_weights)
     return math.clamp(fn.coord_transform(view, M=matrix) + offset, 0.0, 1.0)
 
 
-def _turn_hue(view: DataNode, turns: DataNode, device: str) -> DataNode:
-    """HSV's hue turned, value and saturation kept (Smith 1978, "Color Gamut Transform Pairs"), without its six cases.
+def _rotate_hue(view: DataNode, turns: DataNode, device: str) -> DataNode:
+    """Rotate the hue in HSV (Smith 1978, "Color Gamut Transform Pairs"), without the six cases of the inverse.
 
     With k = (n + 6 hue) mod 6 and n = 5, 3, 1 for red, green and blue, a color is
     ``value - chroma * clamp(min(k, 4 - k), 0, 1)``.

@@ -1,4 +1,4 @@
-"""The DALI pipeline around an executor: what goes in, the views that come out, and what travels with them."""
+"""The protocol of executors in a DALI graph, and the training pipeline around one."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from nvidia.dali import fn, pipeline_def, types
 
 from pipelines.commands import Policy
 from pipelines.datasets.images import Images
-from pipelines.executors import EXECUTORS, ExecutorName
+from pipelines.executors import EXECUTORS, DataNode, ExecutorName
 from pipelines.executors.image_files import Files
 from pipelines.sampler import BatchPlan
 
-DataNode = Any
-"""A node of a DALI graph; DALI's type stubs lack what it adds at run time."""
 Inputs = Mapping[str, Any]
 
 
 class Executor(Protocol):
-    """The inputs of a graph that makes ``views`` views of N images, and the graph itself.
+    """The inputs of a graph that makes ``views`` views of each of N images, and the graph itself.
 
-    ``Executor(images, policy, views, device)`` is the executor of a batch whose views have the size of ``policy``.
+    The views have the size of ``policy``.
     """
 
     host_inputs: tuple[str, ...]
@@ -59,12 +57,12 @@ def training_pipeline(
     half: bool = False,
     **pipeline_options: Any,
 ) -> Any:
-    """A pipeline that makes the views of one batch after the other.
+    """A pipeline that makes the views of one batch per run.
 
     ``host_source`` returns the host inputs of the executor, the packed commands [N, V, 20] and the record [N, 4]
     (epoch, position, image id, label); ``device_source`` its inputs on the GPU. The pipeline returns the views [N, V,
-    size, size, 3] in [0, 1], float32 or with ``half`` float16; commands and record; and, for files, the images' shapes
-    [N, 3].
+    size, size, 3] in [0, 1], float32 or, with ``half``, float16; the commands and the record; and, for files, the
+    shapes [N, 3] of the images.
     """
     names = (*executor.host_inputs, "commands", "record")
 
@@ -72,7 +70,7 @@ def training_pipeline(
     def pipeline() -> tuple[DataNode, ...]:
         nodes = dict(zip(names, fn.external_source(host_source, num_outputs=len(names), batch=True, no_copy=True)))
         if executor.device_inputs:
-            # Copied, because DALI's streams do not wait for PyTorch's, which may also reuse the memory too early.
+            # Copied, because DALI's streams do not wait for PyTorch's, and PyTorch may reuse the memory too early.
             on_device = fn.external_source(
                 device_source, num_outputs=len(executor.device_inputs), batch=True, no_copy=False, device="gpu"
             )

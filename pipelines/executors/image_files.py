@@ -11,8 +11,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 
 from pipelines.commands import Commands
 from pipelines.datasets.images import ImageFiles
-
-DataNode = Any
+from pipelines.executors import DataNode
 
 FileForm = Literal["path", "bytes", "either"]
 """How files are given to the graph: by name; by content; or each by one of the two."""
