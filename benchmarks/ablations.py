@@ -108,7 +108,7 @@ def measure(options: Options, console: Console) -> None:
             part: partial(turn, partial(by_decoding, sampler, part, threads), options)
             for part in get_args(decoding.Part)
         }
-    title = f"{options.dataset}, {sampler.policy.size} px, batch {sampler.batch_size}, {threads} thread(s) if not said"
+    title = f"{options.dataset}, {sampler.policy.size} px, batch {sampler.batch_size}, {threads} thread(s) unless noted"
     figures = [
         report.Figures(
             title=f"{name} ({title})",

@@ -17,7 +17,7 @@ from pipelines.feed import TrainingFeed
 from pipelines.loader import pipeline_options
 from pipelines.sampler import Sampler
 
-Part = Literal["the whole image", "the union of both windows", "each window"]
+Part = Literal["the whole image", "the union of both crop boxes", "each crop box"]
 CPU = torch.device("cpu")
 
 
@@ -44,7 +44,7 @@ class DecodingExecutor(CpuExecutor):
     def decode(self, nodes: Mapping[str, Any], commands: Any) -> list[tuple[Any, Any]]:
         """Images [H, W, 3] uint8 for all views, or one for each, and the top-left of each in the source."""
         assert self.files is not None
-        if self.part == "the union of both windows":
+        if self.part == "the union of both crop boxes":
             return [(self.files.decode(nodes)[0], nodes["origin"])]
         if self.part == "the whole image":
             encoded = encoded_image(nodes, self.files.form)

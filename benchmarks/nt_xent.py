@@ -2,7 +2,7 @@
 
     python -m benchmarks.nt_xent
 
-Each version at each size runs in a process of its own, so that its memory can be told from others'.
+Each version at each size runs in a process of its own, so that its memory is measured alone.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def _launch(arguments: Sequence[str]) -> None:
         process.wait()
         raise
     if code:
-        raise UserError(f"launch.py {shlex.join(arguments)} ended with exit code {code}; it said why above.")
+        raise UserError(f"launch.py {shlex.join(arguments)} ended with exit code {code}; its output is above.")
 
 
 Accuracies = dict[str, list[float]]

@@ -134,7 +134,7 @@ def _prepare_process(start_method: str) -> None:
     os.setpgrp()
     # The main process decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Its own children, those of a DataLoader, shall start as they do by default.
+    # Its child processes, those of a DataLoader, start by the default method.
     multiprocessing.set_start_method(start_method, force=True)
 
 
@@ -255,7 +255,7 @@ def draw_chart(figures: Sequence[Figures], about: Mapping[str, str], path: Path)
 
 
 def run(benchmark: Callable[[], None]) -> int:
-    """Exit code of a benchmark: what the user can mend, and Ctrl-C, end in one sentence."""
+    """Exit code of a benchmark: what the user can fix, and Ctrl-C, end in one sentence."""
     try:
         benchmark()
     except UserError as error:

@@ -84,7 +84,7 @@ def pipeline_turn(sampler: Sampler, options: Options, clock: Callable[[], float]
 
 
 def decoding_turn(sampler: Sampler, options: Options) -> float:
-    batches = decoding.batches(sampler, "the union of both windows", threads=options.workers, execute=False)
+    batches = decoding.batches(sampler, "the union of both crop boxes", threads=options.workers, execute=False)
     return cpu_us_per_view(batches, sampler.batch_size * sampler.views, options.seconds)
 
 
@@ -118,18 +118,18 @@ def through_the_pipeline(sampler: Sampler, options: Options, console: Console) -
         turns["reading and decoding"] = partial(decoding_turn, sampler, options)
     else:
         turns["main thread"] = partial(pipeline_turn, sampler, options, time.thread_time)
-    turns["window and output"] = partial(pipeline_turn, with_policy(), options)
+    turns["crop, resize and output"] = partial(pipeline_turn, with_policy(), options)
     turns |= {name: partial(pipeline_turn, stage, options) for name, (stage, _) in stages.items()}
     taken = {
         name: np.array(values)
         for name, values in report.take_turns(turns, repeats=options.repeats, console=console).items()
     }
-    without = taken["window and output"]
+    without = taken["crop, resize and output"]
     for name in stages:
         taken[name] = (taken[name] - without) / (len(JITTER) if name in JITTER else 1)
     explained = float(np.median(without))
     # Decoding is measured with all that its main thread does.
-    taken["window and output"] = without - taken.get("reading and decoding", taken.get("main thread", 0.0))
+    taken["crop, resize and output"] = without - taken.get("reading and decoding", taken.get("main thread", 0.0))
     explained += sum(probability * float(np.median(taken[name])) for name, (_, probability) in stages.items())
     figures = report.Figures(
         title=f"{options.dataset}, {full.size} px, executor {options.executor}, {options.workers} thread(s)",
@@ -171,13 +171,15 @@ def calls_by_stage(sampler: Sampler) -> dict[str, tuple[Any, list[tuple[Any, ...
         pixels = np.array(images.open(int(ids[n])))
         return pixels.reshape(-1), np.array(pixels.strides)
 
-    def window(n: int) -> tuple[Any, ...]:
+    def crop_box(n: int) -> tuple[Any, ...]:
         flat, strides = source(n)
         start = int(c.top[n, 0] * strides[0] + c.left[n, 0] * strides[1])
         return flat, start, strides, int(c.height[n, 0]), int(c.width[n, 0]), size, bool(c.flip[n, 0])
 
     every = range(len(ids))
-    stages: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {"window": (cpu_kernels._resize, [window(n) for n in every])}
+    stages: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
+        "crop, resize": (cpu_kernels._resize, [crop_box(n) for n in every])
+    }
     factors = (c.brightness, c.contrast, c.saturation, c.hue_turns)
     functions = (cpu_kernels._brightness, cpu_kernels._contrast, cpu_kernels._saturation, cpu_kernels._hue)
     for name, function, factor in zip(JITTER, functions, factors, strict=True):

@@ -275,7 +275,7 @@ def measure(options: Options, console: Console) -> None:
             add(decoding[0], pillow_decoding_turn)
             if ours:
                 add(decoding[1], dali_decoding_turn, "the whole image")
-                add(decoding[2], dali_decoding_turn, "the union of both windows")
+                add(decoding[2], dali_decoding_turn, "the union of both crop boxes")
         taken = report.take_turns(turns, repeats=options.repeats, console=console)
         title = f"{options.dataset}, {sampler.policy.size} px, batch {sampler.batch_size}, {options.workers} worker(s)"
         figures = [

@@ -82,12 +82,12 @@ class Run:
         """Wait for it; returns what was printed, on ``out`` and then on ``err``."""
         self.process.join(120)
         self.out, self.err = (Path(log).read_text() for log in self.logs)
-        said = self.out + self.err
-        assert self.process.exitcode == code, said
-        assert "Traceback" not in said
+        output = self.out + self.err
+        assert self.process.exitcode == code, output
+        assert "Traceback" not in output
         for log in self.logs:
             Path(log).unlink()
-        return said
+        return output
 
 
 def together(count: int, *arguments: str | Path, prepare: Sequence[Prepare | None] = ()) -> list[Run]:

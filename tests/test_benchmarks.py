@@ -117,7 +117,7 @@ def test_stages_of_arrays(cifar10: list[str], tmp_path: Path, executor: str) -> 
     assert through["whole policy"][0] > 0 and "blur" not in through, "CIFAR-10's policy does not blur"
     assert bool(alone) == (executor == "cpu")
     for turns in alone:
-        assert {"window", "brightness", "hue", "gray", "output"} <= set(turns)
+        assert {"crop, resize", "brightness", "hue", "gray", "output"} <= set(turns)
         assert all(0 < values[0] < 1000 for values in turns.values())
 
 
@@ -134,7 +134,7 @@ def test_ablations(
     of_arrays = figures(run(ablations.main, [*cifar10, *BRIEF], tmp_path))
     flags = ["--dataset", "folder", "--data_dir", str(photographs.root), *BRIEF]
     of_files = figures(run(ablations.main, flags, tmp_path))
-    assert "gathered into a batch" in of_arrays[-1] and "each window" in of_files[-1]
+    assert "gathered into a batch" in of_arrays[-1] and "each crop box" in of_files[-1]
 
 
 def test_nt_xent(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_alternatives_make_the_same_views(cifar10: list[str], photographs: Image
     arrays = throughput.PipelineOptions(dataset="cifar10", data_dir=Path(cifar10[-1]), batch_size=20).sampler()
     files = throughput.PipelineOptions(dataset="folder", data_dir=photographs.root, batch_size=8).sampler()
     assert torch.equal(next(ablations.by_gathering(arrays, 1)).movedim(-1, -3), next(ablations.by_loader(arrays, 1)))
-    for part in ("the whole image", "the union of both windows", "each window"):
+    for part in ("the whole image", "the union of both crop boxes", "each crop box"):
         views = next(ablations.by_decoding(files, part, 1)).movedim(-1, -3)
         # At the borders of a part, chroma may be interpolated from within it alone.
         assert (views - next(ablations.by_loader(files, 1))).abs().mean() * 255 < 0.1

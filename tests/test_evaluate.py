@@ -195,7 +195,7 @@ def test_all_measures_on_one_process_and_on_two(tmp_path: Path, capsys: pytest.C
     arguments = [*EVAL, str(weights), "--json"]
     processes = together(2, *arguments, tmp_path / "2.json")
     assert launch.main([*arguments, str(tmp_path / "1.json")]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for process in processes:
         process.end()
     one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
@@ -210,7 +210,7 @@ def test_all_measures_on_one_process_and_on_two(tmp_path: Path, capsys: pytest.C
         found = two["measures"][name]
         assert found["accuracy"] == expected["accuracy"] and found["class_accuracies"] == expected["class_accuracies"]
     classifier = one["measures"]["online_classifier"]
-    assert said.splitlines()[-1] == f"accuracy {classifier['accuracy']:.4f}" == f"accuracy {one['accuracy']:.4f}"
+    assert output.splitlines()[-1] == f"accuracy {classifier['accuracy']:.4f}" == f"accuracy {one['accuracy']:.4f}"
     assert list(classifier["class_accuracies"]) == list(demo.CLASSES)
     for shown in (
         "linear probing",
@@ -219,7 +219,7 @@ def test_all_measures_on_one_process_and_on_two(tmp_path: Path, capsys: pytest.C
         "hourglass",
         f"{one['measures']['knn20']['accuracy']:.1%}",
     ):
-        assert shown in said
+        assert shown in output
 
 
 def test_an_encoder_is_evaluated_on_another_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,8 +227,8 @@ def test_an_encoder_is_evaluated_on_another_data_set(tmp_path: Path, capsys: pyt
     weights = tmp_path / "weights.safetensors"
     write_weights(weights, stem="stl10", trained_on="stl10", width=4)
     assert launch.main([*EVAL, str(weights), "--json", str(tmp_path / "out.json")]) == 0
-    said = capsys.readouterr().out
-    assert "Not measured: online_classifier." in said and "was trained on stl10" in said
+    output = capsys.readouterr().out
+    assert "Not measured: online_classifier." in output and "was trained on stl10" in output
     measured = json.loads((tmp_path / "out.json").read_text())
     assert list(measured["measures"]) == [
         "linear_probing",
@@ -288,8 +288,8 @@ def test_the_probe_needs_the_test_images_alone(
         "32",
     ]
     assert launch.main(arguments) == 0
-    said = capsys.readouterr().out
-    assert said.splitlines()[-1].startswith("accuracy ") and "Not measured: knn." in said
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1].startswith("accuracy ") and "Not measured: knn." in output
     assert launch.main([*arguments, "--measures", "knn"]) == 2
     assert "knn cannot be measured: --data_dir" in capsys.readouterr().err
 

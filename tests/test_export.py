@@ -144,10 +144,10 @@ def test_files_say_where_they_come_from(common: tuple[str, Path, Encoder], tmp_p
     arch, source, _ = common
     assert export(source, tmp_path / "x.safetensors", "timm", "--license", "mit") == 0
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        said = json.loads(file.metadata()["stec"])
-    assert said["license"] == "mit" and said["step"] == 7
-    assert said["encoder"]["stem"] == "imagenet" and said["encoder"]["view_size_px"] == 224
-    assert said["config"] == {"dataset": "imagenet", "arch": arch, "ckpt_path": "x.ckpt"}
+        metadata = json.loads(file.metadata()["stec"])
+    assert metadata["license"] == "mit" and metadata["step"] == 7
+    assert metadata["encoder"]["stem"] == "imagenet" and metadata["encoder"]["view_size_px"] == 224
+    assert metadata["config"] == {"dataset": "imagenet", "arch": arch, "ckpt_path": "x.ckpt"}
 
 
 @pytest.mark.parametrize(("stem", "width"), [("cifar", 64), ("stl10", 64), ("imagenet", 64), ("cifar", 8)])
@@ -322,9 +322,9 @@ def test_what_cannot_be_exported(
     before = sorted(unfinished.rglob("*"))
     path = finished.parent / source.replace("finished", "run") if "finished" in source else unfinished / source
     assert export(path, unfinished / out, kind) == 2
-    said = capsys.readouterr().err
-    assert sentence.format(unfinished) in said, said
-    assert said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert sentence.format(unfinished) in output, output
+    assert output.startswith("error: ") and output.count("\n") == 1 and "Traceback" not in output
     assert sorted(unfinished.rglob("*")) == before
 
 

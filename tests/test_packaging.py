@@ -41,7 +41,7 @@ class Built:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The source distribution of the tracked files as they are now, and the wheel that is built from it."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
-        pytest.skip("what belongs into a distribution is told by git")
+        pytest.skip("what belongs into a distribution is known from git")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     tracked = {name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
     source = tmp_path_factory.mktemp("source")
@@ -142,12 +142,12 @@ def test_type_checkers_see_the_installed_packages(run: Callable[..., str], tmp_p
 
 @pytest.mark.parametrize("package", [stec, pipelines])
 def test_the_public_names_are_where_they_are_said_to_be(package: object) -> None:
-    """``dir`` lists them, each has a docstring, and type checkers are told of the same ones."""
+    """``dir`` lists them, each has a docstring, and type checkers see the same ones."""
     module = importlib.import_module(str(vars(package)["__name__"]))
     for name in dir(module):
         assert getattr(module, name).__doc__, name
-    told = re.findall(r"import (\w+) as \1$", Path(str(module.__file__)).read_text(), re.MULTILINE)
-    assert sorted(told) == dir(module)
+    listed = re.findall(r"import (\w+) as \1$", Path(str(module.__file__)).read_text(), re.MULTILINE)
+    assert sorted(listed) == dir(module)
     with pytest.raises(AttributeError, match=f"'{module.__name__}' has no attribute 'misspelt'"):
         _ = module.misspelt
 
@@ -190,9 +190,9 @@ def test_everyone_runs_the_same_checks() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/checks.yml").read_text())
     job = workflow["jobs"]["checks"]
     ours = [step["run"] for step in job["steps"] if "run" in step]
-    told = shell_commands((ROOT / "CONTRIBUTING.md").read_text())
-    assert sorted(ours) == sorted(told) and len(set(ours)) == len(ours)
-    assert set(ours) - set(shell_commands((ROOT / "README.md").read_text())) == set(told[2:])
+    listed = shell_commands((ROOT / "CONTRIBUTING.md").read_text())
+    assert sorted(ours) == sorted(listed) and len(set(ours)) == len(ours)
+    assert set(ours) - set(shell_commands((ROOT / "README.md").read_text())) == set(listed[2:])
     script = (ROOT / ".ci/run").read_text().replace("pip install --quiet", "pip install").splitlines()
     assert [line for line in script if line in ours] == ours
     metadata = (ROOT / "setup.cfg").read_text()

@@ -86,7 +86,7 @@ class Oracle(torch.nn.Module):
         return torch.nn.functional.one_hot(self.bins, self.n_bins).movedim(-1, 1).float()
 
 
-def model_that_says(bins: torch.Tensor, n_bins: int) -> Model:
+def model_that_predicts(bins: torch.Tensor, n_bins: int) -> Model:
     model = Model(ModelSettings(width=4, manip_hidden_mlp=8, n_bins=n_bins), stem="cifar", classes=0).eval()
     model.inverse_model = Oracle(bins, n_bins)  # type: ignore[assignment]
     return model
@@ -97,27 +97,30 @@ def test_what_an_inverse_model_believes_becomes_a_window(convention: Convention)
     """Right bins lead to the true window up to a bin's width: the narrower the bins, the nearer."""
     commands = some_commands(area=(0.3, 1.0), aspect_ratio=(1.0, 1.0))
     true_windows, _ = windows_of(window_matrices(commands)[:, 1])
-    # Beyond the outermost bins nothing can be told.
+    # Beyond the outermost bins nothing can be predicted.
     command = relative_windows(commands, convention=convention)
     inside = (np.abs(command) <= [2, 2, 0.5]).all(axis=(1, 2))
     assert inside.sum() > 20
     true = command_bins(torch.from_numpy(command), 501)
-    said = predictions(model_that_says(true, 501), torch.zeros(len(commands), 2, 3, 32, 32), commands, convention)
-    np.testing.assert_allclose(said.windows[inside], true_windows[inside], atol=0.012)
-    np.testing.assert_array_equal(said.windows, said.best_windows)
-    np.testing.assert_array_equal(said.flips, commands.flip[:, 1])
-    assert min(overlap(a, b) for a, b in zip(said.windows[inside], true_windows[inside])) > 0.9
+    views = torch.zeros(len(commands), 2, 3, 32, 32)
+    predicted = predictions(model_that_predicts(true, 501), views, commands, convention)
+    np.testing.assert_allclose(predicted.windows[inside], true_windows[inside], atol=0.012)
+    np.testing.assert_array_equal(predicted.windows, predicted.best_windows)
+    np.testing.assert_array_equal(predicted.flips, commands.flip[:, 1])
+    assert min(overlap(a, b) for a, b in zip(predicted.windows[inside], true_windows[inside])) > 0.9
     # A window has no shear, whatever is predicted of it.
     sheared = true.clone()
     sheared[:, 0, 1] = sheared[:, 1, 0] = 400
-    again = predictions(model_that_says(sheared, 501), torch.zeros(len(commands), 2, 3, 32, 32), commands, convention)
-    np.testing.assert_array_equal(again.windows, said.windows)
+    again = predictions(
+        model_that_predicts(sheared, 501), torch.zeros(len(commands), 2, 3, 32, 32), commands, convention
+    )
+    np.testing.assert_array_equal(again.windows, predicted.windows)
 
 
 def test_confusion_counts_what_was_believed() -> None:
     n_bins = 5
     commands = some_commands(p_solarize=0.3)
-    said = torch.from_numpy(np.random.default_rng(0).integers(0, n_bins, (64, 2, 3)))
+    predicted = torch.from_numpy(np.random.default_rng(0).integers(0, n_bins, (64, 2, 3)))
     batch = Batch(
         views=torch.zeros(64, 2, 3, 32, 32),
         commands=commands,
@@ -126,12 +129,12 @@ def test_confusion_counts_what_was_believed() -> None:
         positions=np.arange(64),
         image_ids=np.arange(64),
     )
-    counts = confusion(model_that_says(said, n_bins), [batch, batch], "official")
+    counts = confusion(model_that_predicts(predicted, n_bins), [batch, batch], "official")
     true = command_bins(torch.from_numpy(relative_windows(commands)), n_bins)
     expected = np.zeros((2, 3, n_bins, n_bins), np.int64)
     for n in range(64):
         for r, c in np.ndindex(2, 3):
-            expected[r, c, true[n, r, c], said[n, r, c]] += 0 if commands.solarize[n].any() else 2
+            expected[r, c, true[n, r, c], predicted[n, r, c]] += 0 if commands.solarize[n].any() else 2
     assert 0 < commands.solarize.any(axis=1).sum() < 64
     np.testing.assert_array_equal(counts, expected)
 
@@ -248,14 +251,14 @@ def test_words_say_what_was_executed() -> None:
 def test_the_predicted_crop_box_is_drawn_and_measured() -> None:
     commands = some_commands(1, area=(0.3, 0.6))
     true = command_bins(torch.from_numpy(relative_windows(commands)), 501)
-    said = predictions(model_that_says(true, 501), torch.zeros(1, 2, 3, 32, 32), commands, "official")
-    *_, predicted = panels(replace(one_example(commands), predictions=said))
+    values = predictions(model_that_predicts(true, 501), torch.zeros(1, 2, 3, 32, 32), commands, "official")
+    *_, predicted = panels(replace(one_example(commands), predictions=values))
     assert predicted.heading == "view j, as predicted"
     assert (np.asarray(predicted.image) == color_of("predicted")).all(axis=-1).sum() > 100
     words = dict(predicted.words)
     assert words["bins"] == "6 of 6 correct" and "wrongly" not in words["flip"]
     assert int(re.match("[0-9]+", words["overlap"])[0]) > 90
-    wrong = replace(said, windows=said.windows + np.array([0.5, 0, 0, 0]), flips=~said.flips)
+    wrong = replace(values, windows=values.windows + np.array([0.5, 0, 0, 0]), flips=~values.flips)
     words = dict(panels(replace(one_example(commands), predictions=wrong))[-1].words)
     assert re.match(r"(29|30|31)\.\d px too far right", words["center"]) and "wrong" in words["flip"]
 
@@ -328,6 +331,6 @@ def test_mistakes_are_told_in_a_sentence(
         ([str(tmp_path / "nowhere" / "a.png")], "nowhere/a.png"),
     ]:
         assert launch.main(["preview", *arguments]) == 2, arguments
-        said = capsys.readouterr().err
-        assert sentence in said and said.count("\n") == 1
+        output = capsys.readouterr().err
+        assert sentence in output and output.count("\n") == 1
     assert not Path(out).exists()

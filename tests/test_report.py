@@ -207,8 +207,8 @@ def test_mistakes_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureF
         ([str(folder), "--images", "0"], "--images 0 is too small"),
     ]:
         assert launch.main(["report", *arguments]) == 2
-        said = capsys.readouterr().err
-        assert sentence in said and said.count("\n") == 1
+        output = capsys.readouterr().err
+        assert sentence in output and output.count("\n") == 1
     assert not list(tmp_path.glob("*.html"))
 
 

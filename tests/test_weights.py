@@ -76,8 +76,8 @@ def test_a_file_that_wants_something_called_is_refused(
     checkpoint[where] = {"trap": Hostile()}
     torch.save(checkpoint, tmp_path / "hostile.ckpt")
     assert launch.main(["import", str(tmp_path / "hostile.ckpt"), str(tmp_path / "out.safetensors")]) == 2
-    said = capsys.readouterr().err
-    assert "requests a call of posix.system" in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert "requests a call of posix.system" in output and "Traceback" not in output
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out.safetensors").exists()
 
 
@@ -170,10 +170,10 @@ def test_a_prefix_of_another_trainer_is_named_and_can_be_removed(
     torch.save({"state_dict": state}, tmp_path / "other.ckpt")
     with pytest.raises(UserError) as raised:
         read_weights(tmp_path / "other.ckpt")
-    said = str(raised.value)
-    assert f" {prefix}, " in said.replace(str(tmp_path), "")
+    output = str(raised.value)
+    assert f" {prefix}, " in output.replace(str(tmp_path), "")
     monkeypatch.chdir(tmp_path)
-    line = said[said.index("torch.save(") :].rstrip(".")
+    line = output[output.index("torch.save(") :].rstrip(".")
     eval(line, {"torch": torch, "state": state})
     encoder = {name: tensor for name, tensor in small_model().state_dict().items() if name.startswith("encoder.")}
     read = read_weights(tmp_path / "encoder.pth")

@@ -17,14 +17,14 @@ from pipelines.batch import PlainLoader
 from stec.models.encoder import Encoder
 
 Measure = Literal["online_classifier", "linear_probing", "low_shot", "knn"]
-"""The online linear classifier; a linear classifier on the features of the labeled images; the same on few of them; the
-nearest of them. ``MEASURES`` has them in the order of tables."""
+"""In the order of tables: the online linear classifier of the training, linear probing on all labeled images, linear
+probing on a few of them, and kNN."""
 MEASURES: tuple[Measure, ...] = ("online_classifier", "linear_probing", "low_shot", "knn")
 NEIGHBORS = 20
 KNN = f"knn{NEIGHBORS}"
-"""Name of the neighbors' score."""
+"""Name of the kNN result."""
 MAX_LABELED = 50_000
-"""At most so many labeled images serve as neighbors and for the linear probing."""
+"""The maximum number of labeled images for kNN and linear probing."""
 PERCENTAGES = (10, 1)
 """Percentages of the labeled images for ``low_shot``."""
 

@@ -206,9 +206,8 @@ class _Canvas:
             self.draw.rectangle((right - wide + 1, y, right, end), fill=color)
 
     def _tag(self, box: tuple[int, int, int, int], name: str, flipped: bool) -> None:
-        """View i's name stands in the window's upper left corner, view j's in its lower right, the predicted one's
-        above
-        its upper right; a double arrow beside it says that the window is flipped."""
+        """The name of view i is in the upper left corner of its crop box, the name of view j in the lower right of
+        its own, the name of the predicted one above the upper right; a double arrow marks a flipped view."""
         font = ImageFont.load_default(14)
         text = round(font.getlength(name))
         width, height = text + 12 + (24 if flipped else 0), 20
