@@ -1,4 +1,4 @@
-"""What a training step asks of a GPU, counted, and the most images per second that allows. Nothing is measured here.
+"""What views and a training step need of a GPU, counted, and the most images/s that allows. Nothing is measured here.
 
     python -m benchmarks.roofline
 
@@ -6,6 +6,9 @@ Floating-point operations are counted by PyTorch on the real model, bytes by a r
 convolution, batch norm, ReLU and pooling reads its input and writes its output once, and a residual sum reads two and
 writes one, all in bf16; the backward pass moves ``BACKWARD_BYTES`` times as much. Weights stay out, as a batch shares
 them.
+
+Of views, launches and bytes are counted without decoding: DALI's operators in a graph that is defined but not built,
+each of which reads and writes all pixels of a view, and the fused kernels on crop boxes drawn from the recipe's policy.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
@@ -25,9 +29,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from benchmarks import report, step_model
 from benchmarks.step_model import CLASSES, FLOAT, SIMILARITY_PASSES
-from pipelines.commands import VIEWS
+from pipelines.commands import VIEWS, Policy, draw
+from pipelines.datasets.images import ImageArray
 from pipelines.errors import UserError
+from pipelines.executors.dali_operators import DaliExecutor
+from pipelines.executors.gpu_compiler import TILE_HEIGHT, TILE_WIDTH, largest_reach
+from pipelines.executors.graph import training_pipeline
 from stec.console import Console
+from stec.loaders import policy_of
 from stec.recipes import recipe
 from stec.training.initial_model import initial_model
 
@@ -41,6 +50,12 @@ SIMILARITY_PRODUCTS = 3
 """Matrix products of NT-Xent: similarities forwards, again backwards, and the gradient from them."""
 NODE = 8
 """GPUs of the machine for which batch norm's collectives are counted."""
+HALF = 2
+"""Bytes of a value of a float16 view."""
+PHOTOGRAPH_PX = (375, 500)
+"""Height and width that images in files are assumed to have."""
+DRAWN = 4096
+"""Images whose commands are drawn to find the mean size of a crop box."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +81,10 @@ class Options:
     """Whose models and whose batches per GPU."""
     batch_size: int | None = None
     """Images per GPU, if not the recipe's."""
+    launch_us: float = 3.0
+    """Host time of a launch in microseconds, an assumption."""
+    decoded_images_per_s: float = 19_000.0
+    """Images/s that the decoders of a GPU reach alone; the default is what DALI's own tests require of a Hopper GPU."""
 
 
 @dataclass(kw_only=True)
@@ -182,6 +201,66 @@ def other_parts(name: str, batch_size: int) -> dict[str, list[Part]]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ViewCost:
+    """What the views of a batch need."""
+
+    launches: int
+    moved: float
+    """Bytes read and written."""
+
+    def images_per_s(self, images: int, gpu: Gpu, launch_us: float) -> float:
+        """At most, by memory or by launches."""
+        return images / max(self.moved / (1e12 * gpu.memory_tb_per_s), 1e-6 * launch_us * self.launches)
+
+
+def view_costs(name: str, batch_size: int) -> dict[str, ViewCost]:
+    """What the executors on a GPU need for the float16 views of a batch."""
+    config = recipe(name)
+    policy, in_files = policy_of(config), config.traits.resize_px is not None
+    source_hw = PHOTOGRAPH_PX if in_files else (policy.size, policy.size)
+    image_hw = np.broadcast_to(np.array(source_hw), (DRAWN, 2))
+    commands = draw(policy, image_hw=image_hw, seed=0, epoch=0, first_position=0)
+    crop = 3 * float((commands.height * commands.width).mean())
+    view = 3 * policy.size**2
+    # A tile of a blurred view is read with its surroundings.
+    reach = largest_reach(policy)
+    tile = (TILE_WIDTH + 2 * reach) * (TILE_HEIGHT + 2 * reach) / (TILE_WIDTH * TILE_HEIGHT)
+    read_again = view * (1 + max(policy.p_blur, 0) * (tile - 1))
+    operators = len(gpu_operators(policy))
+    views = batch_size * VIEWS
+    return {
+        "fused": ViewCost(
+            launches=2 * batch_size if in_files else 2, moved=views * (crop + view + read_again + HALF * view)
+        ),
+        "dali": ViewCost(launches=operators, moved=views * (crop + 2 * FLOAT * view * operators / VIEWS)),
+    }
+
+
+def gpu_operators(policy: Policy) -> list[Any]:
+    """The operators on the GPU in the graph of ``DaliExecutor``, each of which is one launch or more per batch."""
+    images = ImageArray(pixels=np.zeros((1, 8, 8, 3), np.uint8), labels=np.zeros(1, np.int64))
+    executor = DaliExecutor(images, policy, VIEWS, torch.device("cuda", 0), half=True)
+    pipeline = training_pipeline(executor, lambda: [], lambda: [], batch_size=1, num_threads=1, device_id=0)
+    return [
+        operator
+        for operator in operators_of(pipeline)
+        if operator.outputs[0].device == "gpu" and "ExternalSource" not in operator.name
+    ]
+
+
+def operators_of(pipeline: Any) -> list[Any]:
+    """Every operator of a defined graph."""
+    operators: dict[int, Any] = {}
+    waiting = [node.source for node in pipeline._graph_out]
+    while waiting:
+        operator = waiting.pop()
+        if id(operator) not in operators:
+            operators[id(operator)] = operator
+            waiting += [node.source for node in operator.inputs]
+    return list(operators.values())
+
+
 def batch_norm_collectives_ms(name: str, batch_size: int, step_ms: float) -> float:
     """What batch norm over the GPUs of one node adds, by the model of ``step_model`` and the rates it assumes."""
     options = step_model.Options(compute_ms=step_ms, recipe=name)
@@ -189,13 +268,32 @@ def batch_norm_collectives_ms(name: str, batch_size: int, step_ms: float) -> flo
 
 
 def show(options: Options, console: Console) -> None:
-    report.check_positive(options, "batch_size")
+    report.check_positive(options, "batch_size", "launch_us", "decoded_images_per_s")
     for name in options.recipes:
         if recipe(name).objective.stop_gradient == 2:
             raise UserError(f"--recipes {name} does not train its encoder; name recipes that do.")
     console.say("Counted, and divided by the vendors' peaks: upper bounds, which nobody measured.")
     for name in options.recipes:
-        show_recipe(name, options.batch_size or recipe(name).optimization.batch_size, console)
+        batch_size = options.batch_size or recipe(name).optimization.batch_size
+        show_views(name, batch_size, options, console)
+        show_recipe(name, batch_size, console)
+
+
+def show_views(name: str, batch_size: int, options: Options, console: Console) -> None:
+    rows = [
+        [
+            executor,
+            f"{cost.launches:,}",
+            f"{cost.moved / batch_size / 1e6:,.3f}",
+            *(f"{cost.images_per_s(batch_size, gpu, options.launch_us):,.0f}" for gpu in GPUS.values()),
+        ]
+        for executor, cost in view_costs(name, batch_size).items()
+    ]
+    if recipe(name).traits.resize_px is not None:
+        decoding = f"{options.decoded_images_per_s:,.0f}"
+        rows.append(["decoding alone, as given", "", "", *(decoding for _ in GPUS)])
+    columns = ["--executor", "launches a batch", "MB an image", *(f"images/s, {gpu}" for gpu in GPUS)]
+    console.table(f"{name}: the two views of {batch_size:,} images, at most", columns, rows)
 
 
 def show_recipe(name: str, batch_size: int, console: Console) -> None:

@@ -28,11 +28,12 @@ from benchmarks.throughput import PipelineOptions
 from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray, ImageFiles
 from pipelines.executors import ExecutorName, cpu_kernels
-from pipelines.executors.cpu import addresses
+from pipelines.executors.image_arrays import addresses
 from pipelines.loader import Loader
 from pipelines.sampler import BatchPlan, Sampler
 from stec.console import Console
 
+CPU = torch.device("cpu")
 WARM_UP_BATCHES = 4
 JITTER = ("brightness", "contrast", "saturation", "hue")
 """The steps by their numbers in a command's order."""
@@ -45,7 +46,7 @@ CALLS_ALONE = 20
 class Options(PipelineOptions):
     """Measure where the time of a view goes."""
 
-    executor: ExecutorName = "cpu"
+    executor: ExecutorName = "fused"
     """What executes the commands."""
 
 
@@ -77,9 +78,7 @@ def cpu_us_per_view(
 
 
 def pipeline_turn(sampler: Sampler, options: Options, clock: Callable[[], float] = time.process_time) -> float:
-    loader = Loader(
-        sampler, backend="dali", device=torch.device("cpu"), workers=options.workers, executor=options.executor
-    )
+    loader = Loader(sampler, backend="dali", device=CPU, workers=options.workers, executor=options.executor)
     return cpu_us_per_view(loader.batches(0), sampler.batch_size * sampler.views, options.seconds, clock)
 
 
@@ -99,7 +98,7 @@ def through_the_pipeline(sampler: Sampler, options: Options, console: Console) -
 
     # Orders, and how often their stage comes about in the whole policy.
     stages: dict[str, tuple[Sampler, float]] = {}
-    if options.executor == "cpu":
+    if options.executor == "fused":
         for number, name in enumerate(JITTER):
             one_step = with_policy(OneStepFourTimes, p_color_jitter=1.0)
             assert isinstance(one_step, OneStepFourTimes)
@@ -159,15 +158,13 @@ def calls_by_stage(sampler: Sampler) -> dict[str, tuple[Any, list[tuple[Any, ...
     plan = Sampler(images, policy, seed=0, batch_size=VIEWS_ALONE).plan(0)
     c, size, ids = plan.commands, full.size, plan.image_ids
     plain = Policy(size=size, p_color_jitter=0.0, p_grayscale=0.0)
-    loader = Loader(
-        Sampler(images, plain, seed=0, batch_size=VIEWS_ALONE), backend="dali", device=torch.device("cpu"), workers=1
-    )
+    loader = Loader(Sampler(images, plain, seed=0, batch_size=VIEWS_ALONE), backend="dali", device=CPU, workers=1)
     views = np.ascontiguousarray(next(loader.batches(0)).views[:, 0].movedim(1, -1).numpy())
     planes = np.ascontiguousarray(np.rint(views * 255).astype(np.uint8).transpose(0, 3, 1, 2)).reshape(len(ids), 3, -1)
 
     def source(n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         if isinstance(images, ImageArray):
-            return np.array(images.pixels[ids[n]]).reshape(-1), addresses(images, ids[n : n + 1], 1)[0, 1:4]
+            return np.array(images.pixels[ids[n]]).reshape(-1), addresses(images, ids[n : n + 1], CPU)[0, 1:]
         pixels = np.array(images.open(int(ids[n])))
         return pixels.reshape(-1), np.array(pixels.strides)
 
@@ -224,7 +221,7 @@ def measure(options: Options, console: Console) -> None:
     sampler = options.sampler()
     through, remark = through_the_pipeline(sampler, options, console)
     figures = [through]
-    if options.executor == "cpu":
+    if options.executor == "fused":
         figures.append(alone(sampler, options, console))
     report.publish(figures, options, console, [remark])
 

@@ -34,19 +34,21 @@ from pipelines.cpus import available_cpus
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.datasets.registry import DATA_SETS, DataSetName, open_data_set
 from pipelines.errors import UserError
+from pipelines.executors import ExecutorName
 from pipelines.loader import Loader, resolve_backend
 from pipelines.sampler import Sampler
 from stec.config import TrainConfig
 from stec.console import Console
 from stec.loaders import policy_of
 
-Contender = Literal["official", "v2", "torchvision", "dali", "compiled"]
+Contender = Literal["official", "v2", "torchvision", "dali", "compiled", "gpu"]
 NAMES: dict[Contender, str] = {
     "official": "official-style: torchvision on Pillow images",
     "v2": "official-style: torchvision v2 on tensors",
     "torchvision": "our commands, by torchvision",
     "dali": "our commands, by DALI's operators",
     "compiled": "our commands, by compiled operators in DALI",
+    "gpu": "our commands, by compiled kernels in DALI on the GPU",
 }
 MAIN_THREAD_IMAGES = 1024
 WARM_UP_STEPS = 4
@@ -93,10 +95,10 @@ class PipelineOptions(report.Output):
 class Options(PipelineOptions):
     """Measure the data pipeline against official-style ones."""
 
-    contenders: tuple[Contender, ...] = get_args(Contender)
+    contenders: tuple[Contender, ...] = tuple(name for name in get_args(Contender) if name != "gpu")
     """Which to measure; ratios are to the first."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where views are wanted. On cuda all but "dali" are made on the CPU and copied."""
+    """Where views are wanted. On cuda all but "dali" and "gpu" are made on the CPU and copied."""
 
     def check(self) -> None:
         super().check()
@@ -104,7 +106,9 @@ class Options(PipelineOptions):
             raise UserError(f"--contenders needs at least one of {', '.join(NAMES)}.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda needs a GPU that torch can use, and there is none; use --device cpu.")
-        if {"dali", "compiled"} & set(self.contenders):
+        if "gpu" in self.contenders and self.device == "cpu":
+            raise UserError("--contenders gpu needs --device cuda.")
+        if {"dali", "compiled", "gpu"} & set(self.contenders):
             resolve_backend("dali")
 
 
@@ -168,8 +172,8 @@ def views_of(contender: Contender, options: Options) -> Iterator[Sequence[Tensor
     else:
         backend: Any = "torchvision" if contender == "torchvision" else "dali"
         # Compiled operators leave the GPU to others.
-        on = device if contender == "dali" else torch.device("cpu")
-        executor: Any = {"dali": "dali", "compiled": "cpu"}.get(contender)
+        on = device if contender in ("dali", "gpu") else torch.device("cpu")
+        executor: ExecutorName = "dali" if contender == "dali" else "fused"
         ours = Loader(sampler, backend=backend, device=on, workers=options.workers, executor=executor)
         batches = ([batch.views] for batch in ours.batches(0))
     return ([views.to(device, non_blocking=True) for views in batch] for batch in batches)
@@ -217,7 +221,6 @@ def pillow_decoding_turn(options: Options) -> float:
 def main_thread_ms(options: Options) -> dict[str, float]:
     """CPU time that the thread that trains spends on its batches, in ms per 1,024 images: medians of some steps."""
     sampler = sampler_of(options, min(MAIN_THREAD_IMAGES, len(sampler_of(options).images)))
-    executor: Any = "dali" if options.device == "cuda" else "cpu"
     spent: dict[str, list[float]] = {name: [] for name in ("source", "run", "step")}
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -240,9 +243,7 @@ def main_thread_ms(options: Options) -> dict[str, float]:
 
     untimed_run, timed_inputs = feed.run_pipeline, timed("source", feed.TrainingFeed.host_inputs)
     with patch.object(feed, "run_pipeline", timed_run), patch.object(feed.TrainingFeed, "host_inputs", inputs):
-        ours = Loader(
-            sampler, backend="dali", device=torch.device(options.device), workers=options.workers, executor=executor
-        )
+        ours = Loader(sampler, backend="dali", device=torch.device(options.device), workers=options.workers)
         step = timed("step", partial(next, ours.batches(0)))
         started = time.perf_counter()
         while len(spent["step"]) < WARM_UP_STEPS + 3 or time.perf_counter() - started < options.seconds:

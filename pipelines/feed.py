@@ -212,9 +212,12 @@ class TrainingFeed(Feed):
         plan = self._plan(step)
         by_name = self.executor.inputs(plan)
         host = [by_name[name] for name in self.executor.host_inputs]
-        return [*host, plan.commands.pack(), _record(plan, self.images)], [
-            by_name[name] for name in self.executor.device_inputs
-        ]
+        packed, record = plan.commands.pack(), _record(plan, self.images)
+        device = [by_name[name] for name in self.executor.device_inputs]
+        if self.executor.batch_is_sample:
+            whole = [*host, packed.reshape(-1, packed.shape[-1]), record]
+            return [values[None] for values in whole], device
+        return [*host, packed, record], device
 
     def exclude(self, images: Sequence[BadImage]) -> None:
         self.sampler.bad.add(images)

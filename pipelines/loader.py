@@ -54,7 +54,7 @@ class Loader:
 
     ``workers`` is the number of DALI threads or torchvision worker processes. ``labeled_sampler`` adds labeled images
     for the online linear classifier to each batch, if the images of ``sampler`` have no labels. With ``half``, views
-    are float16. ``executor`` is the executor in DALI's graph; default: ``dali`` on a GPU, ``cpu`` on a CPU.
+    are float16. ``executor`` is the executor in DALI's graph. Raises UserError if it does not work on the GPU.
 
     A bad image is reported to ``sampler.bad``, and its step is repeated without it. A DALI pipeline makes views of one
     size; if the size changes, a new pipeline continues at the next step.
@@ -69,11 +69,15 @@ class Loader:
         workers: int,
         labeled_sampler: Sampler | None = None,
         half: bool = False,
-        executor: ExecutorName | None = None,
+        executor: ExecutorName = "fused",
     ) -> None:
         self.sampler, self.device, self.workers, self.half = sampler, device, workers, half
         self.backend = resolve_backend(backend)
-        self.executor: ExecutorName = executor or ("dali" if device.type == "cuda" else "cpu")
+        self.executor: ExecutorName = executor
+        if self.backend == "dali" and executor == "fused" and device.type == "cuda":
+            from pipelines.executors.self_check import require_equal_views
+
+            require_equal_views(device)
         self.labeled_loader = (
             Loader(labeled_sampler, backend=backend, device=device, workers=workers, half=half, executor=executor)
             if labeled_sampler is not None
@@ -89,8 +93,7 @@ class Loader:
 
         Raises UserError if too many images are bad.
         """
-        batches = self._dali_batches if self.backend == "dali" else self._torchvision_batches
-        reported = self._reporting_epochs(batches(first_step))
+        reported = self._reporting_epochs(self._batches(first_step))
         if self.labeled_loader is None:
             yield from reported
         else:
@@ -104,6 +107,12 @@ class Loader:
                 self.sampler.bad.end_epoch(epoch)
             epoch = batch.epoch
             yield batch
+
+    def _batches(self, first_step: int) -> Iterator[Batch]:
+        if self.backend == "torchvision":
+            return self._torchvision_batches(first_step)
+        options: dict[str, Any] = {"threads": self.workers, "half": self.half, "first_step": first_step}
+        return dali_batches(self.sampler, self.executor, self.device, **options)
 
     def _torchvision_batches(self, first_step: int) -> Iterator[Batch]:
         dtype = torch.float16 if self.half else torch.float32
@@ -121,35 +130,34 @@ class Loader:
                 image_ids=plan.image_ids,
             )
 
-    def _dali_batches(self, first_step: int) -> Iterator[Batch]:
-        from pipelines.executors.graph import executor_class, training_pipeline
-        from pipelines.feed import TrainingFeed, run_pipeline
 
-        sampler, step = self.sampler, first_step
-        while True:
-            executor = executor_class(self.executor)(
-                sampler.images, sampler.policy_of(step), sampler.views, self.device
+def dali_batches(
+    sampler: Sampler, executor: ExecutorName, device: torch.device, *, threads: int, half: bool, first_step: int = 0
+) -> Iterator[Batch]:
+    """Endless batches from global step ``first_step`` on, whose plans are executed in DALI's graph."""
+    from pipelines.executors.graph import executor_class, training_pipeline
+    from pipelines.feed import TrainingFeed, run_pipeline
+
+    step, by_view = first_step, (sampler.batch_size, sampler.views)
+    while True:
+        policy = sampler.policy_of(step)
+        graph = executor_class(executor, device)(sampler.images, policy, sampler.views, device, half=half)
+        feed = TrainingFeed(sampler, graph, step)
+        options = pipeline_options(1 if graph.batch_is_sample else sampler.batch_size, threads, device)
+        pipeline = training_pipeline(graph, feed.host_inputs, feed.device_inputs, **options)
+        for views, packed, record, *_ in run_pipeline(pipeline, feed, device):
+            rows: NDArray[np.int64] = np.array(record.as_array()).reshape(-1, 4)
+            assert rows[0, 1] == sampler.first_position(step), "DALI has lost or swapped a step"
+            pixels = torch.from_dlpack(views.as_tensor()).reshape(*by_view, policy.size, policy.size, 3)
+            yield Batch(
+                views=pixels.movedim(-1, -3),
+                commands=Commands.unpack(packed.as_array().reshape(*by_view, -1)),
+                labels=torch.from_numpy(rows[:, 3].copy()).to(device, non_blocking=True),
+                epoch=int(rows[0, 0]),
+                positions=rows[:, 1],
+                image_ids=rows[:, 2],
             )
-            feed = TrainingFeed(sampler, executor, step)
-            pipeline = training_pipeline(
-                executor,
-                feed.host_inputs,
-                feed.device_inputs,
-                half=self.half,
-                **pipeline_options(sampler.batch_size, self.workers, self.device),
-            )
-            for views, packed, record, *_ in run_pipeline(pipeline, feed, self.device):
-                rows: NDArray[np.int64] = np.array(record.as_array())
-                assert rows[0, 1] == sampler.first_position(step), "DALI has lost or swapped a step"
-                yield Batch(
-                    views=torch.from_dlpack(views.as_tensor()).movedim(-1, -3),
-                    commands=Commands.unpack(packed.as_array()),
-                    labels=torch.from_numpy(rows[:, 3].copy()).to(self.device, non_blocking=True),
-                    epoch=int(rows[0, 0]),
-                    positions=rows[:, 1],
-                    image_ids=rows[:, 2],
-                )
-                step += 1
+            step += 1
 
 
 def pipeline_options(batch_size: int, threads: int, device: torch.device) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.errors import UserError
+from pipelines.executors import ExecutorName
 from stec.architectures import Arch
 from stec.compatibility import RENAMED_SETTINGS, with_current_names
 from stec.settings import OnResume, Switch, check_ranges, checked_value, setting, settings_of
@@ -49,6 +50,8 @@ class DataSettings:
     """1: rotate image files by their EXIF orientation (photographs); 0: use them as stored, as ImageFolder does."""
     backend: Literal["auto", "dali", "torchvision"] = setting("auto")
     """Library that executes the commands; auto is DALI if it is installed."""
+    executor: ExecutorName = setting("fused")
+    """What executes them in DALI's graph: fused kernels with torchvision's arithmetic, or DALI's own operators."""
     num_workers: int | None = setting(None, at_least=0, on_resume="free")
     """DALI threads or torchvision worker processes per training process; default: its part of the CPUs."""
 

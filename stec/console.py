@@ -11,6 +11,7 @@ from datetime import timedelta
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleDimensions, RenderableType
+from rich.constrain import Constrain
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -177,10 +178,12 @@ class _Progress(Progress):
     below: Sequence[str] = ()
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        yield from super().get_renderables()
+        # Terminals write ^C at the cursor; after a full line that would move the display down, and a part of it would
+        # remain.
+        width = self.console.width - len("^C")
+        for bar in super().get_renderables():
+            yield Constrain(bar, width)
         for line in self.below:
             text = Text(line, no_wrap=True)
-            # Terminals write ^C at the cursor; after a full line that would move the display down, and a part of it
-            # would remain.
-            text.truncate(self.console.width - len("^C"), overflow="ellipsis")
+            text.truncate(width, overflow="ellipsis")
             yield text

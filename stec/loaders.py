@@ -53,9 +53,15 @@ def policy_of(config: TrainConfig) -> Policy:
     )
 
 
-def num_workers(settings: LoaderSettings) -> int:
+MAX_GPU_THREADS = 32
+"""For each of DALI's threads, the decoder of a GPU reserves 16 MiB of its memory and as much of the host's."""
+
+
+def num_workers(settings: LoaderSettings, device: torch.device) -> int:
     """Number of DALI threads or torchvision worker processes of this process."""
-    return cpus_of_process() if settings.num_workers is None else settings.num_workers
+    if settings.num_workers is not None:
+        return settings.num_workers
+    return min(cpus_of_process(), MAX_GPU_THREADS) if device.type == "cuda" else cpus_of_process()
 
 
 def training_loader(
@@ -99,7 +105,8 @@ def training_loader(
         sampler,
         backend=config.data.backend,
         device=device,
-        workers=num_workers(config.data),
+        workers=num_workers(config.data, device),
+        executor=config.data.executor,
         labeled_sampler=labeled_sampler,
         # DALI has no bfloat16; float16 resolves [0, 1] more finely.
         half=device.type == "cuda" and precision != "no",
@@ -117,5 +124,5 @@ def evaluation_loader(
         batch_size=batch_size,
         backend=data.backend,
         device=device,
-        workers=num_workers(data),
+        workers=num_workers(data, device),
     )

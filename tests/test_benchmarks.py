@@ -115,7 +115,7 @@ def test_stages_of_arrays(cifar10: list[str], tmp_path: Path, executor: str) -> 
     flags = [*cifar10, *BRIEF, "--executor", executor]
     through, *alone = figures(run(stages.main, flags, tmp_path))
     assert through["whole policy"][0] > 0 and "blur" not in through, "CIFAR-10's policy does not blur"
-    assert bool(alone) == (executor == "cpu")
+    assert bool(alone) == (executor == "fused")
     for turns in alone:
         assert {"crop, resize", "brightness", "hue", "gray", "output"} <= set(turns)
         assert all(0 < values[0] < 1000 for values in turns.values())

@@ -114,7 +114,7 @@ WRONG = {
     "one image": (["--limit_train", "1"], "train on 2 images or more"),
     "huge batch": (["--batch_size", "9000"], "only 8192 training images; use --batch_size 8192 or less"),
     "fp16 on a CPU": (["--mixed_precision", "fp16"], "needs a CUDA GPU"),
-    "fewer processes than output": (["--gpus", "2"], "accelerate launch --multi_gpu --num_processes 2 launch.py"),
+    "fewer processes than requested": (["--gpus", "2"], "accelerate launch --multi_gpu --num_processes 2 launch.py"),
     "more images than there are": (["--limit_train", "10000"], "more than the 8192"),
 }
 

@@ -284,6 +284,7 @@ def test_the_cursor_is_back_after_ctrl_c(tmp_path: Path) -> None:
         stream.feed(chunk)
         if not pressed and any(row.startswith("epoch 3/10000 ") for row in rows(screen)):
             hidden, pressed = screen.cursor.hidden, True
+            assert max(map(len, rows(screen))) <= 100 - len("^C"), "^C fits behind each line"
             os.write(ours, b"\x03")
     run.end(130)
     os.close(ours)

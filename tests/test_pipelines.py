@@ -22,6 +22,7 @@ from nvidia.dali.backend import TryGetSchema  # type: ignore[attr-defined]  # th
 from PIL import Image
 from torchvision import transforms
 
+from benchmarks.roofline import operators_of
 from pipelines.bad_images import BadImages
 from pipelines.batch import Batch
 from pipelines.commands import LABELED_STREAM, VIEWS, Policy
@@ -30,8 +31,9 @@ from pipelines.errors import UserError
 from pipelines.executors import EXECUTORS, ExecutorName, cpu_kernels, graph
 from pipelines.executors import torchvision as reference
 from pipelines.executors.cpu import CompiledViews
-from pipelines.executors.dali_operators import DaliExecutor, argument_names, pixels_on_device
+from pipelines.executors.dali_operators import DaliExecutor, argument_names
 from pipelines.executors.graph import training_pipeline
+from pipelines.executors.image_arrays import pixels_on_device
 from pipelines.loader import EvaluationLoader, Loader
 from pipelines.sampler import BatchPlan, Sampler
 from tests.conftest import smooth_image
@@ -50,7 +52,7 @@ def loader(
     backend: str = "dali",
     device: torch.device = CPU,
     workers: int = 2,
-    executor: ExecutorName | None = None,
+    executor: ExecutorName = "fused",
     **sampler: Any,
 ) -> Loader:
     """A loader of small batches; that of torchvision without workers, which would take long to start."""
@@ -72,9 +74,9 @@ def difference(one: torch.Tensor, two: torch.Tensor) -> float:
 
 TOLERANCES = [
     # The compiled function repeats Pillow's arithmetic. DALI's operators round and clamp less often.
-    ("cpu", "plain", 0.001),
-    ("cpu", "cifar", 0.01),
-    ("cpu", "stl10", 0.01),
+    ("fused", "plain", 0.001),
+    ("fused", "cifar", 0.01),
+    ("fused", "stl10", 0.01),
     ("dali", "plain", 0.3),
     ("dali", "cifar", 2.0),
     ("dali", "stl10", 2.5),
@@ -318,19 +320,7 @@ def test_gray_views_are_gray(demo_test_images: ImageArray, executor: ExecutorNam
     assert torch.equal(batch.views[:, :, 0], batch.views[:, :, 2])
     (theirs,) = take(loader(demo_test_images, Policy(p_color_jitter=-1, p_grayscale=1.0), "torchvision"), 1)
     # DALI's operators round after the crop, but not after gray.
-    assert (batch.views - theirs.views).abs().max() * 255 <= (0 if executor == "cpu" else 2.01)
-
-
-def operators_of(pipeline: Any) -> list[Any]:
-    """Every operator of a defined graph."""
-    operators: dict[int, Any] = {}
-    waiting = [node.source for node in pipeline._graph_out]
-    while waiting:
-        operator = waiting.pop()
-        if id(operator) not in operators:
-            operators[id(operator)] = operator
-            waiting += [node.source for node in operator.inputs]
-    return list(operators.values())
+    assert (batch.views - theirs.views).abs().max() * 255 <= (0 if executor == "fused" else 2.01)
 
 
 @pytest.mark.parametrize("form", ["HWC", "CWH", "path", "bytes", "either"])
@@ -346,13 +336,12 @@ def test_the_gpu_graph_can_be_defined_without_a_gpu(
     elif in_files:
         images = in_shards(photographs, tmp_path / "shards") if form == "bytes" else photographs
         images = dataclasses.replace(images, needs_pillow=np.full(len(images), form == "either"))
-    executor = DaliExecutor(images, POLICIES[name], VIEWS, GPU)
+    executor = DaliExecutor(images, POLICIES[name], VIEWS, GPU, half=True)
     assert executor.files is None or executor.files.form == form
     pipeline = training_pipeline(
         executor,
         lambda: [],
         lambda: [],
-        half=True,
         batch_size=8,
         num_threads=1,
         device_id=0,

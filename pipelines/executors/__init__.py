@@ -7,13 +7,16 @@ graph that makes the views from them. A new one is a file and a row of ``EXECUTO
 
 from typing import Any, Literal
 
-ExecutorName = Literal["cpu", "dali"]
+ExecutorName = Literal["fused", "dali"]
 DataNode = Any
 """A node of a DALI graph; DALI's type stubs lack attributes that it adds at run time."""
 
-EXECUTORS: dict[ExecutorName, str] = {
-    "cpu": "pipelines.executors.cpu:CpuExecutor",
-    "dali": "pipelines.executors.dali_operators:DaliExecutor",
+EXECUTORS: dict[ExecutorName, dict[str, str]] = {
+    "fused": {"cpu": "pipelines.executors.cpu:CpuExecutor", "cuda": "pipelines.executors.gpu:GpuExecutor"},
+    "dali": {
+        "cpu": "pipelines.executors.dali_operators:DaliExecutor",
+        "cuda": "pipelines.executors.dali_operators:DaliExecutor",
+    },
 }
-"""The classes of executors in a DALI graph. ``cpu`` runs one compiled function per image, ``dali`` DALI's operators on
-a CPU or GPU."""
+"""The classes of executors in a DALI graph, by type of device. ``fused`` executes all stages of a view in one compiled
+function on a CPU, and in two kernels, with the same arithmetic, on a GPU; ``dali`` uses DALI's operators."""

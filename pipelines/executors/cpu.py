@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from nvidia.dali import ops, types
+from nvidia.dali import fn, ops, types
 
 from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.executors import DataNode
+from pipelines.executors.image_arrays import addresses
 from pipelines.executors.image_files import Files
 from pipelines.sampler import BatchPlan
 
@@ -46,17 +46,19 @@ class CpuExecutor:
     """Images in memory enter the graph as addresses, images in files are decoded in it."""
 
     device_inputs: tuple[str, ...] = ()
+    batch_is_sample = False
 
-    def __init__(self, images: Images, policy: Policy, views: int, device: torch.device) -> None:
+    def __init__(self, images: Images, policy: Policy, views: int, device: torch.device, *, half: bool = False) -> None:
         assert device.type == "cpu", "its operator runs on CPUs only"
-        self.images, self.policy, self.num_views = images, policy, views
+        self.images, self.policy, self.num_views, self.device, self.half = images, policy, views, device, half
         self.files = Files(images, "cpu") if isinstance(images, ImageFiles) else None
         self.host_inputs: tuple[str, ...] = ("addresses",) if self.files is None else (*self.files.names, "placement")
 
     def inputs(self, plan: BatchPlan) -> dict[str, Any]:
         blur_window_px = self.policy.blur_window_px
         if isinstance(self.images, ImageArray):
-            return {"addresses": addresses(self.images, plan.image_ids, blur_window_px)}
+            where = addresses(self.images, plan.image_ids, self.device)
+            return {"addresses": np.insert(where, 4, blur_window_px, axis=1)}
         assert self.files is not None
         inputs = self.files.inputs(plan.image_ids, plan.commands)
         origin = inputs["origin"]
@@ -66,18 +68,10 @@ class CpuExecutor:
 
     def views(self, nodes: Mapping[str, DataNode], commands: DataNode) -> tuple[DataNode, ...]:
         execute = CompiledViews(self.num_views, self.policy.size, in_memory=self.files is None)
+        stored_shape: list[DataNode] = []
         if self.files is None:
-            return (execute(nodes["addresses"], commands),)
-        part, stored_shape = self.files.decode(nodes)
-        return execute(part, nodes["placement"], commands), stored_shape
-
-
-def addresses(images: ImageArray, image_ids: NDArray[np.int64], blur_window_px: int) -> NDArray[np.int64]:
-    """[N, 5]: the address of each image's first byte, its strides along H, W and C, and the width of the blur
-    kernel."""
-    pixels = images.pixels
-    strides = [pixels.strides[1 + images.layout.index(axis)] for axis in "HWC"]
-    values = np.empty((len(image_ids), 5), np.int64)
-    values[:, 0] = pixels.ctypes.data + image_ids * pixels.strides[0]
-    values[:, 1:] = [*strides, blur_window_px]
-    return values
+            views = execute(nodes["addresses"], commands)
+        else:
+            part, *stored_shape = self.files.decode(nodes)
+            views = execute(part, nodes["placement"], commands)
+        return (fn.cast(views, dtype=types.FLOAT16) if self.half else views), *stored_shape

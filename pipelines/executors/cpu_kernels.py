@@ -258,20 +258,50 @@ def _interleave(planes: Any, view: Any) -> None:
         flat[np.uint64(3) * p + np.uint64(2)] = np.float32(blue[p]) / full
 
 
-@compiled
-def _blurred(planes: Any, sigma_px: float, window_px: int, view: Any) -> None:
-    """``_interleave`` with torchvision's Gaussian blur, mirrored at the borders.
+def blur_reach(sigma_px: float, window_px: int) -> int:
+    """How many pixels the blur reaches to each side.
 
-    Four sigmas to each side are within one part in 10,000 of the kernel of ``window_px``, which is never exceeded.
+    Four sigmas are within one part in 10,000 of the official kernel, of ``window_px``, which is never exceeded.
     """
-    size = view.shape[0]
-    reach = min(window_px // 2, math.ceil(4 * sigma_px))
-    kernel = np.empty(2 * reach + 1, np.float32)
+    return min(window_px // 2, math.ceil(4 * sigma_px))
+
+
+_blur_reach = compiled(blur_reach)
+
+
+@compiled
+def _fill_blur_weights(sigma_px: float, reach: int, weights: Any) -> None:
+    """``weights`` [2 ``reach`` + 1]: torchvision's Gaussian, with the sum 1."""
     total = 0.0
     for k in range(2 * reach + 1):
         distance = (k - reach) / sigma_px
-        kernel[k] = math.exp(-0.5 * distance * distance)
-        total += kernel[k]
+        weights[k] = math.exp(-0.5 * distance * distance)
+        total += weights[k]
+    for k in range(2 * reach + 1):
+        weights[k] = weights[k] / total
+
+
+@njit(cache=CACHE, nogil=True, error_model="numpy")
+def blur_weights(sigma_px: Any, window_px: int, reach: int) -> Any:
+    """[N, 2 ``reach`` + 1] float32: the kernels of blurs with ``sigma_px`` [N] float32, followed by zeros.
+
+    ``reach`` must be that of the largest sigma or more. A sigma of 0, of no blur, has only zeros.
+    """
+    weights = np.zeros((len(sigma_px), 2 * reach + 1), np.float32)
+    for n in range(len(sigma_px)):
+        sigma = float(sigma_px[n])
+        if sigma > 0:
+            _fill_blur_weights(sigma, _blur_reach(sigma, window_px), weights[n])
+    return weights
+
+
+@compiled
+def _blurred(planes: Any, sigma_px: float, window_px: int, view: Any) -> None:
+    """``_interleave`` with torchvision's Gaussian blur, mirrored at the borders."""
+    size = view.shape[0]
+    reach = _blur_reach(sigma_px, window_px)
+    weights = np.empty(2 * reach + 1, np.float32)
+    _fill_blur_weights(sigma_px, reach, weights)
     padded = np.empty(size + 2 * reach, np.float32)
     rows = np.empty((size, size), np.float32)
     line = np.empty(size, np.float32)
@@ -287,7 +317,7 @@ def _blurred(planes: Any, sigma_px: float, window_px: int, view: Any) -> None:
             row = rows[y]
             row[:] = 0
             for k in range(2 * reach + 1):
-                weight = np.float32(kernel[k] / total)
+                weight = weights[k]
                 for x in range(size):
                     row[x] += padded[np.uint64(x + k)] * weight
         for y in range(size):
@@ -295,7 +325,7 @@ def _blurred(planes: Any, sigma_px: float, window_px: int, view: Any) -> None:
             for k in range(2 * reach + 1):
                 at = abs(y + k - reach)
                 at = 2 * (size - 1) - at if at >= size else at
-                weight, row = np.float32(kernel[k] / total), rows[at]
+                weight, row = weights[k], rows[at]
                 for x in range(size):
                     line[x] += row[x] * weight
             target = view[y]
@@ -342,6 +372,28 @@ def shape_function(views: int, size: int) -> int:
         for n in range(samples):
             shape = _at(by_sample[n], 4, np.int64)
             shape[0], shape[1], shape[2], shape[3] = views, size, size, 3
+
+    return int(shapes.address)
+
+
+def gpu_shape_function(size: int, tiles: int) -> int:
+    """Address of the function that returns the shapes of the outputs of a kernel on a GPU.
+
+    The first is [views, size, size, 3], the second, if any, [views, tiles]. The number of views is the first dimension
+    of the last input.
+    """
+
+    @cfunc(_SHAPES, cache=CACHE)
+    def shapes(outputs, _ranks, count, input_shapes, _input_ranks, inputs, samples):
+        by_output = _at(outputs, count * samples, np.uint64)
+        by_input = _at(input_shapes, inputs * samples, np.uint64)
+        for n in range(samples):
+            views = _at(by_input[(inputs - 1) * samples + n], 2, np.int64)[0]
+            shape = _at(by_output[n], 4, np.int64)
+            shape[0], shape[1], shape[2], shape[3] = views, size, size, 3
+            if count > 1:
+                shape = _at(by_output[samples + n], 2, np.int64)
+                shape[0], shape[1] = views, tiles
 
     return int(shapes.address)
 

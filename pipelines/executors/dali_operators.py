@@ -13,19 +13,19 @@ The stages of a view:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, math, types
+from nvidia.dali import Pipeline, fn, math, types
 from torch import Tensor
 
 from pipelines.color import color_maps
 from pipelines.commands import Commands, Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.executors import DataNode
+from pipelines.executors.image_arrays import pixels_on_device
 from pipelines.executors.image_files import Files
 from pipelines.sampler import BatchPlan
 
@@ -38,8 +38,11 @@ SOLARIZE_ARGUMENTS = ("solarize_limit",)
 class DaliExecutor:
     """Images in memory are copied to the GPU once, and batches are gathered there; images in files are decoded."""
 
-    def __init__(self, images: Images, policy: Policy, views: int, device: torch.device) -> None:
+    batch_is_sample = False
+
+    def __init__(self, images: Images, policy: Policy, views: int, device: torch.device, *, half: bool = False) -> None:
         self.images, self.policy, self.num_views, self.torch_device = images, policy, views, device
+        self.half = half
         self.device = "gpu" if device.type == "cuda" else "cpu"
         self.files = Files(images, self.device) if isinstance(images, ImageFiles) else None
         self.arguments = argument_names(policy)
@@ -69,7 +72,8 @@ class DaliExecutor:
         for v in range(self.num_views):
             arguments = {name: nodes[f"{name}_{v}"] for name in self.arguments}
             views.append(execute(image, self.policy.size, arguments, self.device))
-        return fn.stack(*views), *stored_shape
+        stacked = fn.stack(*views)
+        return (fn.cast(stacked, dtype=types.FLOAT16) if self.half else stacked), *stored_shape
 
     def _gather(self, images: ImageArray, image_ids: NDArray[np.int64]) -> NDArray[np.uint8] | Tensor:
         """The pixels of a batch, gathered on the executor's device."""
@@ -87,12 +91,6 @@ class DaliExecutor:
         if self.images.layout == "CWH":
             pixels = fn.transpose(pixels, perm=[2, 1, 0])
         return (fn.reshape(pixels, layout="HWC"),)
-
-
-@lru_cache(maxsize=2)
-def pixels_on_device(images: ImageArray, device: torch.device) -> Tensor:
-    """All pixels of a data set on ``device``; those of the last two data sets are kept."""
-    return torch.from_numpy(images.pixels).to(device)
 
 
 def argument_names(policy: Policy) -> tuple[str, ...]:
@@ -159,6 +157,8 @@ def execute(image: DataNode, size: int, arguments: dict[str, DataNode], device: 
         roi_end=arguments["roi_end"],
         interp_type=types.INTERP_LINEAR,
         antialias=True,
+        # One launch for all samples instead of one for 32.
+        minibatch_size=Pipeline.current().max_batch_size,
     )
     if "sigma_px" in arguments:
         view = _blur(view, arguments["sigma_px"], arguments["blur_window_px"])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, pipeline_def
 
 from pipelines.commands import Policy
 from pipelines.datasets.images import Images
@@ -30,22 +30,28 @@ class Executor(Protocol):
     """Names of the inputs on the GPU: tensors [N, ...]. They are copied on PyTorch's current stream."""
     files: Files | None
     """How image files enter the graph; None for images in memory."""
+    batch_is_sample: bool
+    """Whether a sample of the graph is a whole batch: inputs and outputs are [1, N V, ...] instead of [N, V, ...]."""
 
-    def __init__(self, images: Images, policy: Policy, views: int, device: torch.device) -> None: ...
+    def __init__(self, images: Images, policy: Policy, views: int, device: torch.device, *, half: bool = False) -> None:
+        """With ``half``, views are float16."""
 
     def inputs(self, plan: BatchPlan) -> Inputs:
-        """The inputs of a batch, by name. Raises BadImage for an image that cannot be read."""
+        """The inputs of a batch by name, [N, ...], or [N V, ...] if a batch is a sample.
+
+        Raises BadImage for an image that cannot be read.
+        """
 
     def views(self, nodes: Mapping[str, DataNode], commands: DataNode) -> tuple[DataNode, ...]:
-        """Views [N, V, size, size, 3] float32 in [0, 1]; for files also the shapes [N, 3] that the images have now.
+        """Views [N, V, size, size, 3] in [0, 1]; for files also the shapes [N, 3] that the images have now.
 
         ``nodes`` are the inputs by name, ``commands`` the packed commands [N, V, 20].
         """
 
 
-def executor_class(name: ExecutorName) -> type[Executor]:
+def executor_class(name: ExecutorName, device: torch.device) -> type[Executor]:
     """The class in a row of ``EXECUTORS``."""
-    kind: type[Executor] = pkgutil.resolve_name(EXECUTORS[name])
+    kind: type[Executor] = pkgutil.resolve_name(EXECUTORS[name][device.type])
     return kind
 
 
@@ -53,16 +59,13 @@ def training_pipeline(
     executor: Executor,
     host_source: Callable[[], Sequence[Any]],
     device_source: Callable[[], Sequence[Any]],
-    *,
-    half: bool = False,
     **pipeline_options: Any,
 ) -> Any:
     """A pipeline that makes the views of one batch per run.
 
     ``host_source`` returns the host inputs of the executor, the packed commands [N, V, 20] and the record [N, 4]
     (epoch, position, image id, label); ``device_source`` its inputs on the GPU. The pipeline returns the views [N, V,
-    size, size, 3] in [0, 1], float32 or, with ``half``, float16; the commands and the record; and, for files, the
-    shapes [N, 3] of the images.
+    size, size, 3] in [0, 1]; the commands and the record; and, for files, the shapes [N, 3] of the images.
     """
     names = (*executor.host_inputs, "commands", "record")
 
@@ -76,8 +79,6 @@ def training_pipeline(
             )
             nodes.update(zip(executor.device_inputs, on_device))
         views, *stored_shape = executor.views(nodes, nodes["commands"])
-        if half:
-            views = fn.cast(views, dtype=types.FLOAT16)
         return views, nodes["commands"], nodes["record"], *stored_shape
 
     return pipeline()

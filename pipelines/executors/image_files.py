@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 
 from pipelines.commands import Commands
 from pipelines.datasets.images import ImageFiles
@@ -21,6 +22,9 @@ FORM_INPUTS: dict[FileForm, tuple[str, ...]] = {
     "either": ("has_content", "content", "path"),
 }
 EMPTY = np.zeros(1, np.uint8)
+HINT_QUANTILE = 0.999
+"""Of the images' sizes, for which a GPU's decoder reserves memory. Not 1: one huge image would determine it. Larger
+images are decoded as well."""
 
 
 def file_form(images: ImageFiles) -> FileForm:
@@ -69,6 +73,16 @@ def encoded_image(nodes: Mapping[str, DataNode], form: FileForm) -> DataNode:
     return encoded
 
 
+def gpu_decoder_options() -> dict[str, Any]:
+    """Options of DALI's decoders on a GPU."""
+    # As libjpeg decodes; nvJPEG's default differs by up to 9 levels where the color is subsampled.
+    options: dict[str, Any] = {"jpeg_fancy_upsampling": True}
+    if torch.are_deterministic_algorithms_enabled():
+        # The hardware decoder differs slightly from the CUDA decoder, and DALI divides each batch between the two.
+        options["hw_decoder_load"] = 0.0
+    return options
+
+
 class Files:
     """Images in files, of which a graph decodes the part that their views need."""
 
@@ -94,8 +108,13 @@ class Files:
         extent = math.min(nodes["extent"], stored_shape[:2] - origin)
         hints: dict[str, Any] = {}
         if self.device == "gpu":
-            height, width = self.images.sizes.max(axis=0).tolist()
-            hints = {"preallocate_height_hint": height, "preallocate_width_hint": width}
+            # Not the largest: one huge image would determine the memory of every thread. Larger ones are decoded too.
+            height, width = np.ceil(np.quantile(self.images.sizes, HINT_QUANTILE, axis=0)).astype(int).tolist()
+            hints = {
+                **gpu_decoder_options(),
+                "preallocate_height_hint": height,
+                "preallocate_width_hint": width,
+            }
         part = fn.decoders.image_slice(
             encoded,
             origin,
@@ -132,9 +151,17 @@ def evaluation_pipeline(
             device="mixed" if device == "gpu" else "cpu",
             output_type=types.RGB,
             adjust_orientation=images.exif_orientation,
+            **(gpu_decoder_options() if device == "gpu" else {}),
         )
-        resized = fn.resize(image, size=nodes["resized_hw"], interp_type=types.INTERP_LINEAR, antialias=True)
-        return fn.slice(resized, nodes["corner"], [size, size], axes=[0, 1]), stored_shape
+        resized = fn.resize(
+            image,
+            size=nodes["resized_hw"],
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+            minibatch_size=Pipeline.current().max_batch_size,
+        )
+        # As keywords, which stay on the host; positional ones would be copied to the GPU and back.
+        return fn.slice(resized, start=nodes["corner"], shape=[size, size], axes=[0, 1]), stored_shape
 
     return pipeline()
 
