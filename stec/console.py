@@ -7,11 +7,11 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 
 from rich.console import Console as RichConsole
-from rich.console import ConsoleDimensions, RenderableType
-from rich.constrain import Constrain
+from rich.console import ConsoleDimensions, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -178,12 +178,22 @@ class _Progress(Progress):
     below: Sequence[str] = ()
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        # Terminals write ^C at the cursor; after a full line that would move the display down, and a part of it would
-        # remain.
-        width = self.console.width - len("^C")
-        for bar in super().get_renderables():
-            yield Constrain(bar, width)
+        yield from super().get_renderables()
         for line in self.below:
-            text = Text(line, no_wrap=True)
-            text.truncate(width, overflow="ellipsis")
-            yield text
+            yield Text(line, no_wrap=True, overflow="ellipsis")
+
+    def get_renderable(self) -> RenderableType:
+        return _Narrower(super().get_renderable())
+
+
+@dataclass(frozen=True)
+class _Narrower:
+    """Leaves two columns free.
+
+    Terminals write ^C at the cursor; after a full line that would move the display down, and a part of it would remain.
+    """
+
+    renderable: RenderableType
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.renderable, options.update_width(options.max_width - len("^C")))
