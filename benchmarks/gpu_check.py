@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +50,8 @@ from pipelines.sampler import Sampler
 from stec.console import Console
 
 GPU = torch.device("cuda", 0)
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["benchmarks.report", "torch", "pipelines.loader"])
 Outcome = Literal["passed", "failed", "timed out", "skipped"]
 Rows = list[dict[str, Any]]
 
@@ -77,8 +81,6 @@ class Options:
     """The reports' name, without a suffix."""
     checks: tuple[str, ...] = ()
     """The checks to run; default: all that have not passed."""
-    child: Path | None = None
-    """For the command itself: run one check in this process, and write its result here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,30 +453,38 @@ def run_here(check: Check) -> Result:
     return Result(outcome="passed", seconds=time.perf_counter() - started, summary=summary, rows=rows)
 
 
-def run_apart(name: str, check: Check) -> Result:
-    """Run a check in a process of its own, which is killed with all its children at the time limit."""
+def run_apart(check: Check) -> Result:
+    """Run a check in a process of its own, which is killed with all that it started at the time limit."""
     if check.needs_gpu and not torch.cuda.is_available():
         return Result(outcome="skipped", summary="needs a GPU")
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.gpu_check", "--checks", name, "--child", str(file)]
+        file, output = Path(folder) / "result.json", Path(folder) / "output"
+        process = PROCESSES.Process(target=_run_in_group, args=(check, file, output))
         started = time.perf_counter()
-        with (Path(folder) / "output").open("w+b") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-            try:
-                process.wait(check.limit_s)
-            except subprocess.TimeoutExpired:
-                return Result(outcome="timed out", seconds=check.limit_s, summary=f"after {check.limit_s:.0f} s")
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-            if file.exists():
-                return Result(**json.loads(file.read_text()))
-            output.seek(0)
-            last = output.read().decode(errors="replace").strip().splitlines()[-1:]
-        summary = f"ended with exit code {process.returncode}: {''.join(last)}"
+        process.start()
+        try:
+            process.join(check.limit_s)
+        finally:
+            is_late = process.is_alive()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()
+            process.join()
+        if is_late:
+            return Result(outcome="timed out", seconds=check.limit_s, summary=f"after {check.limit_s:.0f} s")
+        if file.exists():
+            return Result(**json.loads(file.read_text()))
+        last = output.read_text(errors="replace").strip().splitlines()[-1:] if output.exists() else []
+        summary = f"ended with exit code {process.exitcode}: {''.join(last)}"
         return Result(outcome="failed", seconds=time.perf_counter() - started, summary=summary)
+
+
+def _run_in_group(check: Check, file: Path, output: Path) -> None:
+    os.setsid()
+    with output.open("wb") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    write_json(file, asdict(run_here(check)))
 
 
 def markdown(about: Mapping[str, str], results: Mapping[str, Result]) -> str:
@@ -519,7 +529,7 @@ def check_all(options: Options, console: Console, checks: Mapping[str, Check] = 
         if name not in options.checks if options.checks else passed:
             continue
         with console.waiting(name):
-            results[name] = run_apart(name, check)
+            results[name] = run_apart(check)
         console.say(f"{name}: {results[name].outcome} ({results[name].seconds:.0f} s) {results[name].summary}")
         in_order = {name: results[name] for name in checks if name in results}
         write_json(json_file, {"machine": about, "results": {key: asdict(value) for key, value in in_order.items()}})
@@ -529,10 +539,6 @@ def check_all(options: Options, console: Console, checks: Mapping[str, Check] = 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, prog="python -m benchmarks.gpu_check", args=arguments, use_underscores=True)
-    if options.child is not None:
-        (name,) = options.checks
-        write_json(options.child, asdict(run_here(CHECKS[name])))
-        return 0
     results: dict[str, Result] = {}
     code = report.run(partial(_fill, results, options))
     failed = any(result.outcome in ("failed", "timed out") for result in results.values())

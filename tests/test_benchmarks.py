@@ -73,7 +73,8 @@ def figures(written: dict[str, Any], repeats: int = 1) -> list[dict[str, list[fl
 
 def test_throughput_of_arrays(cifar10: list[str], tmp_path: Path) -> None:
     (speeds, main_thread) = figures(run(throughput.main, [*cifar10, *BRIEF], tmp_path))
-    assert list(speeds) == list(throughput.NAMES.values()) and all(values[0] > 0 for values in speeds.values())
+    names = [name for contender, name in throughput.NAMES.items() if contender != "gpu"]
+    assert list(speeds) == names and all(values[0] > 0 for values in speeds.values())
     total, *parts = (values[0] for values in main_thread.values())
     assert 0 < total < 1000 and sum(parts) == pytest.approx(total)
 
