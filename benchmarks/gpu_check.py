@@ -64,7 +64,7 @@ HARDWARE_LOADS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SECONDS_PER_SPEED = 4.0
 BUSY_SIZE = 8192
 """Rows of the matrices whose products keep the GPU busy."""
-NUM_PHOTOGRAPHS = 4096
+NUM_PHOTOGRAPHS, PHOTOGRAPHS_PER_BATCH = 4096, 210
 PROFILED_RECIPE, PROFILED_BATCH_SIZE, PROFILED_STEPS = "imagenet-resnet50", 64, 10
 REBUILD_STEPS = 300
 SAME_MACHINE = ("processor", "GPU", "versions")
@@ -294,7 +294,7 @@ def throughput() -> tuple[str, Rows]:
         rows.append({"images": "in memory, 32 px", "executor": executor, "threads": 8, "images/s": speed})
     with tempfile.TemporaryDirectory() as folder:
         _, images = _folder_of(NUM_PHOTOGRAPHS, folder)
-        sampler = Sampler(images, PHOTOGRAPHS, seed=0, batch_size=210)
+        sampler = Sampler(images, PHOTOGRAPHS, seed=0, batch_size=PHOTOGRAPHS_PER_BATCH)
         for executor, threads, load in [
             *(("fused", threads, 0.65) for threads in THREADS),
             *(("fused", 16, load) for load in HARDWARE_LOADS),
@@ -302,7 +302,7 @@ def throughput() -> tuple[str, Rows]:
         ]:
             options = {**image_files.gpu_decoder_options(), "hw_decoder_load": load}
             with patch.object(image_files, "gpu_decoder_options", lambda options=options: options):
-                speed = _images_per_second(_batches(sampler, executor, threads=threads), 210)
+                speed = _images_per_second(_batches(sampler, executor, threads=threads), PHOTOGRAPHS_PER_BATCH)
             row = {"images": "JPEG, 224 px", "executor": executor, "threads": threads, "hw_decoder_load": load}
             rows.append({**row, "images/s": speed})
     best = max(rows, key=lambda row: row["images/s"] if row["images"].startswith("JPEG") else 0)

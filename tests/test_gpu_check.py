@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ def dies() -> tuple[str, gpu_check.Rows]:
     os._exit(7)
 
 
-def hangs() -> tuple[str, gpu_check.Rows]:
+def hangs(pid_file: Path) -> tuple[str, gpu_check.Rows]:
     """Starts another process that is not to outlive this one."""
-    Path(os.environ["CHILD_FILE"]).write_text(str(os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "60")))
+    pid_file.write_text(str(os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "60")))
     time.sleep(60)
     raise AssertionError
 
@@ -42,7 +43,6 @@ SMALL = {
     "passes": Check(run=passes, limit_s=60, needs_gpu=False),
     "fails": Check(run=fails, limit_s=60, needs_gpu=False),
     "dies": Check(run=dies, limit_s=60, needs_gpu=False),
-    "hangs": Check(run=hangs, limit_s=1, needs_gpu=False),
     "gpu": Check(run=passes, limit_s=60),
 }
 
@@ -53,21 +53,21 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_check_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CHILD_FILE", str(tmp_path / "pid"))
     options = Options(out=tmp_path / "report")
+    checks = {**SMALL, "hangs": Check(run=partial(hangs, tmp_path / "pid"), limit_s=5, needs_gpu=False)}
     with pytest.raises(UserError):
         check_all(Options(out=tmp_path / "report", checks=("nothing",)), QUIET, SMALL)
     with pytest.raises(UserError):
         check_all(Options(out=tmp_path / "missing" / "report"), QUIET, SMALL)
-    results = check_all(options, QUIET, SMALL)
+    results = check_all(options, QUIET, checks)
     outcomes = {name: result.outcome for name, result in results.items()}
     skipped = "passed" if torch.cuda.is_available() else "skipped"
     assert outcomes == {
         "passes": "passed",
         "fails": "failed",
         "dies": "failed",
-        "hangs": "timed out",
         "gpu": skipped,
+        "hangs": "timed out",
     }
     assert "3 differ" in results["fails"].summary and "7" in results["dies"].summary
     assert not is_running(int((tmp_path / "pid").read_text()))
@@ -81,7 +81,7 @@ def test_a_check_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch
         return gpu_check.Result(outcome="passed")
 
     monkeypatch.setattr(gpu_check, "run_apart", not_again)
-    again = check_all(options, QUIET, SMALL)
+    again = check_all(options, QUIET, checks)
     assert again["passes"] == results["passes"]
     assert {result.outcome for result in again.values()} == {"passed"}
 
@@ -98,7 +98,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "ORDER_STEPS": 2,
         "BUSY_SIZE": 8,
         "SECONDS_PER_SPEED": 0.05,
-        "NUM_PHOTOGRAPHS": 420,
+        "NUM_PHOTOGRAPHS": 8,
+        "PHOTOGRAPHS_PER_BATCH": 4,
         "THREADS": (1,),
         "HARDWARE_LOADS": (0.5,),
         "PROFILED_RECIPE": "demo",
