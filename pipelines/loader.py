@@ -16,6 +16,7 @@ from pipelines.batch import Batch, PlainBatch
 from pipelines.commands import Commands
 from pipelines.datasets.bad_list import remember
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
+from pipelines.devices import to_device
 from pipelines.errors import UserError
 from pipelines.executors import ExecutorName
 from pipelines.executors.torchvision import evaluation_batches, training_steps
@@ -45,7 +46,7 @@ def to_unit_range(pixels: Tensor, device: torch.device) -> Tensor:
 
     The bytes are moved before they are converted: a quarter of the traffic.
     """
-    moved = pixels.to(device, non_blocking=True)
+    moved = to_device(pixels, device) if pixels.device.type == "cpu" else pixels
     return moved.movedim(-1, -3).to(torch.float32).div_(255)
 
 
@@ -122,9 +123,9 @@ class Loader:
                 remember(self.sampler.images, bad_images)
                 self.sampler.bad.add(bad_images)
             yield Batch(
-                views=torch.from_numpy(views).to(self.device, non_blocking=True).to(dtype).movedim(-1, -3),
+                views=to_device(views, self.device).to(dtype).movedim(-1, -3),
                 commands=plan.commands,
-                labels=torch.from_numpy(labels).to(self.device, non_blocking=True),
+                labels=to_device(labels, self.device),
                 epoch=plan.epoch,
                 positions=plan.positions,
                 image_ids=plan.image_ids,
@@ -152,7 +153,7 @@ def dali_batches(
             yield Batch(
                 views=pixels.movedim(-1, -3),
                 commands=Commands.unpack(packed.as_array().reshape(*by_view, -1)),
-                labels=torch.from_numpy(rows[:, 3].copy()).to(device, non_blocking=True),
+                labels=to_device(rows[:, 3].copy(), device),
                 epoch=int(rows[0, 0]),
                 positions=rows[:, 1],
                 image_ids=rows[:, 2],
@@ -206,8 +207,7 @@ class EvaluationLoader:
         size = self.batch_size
         batches = [image_ids[k : k + size] for image_ids in id_ranges for k in range(0, len(image_ids), size)]
         for image_ids, images in zip(batches, self._images(batches)):
-            labels = torch.from_numpy(self.images.labels[image_ids])
-            yield PlainBatch(images=images, labels=labels.to(self.device, non_blocking=True))
+            yield PlainBatch(images=images, labels=to_device(self.images.labels[image_ids], self.device))
 
     def _images(self, batches: list[NDArray[np.int64]]) -> Iterator[Tensor]:
         if isinstance(self.images, ImageArray) and self.resize_px is None:
@@ -218,7 +218,7 @@ class EvaluationLoader:
             yield from self._dali_images(self.images, batches, self.resize_px)
         else:
             for images in evaluation_batches(self.images, batches, self.resize_px, self.size, self.workers):
-                yield images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+                yield to_device(images, self.device).contiguous(memory_format=torch.channels_last)
 
     def _dali_images(self, images: ImageFiles, batches: list[NDArray[np.int64]], resize_px: int) -> Iterator[Tensor]:
         from pipelines.executors.image_files import evaluation_pipeline

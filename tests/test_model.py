@@ -108,12 +108,33 @@ def test_what_the_online_classifier_trains(stop_gradient: int) -> None:
 
 def test_all_batch_norms_have_the_base_class() -> None:
     """``_BatchNorm`` is not public: without it, ``stec.models.batch_norm`` must find batch norms in another way."""
-    kinds = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm, batch_norm.CpuSyncBatchNorm)
+    kinds = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm, batch_norm.SyncBatchNorm)
     assert all(issubclass(kind, batch_norm._BatchNorm) for kind in kinds)
     model = small_model().train()
     with batch_norm.untracked(model):
         model(torch.rand(2, 2, 3, 32, 32))
     assert model.encoder.bn1.num_batches_tracked == model.projection.bn_hidden.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_synchronized_batch_norm_is_pytorchs(compiled: bool) -> None:
+    """In one process, in double precision, also as one compiled graph; several are in tests/test_processes.py."""
+    torch.manual_seed(0)
+    ours, theirs = (kind(3).double() for kind in (batch_norm.SyncBatchNorm, torch.nn.BatchNorm2d))
+    weight, bias = torch.randn(2, 3, dtype=torch.float64)
+    x = 2 + torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    results = []
+    for norm in (ours, theirs):
+        norm.weight.data.copy_(weight)
+        norm.bias.data.copy_(bias)
+        leaf = x.clone().requires_grad_()
+        run = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled and norm is ours else norm
+        y = run(leaf)
+        (y * torch.arange(y.numel()).view_as(y).cos()).sum().backward()
+        results.append([y, leaf.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_simclr_has_no_inverse_model() -> None:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import step_model
 from benchmarks.plain import plain_nt_xent
 from stec.config import ObjectiveSettings
+from stec.distributed import processes
 from stec.models.model import Outputs
 from stec.objectives import simclr
 from stec.objectives.inverse import command_bins, inverse_loss
@@ -178,13 +179,13 @@ def half_of_the_work(rank: int, folder: Path) -> None:
     loss.backward()
     torch.save([metrics, *[leaf.grad for leaf in leaves]], folder / f"rank{rank}.pt")
 
-    all_gather, sent = dist.all_gather, []
+    all_gather, sent = processes.all_gather, []
 
-    def counted(gathered: list[Tensor], local: Tensor) -> None:
+    def counted(gathered: Tensor, local: Tensor) -> None:
         sent.append(local.numel() * local.element_size())
         all_gather(gathered, local)
 
-    with patch.object(dist, "all_gather", counted):
+    with patch.object(processes, "all_gather", counted):
         z_i, z_j = (z.float().requires_grad_() for z in leaves[0].detach().unbind(1))
         nt_xent(z_i, z_j, 0.2)[0].backward()
     (folder / f"sent{rank}").write_text(str(sum(sent)))

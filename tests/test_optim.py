@@ -50,6 +50,15 @@ def test_lars_is_its_definition(nesterov: bool, decay: float) -> None:
         torch.testing.assert_close(parameter.data, weight, rtol=1e-12, atol=1e-14)
 
 
+def test_scaling_in_few_launches_is_scaling_one_by_one() -> None:
+    """In any memory format, bit by bit."""
+    tensors = [torch.randn(3), torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last), torch.randn(2, 5)]
+    scales = torch.randn(3)
+    scaled = Lars(tensors, lr=1.0)._scaled(tensors, scales)
+    for ours, tensor, scale in zip(scaled, tensors, scales, strict=True):
+        assert torch.equal(ours, tensor * scale) and ours.stride() == tensor.stride()
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_without_adaptation_it_is_sgd(nesterov: bool) -> None:
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from pipelines.datasets.images import ImageArray
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
 from stec.config import ModelSettings, ObjectiveSettings
-from stec.models.batch_norm import CpuSyncBatchNorm
+from stec.models.batch_norm import SyncBatchNorm
 from stec.models.model import Model
 from stec.objectives.objective import Objective
 from stec.training.step import Step
@@ -84,7 +84,7 @@ def normalize(accelerator: Accelerator, dtype: torch.dtype) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     x, weights = (5 + 3 * torch.randn(2, 4, 3, 2, 2, generator=generator, dtype=torch.float64)).to(dtype)
     rows = slice(*(4 * (accelerator.process_index + end) // accelerator.num_processes for end in (0, 1)))
-    kind = nn.BatchNorm2d if accelerator.num_processes == 1 else CpuSyncBatchNorm
+    kind = nn.BatchNorm2d if accelerator.num_processes == 1 else SyncBatchNorm
     norm = kind(3).to(torch.float32 if dtype == torch.bfloat16 else dtype)
     norm.weight.data.copy_(torch.tensor([1.0, 2.0, 3.0]))
     leaf = x[rows].clone().requires_grad_()
@@ -195,7 +195,7 @@ def test_batch_norm_on_few_images(outcomes: dict[int, dict[str, Any]], processes
 
 def test_batch_norm_is_synchronized_between_processes_only(outcomes: dict[int, dict[str, Any]]) -> None:
     assert outcomes[1]["float32"]["batch_norms"] == ["BatchNorm1d", "BatchNorm2d"]
-    assert outcomes[2]["float32"]["batch_norms"] == ["CpuSyncBatchNorm"]
+    assert outcomes[2]["float32"]["batch_norms"] == ["SyncBatchNorm"]
 
 
 if __name__ == "__main__":

@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from pipelines.batch import Batch
 from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
-from stec.config import ModelSettings, ObjectiveSettings
+from stec.config import ModelSettings, ObjectiveSettings, OptimizationSettings
 from stec.models.model import Model
 from stec.objectives.objective import Objective
+from stec.training.optim import make_optimizer
 from stec.training.step import Step
+from tests.host_syncs import HostSyncs
 from tests.runs import Run
 
 GLOBAL_BATCH = 24
@@ -89,6 +93,61 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
     for name in whole:
         # The gradient of a bias before a batch norm is a rounding error.
         assert (cached[name] - whole[name]).norm() < 1e-6 * whole[name].norm() + 1e-9, name
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.repeat_interleave((x > 0).long()),
+    ],
+)
+def test_what_waits_for_a_gpu_is_found(wait: Callable[[Tensor], object]) -> None:
+    with HostSyncs() as syncs:
+        wait(torch.randn(5))
+    assert syncs.found
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_host_does_not_wait_in_a_step(demo_test_images: ImageArray, accumulate: int, optimizer: Any) -> None:
+    """Neither for the gradient, with solarized pairs and an online classifier, nor for the optimizer.
+
+    (Adam of PyTorch counts its steps in tensors of the host.)
+    """
+    model = a_model().double()
+    step = step_of(model)
+    update = make_optimizer(model, OptimizationSettings(optimizer=optimizer))
+    batches = micro_batches(demo_test_images, accumulate=accumulate)
+    assert any(batch.commands.solarize.any() for batch in batches)
+    with HostSyncs() as syncs:
+        metrics = step(batches)
+        update.step()
+        update.zero_grad()
+    assert syncs.found == []
+    assert metrics["inverse_loss"] > 0
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_a_gpu_in_a_step(demo_test_images: ImageArray) -> None:
+    """With DALI and LARS; the first steps start libraries."""
+    accelerator = Accelerator(mixed_precision="bf16")
+    model = a_model().to(accelerator.device)
+    step = Step(model, Objective(ObjectiveSettings(manip_lambda=1.0, temperature=0.5)), accelerator, affine="official")
+    update = make_optimizer(model, OptimizationSettings())
+    batches = Loader(sampler(demo_test_images), backend="dali", device=accelerator.device, workers=2).batches(0)
+    for n in range(6):
+        batch = next(batches)
+        torch.cuda.set_sync_debug_mode("error" if n > 2 else "default")
+        try:
+            step([batch])
+            update.step()
+            update.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_running_statistics_count_each_micro_batch_once(demo_test_images: ImageArray) -> None:

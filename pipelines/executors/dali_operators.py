@@ -24,6 +24,7 @@ from torch import Tensor
 from pipelines.color import color_maps
 from pipelines.commands import Commands, Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
+from pipelines.devices import to_device
 from pipelines.executors import DataNode
 from pipelines.executors.image_arrays import pixels_on_device
 from pipelines.executors.image_files import Files
@@ -79,9 +80,7 @@ class DaliExecutor:
         """The pixels of a batch, gathered on the executor's device."""
         if self.device == "cpu":
             return images.pixels[image_ids]
-        return pixels_on_device(images, self.torch_device)[
-            torch.from_numpy(image_ids).to(self.torch_device, non_blocking=True)
-        ]
+        return pixels_on_device(images, self.torch_device)[to_device(image_ids, self.torch_device)]
 
     def _image(self, nodes: Mapping[str, DataNode]) -> tuple[DataNode, ...]:
         if self.files is not None:

@@ -15,6 +15,9 @@ from pipelines.errors import UserError
 
 T = TypeVar("T")
 
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""PyTorch 2.14 has renamed it."""
+
 
 def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -28,9 +31,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
         ctx.count = len(local)
-        gathered = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(num_processes())]
-        dist.all_gather(gathered, local.contiguous())
-        return torch.cat(gathered)
+        gathered = local.new_empty(num_processes() * len(local), *local.shape[1:])
+        all_gather(gathered, local.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

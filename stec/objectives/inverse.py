@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.commands import Commands
+from pipelines.devices import to_device
 from stec.distributed.processes import num_processes
 from stec.objectives.geometry import Convention
 from stec.objectives.targets import TARGETS
@@ -23,7 +24,7 @@ def inverse_targets(
     """The target's values float32 [N, 2, 3] and the valid pairs bool [N] of micro-batches with N images in total."""
     values = [torch.from_numpy(TARGET.values(part, convention)) for part in commands]
     valid = [torch.from_numpy(TARGET.valid(part)) for part in commands]
-    return torch.cat(values).to(device, non_blocking=True), torch.cat(valid).to(device, non_blocking=True)
+    return to_device(torch.cat(values), device), to_device(torch.cat(valid), device)
 
 
 def command_bins(command: Tensor, n_bins: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class Lars(torch.optim.Optimizer):
 
     In groups with ``adapt``, the gradient including weight decay is scaled by
     ``trust |w| / (|g| + weight_decay |w| + eps)``; if either norm or the weight decay is 0, the gradient is not scaled.
-    Other groups get SGD with momentum. Multi-tensor operations need a few launches per group and no host sync.
+    Other groups get SGD with momentum. A step needs a few launches per group and no host sync.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Lars(torch.optim.Optimizer):
             "adapt": True,
         }
         super().__init__(params, defaults)
+        self._repeats: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -55,14 +57,17 @@ class Lars(torch.optim.Optimizer):
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         decay = group["weight_decay"]
         grads = [p.grad for p in params if p.grad is not None]
-        updates = torch._foreach_add(grads, params, alpha=decay)
+        updates: Sequence[Tensor] = torch._foreach_add(grads, params, alpha=decay)
         if group["adapt"] and decay:
             weight_norm = torch.stack(torch._foreach_norm(params))
             grad_norm = torch.stack(torch._foreach_norm(grads))
             scale = group["trust_coefficient"] * weight_norm / (grad_norm + decay * weight_norm + group["eps"])
             # A zero gradient stays zero (no decay alone); the gradient of a zero weight is not scaled.
             scale = torch.where(weight_norm > 0, scale, 1.0) * (grad_norm > 0)
-            torch._foreach_mul_(updates, list(scale.unbind()))
+            if scale.is_cuda:
+                updates = self._scaled(updates, scale)
+            else:
+                torch._foreach_mul_(updates, list(scale.unbind()))
 
         buffers = []
         for p in params:
@@ -77,6 +82,21 @@ class Lars(torch.optim.Optimizer):
             torch._foreach_add_(params, updates, alpha=-group["lr"])
         else:
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+    def _scaled(self, tensors: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
+        """Each tensor times its scale [K], in few launches.
+
+        A multi-tensor operation takes one launch per tensor for scalars that are on a GPU. On a CPU, this takes three
+        times as long as that.
+        """
+        counts = tuple(tensor.numel() for tensor in tensors)
+        if (counts, scales.device) not in self._repeats:
+            self._repeats[counts, scales.device] = torch.tensor(counts, device=scales.device)
+        # In the order in memory, which need not be that of the dimensions (channels-last).
+        flat = torch.cat([tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors])
+        flat *= scales.repeat_interleave(self._repeats[counts, scales.device], output_size=len(flat))
+        starts = itertools.accumulate(counts, initial=0)
+        return [flat.as_strided(t.shape, t.stride(), start) for t, start in zip(tensors, starts)]
 
 
 def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.optim.Optimizer:

@@ -32,7 +32,7 @@ class Step:
     """
 
     def __init__(self, model: Model, objective: Objective, accelerator: Accelerator, *, affine: Convention) -> None:
-        synchronize(model, accelerator.device)
+        synchronize(model)
         self.model, self.objective, self.accelerator, self.affine = model, objective, accelerator, affine
         # A module without trainable parameters must not be wrapped for training.
         self.encoder: nn.Module = accelerator.prepare_model(
