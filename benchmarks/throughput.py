@@ -109,7 +109,7 @@ class Options(PipelineOptions):
         if "gpu" in self.contenders and self.device == "cpu":
             raise UserError("--contenders gpu needs --device cuda.")
         if {"dali", "compiled", "gpu"} & set(self.contenders):
-            resolve_backend("dali")
+            resolve_backend("dali", torch.device(self.device))
 
 
 class RandomViews(Dataset[tuple[Tensor, Tensor]]):

@@ -20,25 +20,41 @@ from pipelines.devices import to_device
 from pipelines.errors import UserError
 from pipelines.executors import ExecutorName
 from pipelines.executors.torchvision import evaluation_batches, training_steps
+from pipelines.nvidia_driver import OLDEST_DRIVER, driver_is_older_than, driver_version
 from pipelines.sampler import Sampler
 
 Backend = Literal["auto", "dali", "torchvision"]
 
 
-def resolve_backend(backend: Backend) -> Literal["dali", "torchvision"]:
+def resolve_backend(backend: Backend, device: torch.device) -> Literal["dali", "torchvision"]:
     """``auto`` is DALI if it is installed (it has wheels for Linux only), otherwise torchvision.
 
-    Raises UserError if DALI is requested but not installed.
+    Raises UserError if DALI is requested but not installed, or installed but cannot be used on ``device``.
     """
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if backend == "dali" and not installed:
         raise UserError(
-            "--backend dali needs NVIDIA DALI, which is not installed; run pip install nvidia-dali-cuda130 (Linux), "
-            "or use --backend torchvision."
+            "--backend dali needs NVIDIA DALI, which is not installed (nvidia-dali on PyPI is an empty package); run "
+            "pip install nvidia-dali-cuda130 (Linux), or use --backend torchvision."
         )
-    if backend == "auto":
-        return "dali" if installed else "torchvision"
-    return backend
+    if backend == "torchvision" or not installed:
+        return "torchvision"
+    try:
+        from nvidia import dali
+
+        cuda = dali.__cuda_version__ // 1000
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"NVIDIA DALI is installed but cannot be imported ({error}), as if several of its wheels were installed; "
+            f"uninstall all of them, run pip install nvidia-dali-cuda130, or use --backend torchvision."
+        ) from error
+    if device.type == "cuda" and driver_is_older_than(cuda):
+        raise UserError(
+            f"NVIDIA DALI is built for CUDA {cuda}, but the GPU's driver is {driver_version()}; update it to "
+            f"{OLDEST_DRIVER[cuda]} or newer, install nvidia-dali-cuda120 instead (docs/install.md), or use --backend "
+            f"torchvision."
+        )
+    return "dali"
 
 
 def to_unit_range(pixels: Tensor, device: torch.device) -> Tensor:
@@ -73,7 +89,7 @@ class Loader:
         executor: ExecutorName = "fused",
     ) -> None:
         self.sampler, self.device, self.workers, self.half = sampler, device, workers, half
-        self.backend = resolve_backend(backend)
+        self.backend = resolve_backend(backend, device)
         self.executor: ExecutorName = executor
         if self.backend == "dali" and executor == "fused" and device.type == "cuda":
             from pipelines.executors.self_check import require_equal_views
@@ -193,7 +209,7 @@ class EvaluationLoader:
     ) -> None:
         self.images, self.size, self.resize_px = images, size, resize_px
         self.batch_size, self.device, self.workers = batch_size, device, workers
-        self.backend = resolve_backend(backend)
+        self.backend = resolve_backend(backend, device)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from pipelines.errors import UserError
+from stec import gpus
 from stec.console import Console
 from stec.distributed.launcher import choose_precision, cpus_of_process, is_single_process_of_several
 from stec.training.precision import resolve_precision
@@ -21,6 +22,8 @@ def start(
 ) -> tuple[Accelerator, Console, str]:
     """Accelerate, the console and the resolved precision. Raises UserError if the device or launcher prevents it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        gpus.check_capability(device)
     requested, of_launcher = choose_precision(mixed_precision)
     precision = resolve_precision(requested, device)
     # Accelerate still passes this option by its old name.
@@ -51,6 +54,9 @@ def start(
         # By default, accelerate launch limits each process to one thread.
         torch.set_num_threads(cpus_of_process())
     console = Console(enabled=accelerator.is_main_process)
+    reason = gpus.reason_for_cpu()
+    if reason is not None:
+        console.say(reason)
     if requested != mixed_precision:
         console.say(f"Precision {precision}, as set for accelerate launch (mixed_precision).")
     elif of_launcher not in ("", precision):

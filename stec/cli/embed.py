@@ -54,6 +54,7 @@ def embed_split(config: EmbedConfig) -> None:
     from pipelines.datasets.fingerprint import fingerprint
     from pipelines.datasets.images import ImageFiles
     from pipelines.datasets.registry import open_split
+    from stec import gpus
     from stec.distributed import failures, processes
     from stec.evaluation.embed import embed, fingerprint_of_weights, is_complete
     from stec.loaders import evaluation_loader
@@ -98,7 +99,7 @@ def embed_split(config: EmbedConfig) -> None:
         files = images if isinstance(images, ImageFiles) else None
         encoder.to(accelerator.device)
         started = time.perf_counter()
-        with failures.shared(HOW_TO_CONTINUE):
+        with failures.shared(HOW_TO_CONTINUE), gpus.memory_errors(config.batch_size, "give a smaller one"):
             count = embed(
                 encoder,
                 loader,

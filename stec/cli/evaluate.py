@@ -53,6 +53,7 @@ def run(arguments: list[str]) -> None:
 
     from pipelines.datasets.registry import open_split
     from pipelines.files import write_json
+    from stec import gpus
     from stec.distributed import processes
     from stec.evaluation.evaluate import MEASURES, evaluate
     from stec.loaders import evaluation_loader
@@ -107,7 +108,7 @@ def run(arguments: list[str]) -> None:
     loader_of = partial(
         evaluation_loader, data=config, traits=config.traits, batch_size=config.batch_size, device=accelerator.device
     )
-    with console.waiting("evaluating"):
+    with console.waiting("evaluating"), gpus.memory_errors(config.batch_size, "give a smaller one"):
         scores = evaluate(
             model.encoder,
             model.classifier,

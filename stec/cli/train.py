@@ -81,6 +81,7 @@ def run(arguments: list[str]) -> None:
 def run_training(config: TrainConfig) -> None:
     """Train as configured, and write the files of the run."""
     from pipelines.datasets.fingerprint import fingerprint
+    from stec import gpus
     from stec.distributed import failures, processes
     from stec.loaders import Data, evaluation_loader, training_loader
     from stec.runs.run_folder import open_run_folder
@@ -140,7 +141,9 @@ def run_training(config: TrainConfig) -> None:
             report=console.say,
         ),
     )
-    with failures.shared(), trackers.finished(accelerator, console.say):
+    batch_size, accumulate = config.optimization.batch_size, config.optimization.accumulate
+    remedy = f"the same loss needs less with --batch_size {max(2, batch_size // 2)} --accumulate {2 * accumulate}"
+    with failures.shared(), gpus.memory_errors(batch_size, remedy), trackers.finished(accelerator, console.say):
         results = loop.train(
             config,
             data,

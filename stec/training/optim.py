@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stec.config import OptimizationSettings
 
 MOMENTUM = 0.9
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 class Lars(torch.optim.Optimizer):
@@ -57,7 +58,7 @@ class Lars(torch.optim.Optimizer):
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         decay = group["weight_decay"]
         grads = [p.grad for p in params if p.grad is not None]
-        updates: Sequence[Tensor] = torch._foreach_add(grads, params, alpha=decay)
+        updates: Tensors = torch._foreach_add(grads, params, alpha=decay)
         if group["adapt"] and decay:
             weight_norm = torch.stack(torch._foreach_norm(params))
             grad_norm = torch.stack(torch._foreach_norm(grads))
@@ -83,7 +84,7 @@ class Lars(torch.optim.Optimizer):
         else:
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
-    def _scaled(self, tensors: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
+    def _scaled(self, tensors: Tensors, scales: Tensor) -> list[Tensor]:
         """Each tensor times its scale [K], in few launches.
 
         A multi-tensor operation takes one launch per tensor for scalars that are on a GPU. On a CPU, this takes three
