@@ -11,10 +11,14 @@ from nvidia.dali import fn, ops, types
 
 from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
+from pipelines.errors import UserError
 from pipelines.executors import DataNode
 from pipelines.executors.image_arrays import addresses
 from pipelines.executors.image_files import Files
 from pipelines.sampler import BatchPlan
+
+SMALLEST_VIEW_PX = 16
+"""Pixels of a row that are computed together."""
 
 
 class CompiledViews(ops.python_op_factory("CompiledViews", "NumbaFuncImpl", "NumbaFuncImpl", generated=False)):  # type: ignore[misc]
@@ -50,6 +54,10 @@ class CpuExecutor:
 
     def __init__(self, images: Images, policy: Policy, views: int, device: torch.device, *, half: bool = False) -> None:
         assert device.type == "cpu", "its operator runs on CPUs only"
+        if policy.size < SMALLEST_VIEW_PX:
+            raise UserError(
+                f"Views of {policy.size} px are too small for this executor; use {SMALLEST_VIEW_PX} or more."
+            )
         self.images, self.policy, self.num_views, self.device, self.half = images, policy, views, device, half
         self.files = Files(images, "cpu") if isinstance(images, ImageFiles) else None
         self.host_inputs: tuple[str, ...] = ("addresses",) if self.files is None else (*self.files.names, "placement")

@@ -20,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pipelines.commands import PACKED_COLUMNS
+from pipelines.executors import vectors
 
 WEIGHT_BITS = 22
 """Fraction bits of the resampling weights, as in Pillow: 32 less 8 for the pixel and 2 to spare."""
@@ -43,6 +44,12 @@ def _can_cache() -> bool:
 
 
 CACHE = _can_cache()
+
+_filled_4, _add_4 = vectors.filled(types.int32, 4), vectors.add_product(types.int32, 4)
+_filled_64, _add_64 = vectors.filled(types.int32, 64), vectors.add_product(types.int32, 64)
+_filled_floats, _add_floats = vectors.filled(types.float32, 32), vectors.add_product(types.float32, 32)
+_store_4, _store_planes = vectors.store_bytes(4, WEIGHT_BITS), vectors.store_planes(16, WEIGHT_BITS)
+_store_floats = vectors.store_floats(32)
 
 # Called from compiled code only, so the wrappers for Python are not needed.
 compiled = njit(cache=CACHE, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -117,10 +124,49 @@ def _weights(source_px: int, target_px: int) -> tuple[Any, Any, Any]:
 def _resize(image: Any, start: int, strides: Any, height: int, width: int, size: int, flip: bool) -> Any:
     """[3, size * size] uint8: the rows of the crop resized first, then its columns, rounded in between."""
     first, taps, weights = _weights(width, size)
-    rows = np.empty((3, height, size), np.uint8)
+    # Of each pixel red, green, blue and an unused byte, so that one register holds a pixel.
+    rows = np.empty(4 * height * size, np.uint8)
+    done = np.uint64(0)
+    if strides[1] == 3 and strides[2] == 1:
+        # The byte after the last pixel is read as well.
+        needed = start + (height - 1) * strides[0] + 3 * width + 1
+        done = np.uint64(height if needed <= image.size else height - 1)
+        _resize_rows_of_pixels(image, start, strides[0], done, size, flip, first, taps, weights, rows)
+    _resize_rows(image, start, strides, done, height, size, flip, first, taps, weights, rows)
+    first, taps, weights = _weights(height, size)
+    planes = np.empty((3, size * size), np.uint8)
+    red, green, blue = planes[0], planes[1], planes[2]
+    pitch = np.uint64(4 * size)
+    for y in range(np.uint64(size)):
+        for block in range(np.uint64((size + 15) // 16)):
+            x = min(block * np.uint64(16), np.uint64(size - 16))
+            at = np.uint64(first[y]) * pitch + np.uint64(4) * x
+            total = _filled_64(np.int32(HALF))
+            for k in range(np.uint64(taps[y])):
+                total = _add_64(total, rows, at, weights[y, k])
+                at += pitch
+            _store_planes(red, green, blue, y * np.uint64(size) + x, total)
+    return planes
+
+
+@compiled
+def _resize_rows(
+    image: Any,
+    start: int,
+    strides: Any,
+    first_row: Any,
+    height: int,
+    size: int,
+    flip: bool,
+    first: Any,
+    taps: Any,
+    weights: Any,
+    rows: Any,
+) -> None:
+    """Resize the rows of an image of any layout, from ``first_row`` on."""
     step_y, step_x, step_c = np.uint64(strides[0]), np.uint64(strides[1]), np.uint64(strides[2])
     last = np.uint64(size - 1)
-    for y in range(np.uint64(height)):
+    for y in range(np.uint64(first_row), np.uint64(height)):
         row = np.uint64(start) + y * step_y
         for x in range(np.uint64(size)):
             at = row + np.uint64(first[x]) * step_x
@@ -131,26 +177,53 @@ def _resize(image: Any, start: int, strides: Any, height: int, width: int, size:
                 green += np.int32(image[at + step_c]) * weight
                 blue += np.int32(image[at + step_c + step_c]) * weight
                 at += step_x
-            to = last - x if flip else x
-            rows[0, y, to] = red >> WEIGHT_BITS
-            rows[1, y, to] = green >> WEIGHT_BITS
-            rows[2, y, to] = blue >> WEIGHT_BITS
+            to = np.uint64(4) * (y * np.uint64(size) + (last - x if flip else x))
+            rows[to] = red >> WEIGHT_BITS
+            rows[to + np.uint64(1)] = green >> WEIGHT_BITS
+            rows[to + np.uint64(2)] = blue >> WEIGHT_BITS
 
-    first, taps, weights = _weights(height, size)
-    planes = np.empty((3, size * size), np.uint8)
-    total = np.empty(size, np.int32)
-    for c in range(3):
-        for y in range(size):
-            total[:] = HALF
-            for k in range(taps[y]):
-                weight = weights[y, k]
-                source = rows[c, first[y] + k]
-                for x in range(size):
-                    total[x] += np.int32(source[x]) * weight
-            target = planes[c, y * size : (y + 1) * size]
-            for x in range(size):
-                target[x] = total[x] >> WEIGHT_BITS
-    return planes
+
+@compiled
+def _resize_rows_of_pixels(
+    image: Any,
+    start: int,
+    step_y: int,
+    height: Any,
+    size: int,
+    flip: bool,
+    first: Any,
+    taps: Any,
+    weights: Any,
+    rows: Any,
+) -> None:
+    """Resize the first ``height`` rows of an image whose pixels are three bytes each; four rows at a time."""
+    one_row, pitch, last = np.uint64(step_y), np.uint64(4 * size), np.uint64(size - 1)
+    in_fours = height // np.uint64(4)
+    for block in range(in_fours):
+        row, to_row = np.uint64(start) + np.uint64(4) * block * one_row, np.uint64(4) * block * pitch
+        for x in range(np.uint64(size)):
+            a = row + np.uint64(3) * np.uint64(first[x])
+            total_a = total_b = total_c = total_d = _filled_4(np.int32(HALF))
+            for k in range(np.uint64(taps[x])):
+                weight, b = weights[x, k], a + one_row
+                c = b + one_row
+                total_a, total_b = _add_4(total_a, image, a, weight), _add_4(total_b, image, b, weight)
+                total_c, total_d = _add_4(total_c, image, c, weight), _add_4(total_d, image, c + one_row, weight)
+                a += np.uint64(3)
+            to = to_row + np.uint64(4) * (last - x if flip else x)
+            _store_4(rows, to, total_a)
+            _store_4(rows, to + pitch, total_b)
+            _store_4(rows, to + pitch + pitch, total_c)
+            _store_4(rows, to + pitch + pitch + pitch, total_d)
+    for y in range(np.uint64(4) * in_fours, height):
+        row = np.uint64(start) + y * one_row
+        for x in range(np.uint64(size)):
+            a = row + np.uint64(3) * np.uint64(first[x])
+            total = _filled_4(np.int32(HALF))
+            for k in range(np.uint64(taps[x])):
+                total = _add_4(total, image, a, weights[x, k])
+                a += np.uint64(3)
+            _store_4(rows, y * pitch + np.uint64(4) * (last - x if flip else x), total)
 
 
 @compiled
@@ -217,33 +290,35 @@ def _hue(planes: Any, turns: Any) -> None:
     red, green, blue = planes[0], planes[1], planes[2]
     one, full, half = np.float32(1), np.float32(255), np.float32(0.5)
     for p in range(np.uint64(red.size)):
-        r, g, b = np.float32(red[p]), np.float32(green[p]), np.float32(blue[p])
-        value, low = max(r, max(g, b)), min(r, min(g, b))
-        chroma = value - low
+        # Bytes where they suffice, of which a register holds four times as many.
+        r8, g8, b8 = red[p], green[p], blue[p]
+        v8, low8 = max(r8, max(g8, b8)), min(r8, min(g8, b8))
+        r, g, b, value = np.float32(r8), np.float32(g8), np.float32(b8), np.float32(v8)
+        chroma = np.float32(np.uint8(v8 - low8))
         inverse = one / max(chroma, one)
         rc, gc, bc = (value - r) * inverse, (value - g) * inverse, (value - b) * inverse
         sixths = np.float32(4) + gc - rc
-        sixths = np.float32(2) + rc - bc if g == value else sixths
-        sixths = bc - gc if r == value else sixths
+        sixths = np.float32(2) + rc - bc if g8 == v8 else sixths
+        sixths = bc - gc if r8 == v8 else sixths
         turn = sixths / np.float32(6)
         turn = turn + one if turn < np.float32(0) else turn
         hue = (np.int32(turn * full) + shift) & 255
         saturation = np.float32(np.int32(chroma / max(value, one) * full)) / full
 
         sixths = np.float32(hue) * np.float32(6) / full
-        sector = np.int32(sixths)
-        part = sixths - np.float32(sector)
-        sector = 0 if sector == 6 else sector
-        lowest = np.floor(value * (one - saturation) + half)
-        falling = np.floor(value * (one - saturation * part) + half)
-        rising = np.floor(value * (one - saturation * (one - part)) + half)
-        r = value if (sector == 0) | (sector == 5) else lowest
-        r = falling if sector == 1 else (rising if sector == 4 else r)
-        g = value if (sector == 1) | (sector == 2) else lowest
-        g = rising if sector == 0 else (falling if sector == 3 else g)
-        b = value if (sector == 3) | (sector == 4) else lowest
-        b = rising if sector == 2 else (falling if sector == 5 else b)
-        red[p], green[p], blue[p] = np.uint8(np.int32(r)), np.uint8(np.int32(g)), np.uint8(np.int32(b))
+        sector = np.uint8(np.int32(sixths))
+        part = sixths - np.float32(np.int32(sixths))
+        lowest = np.uint8(np.int32(value * (one - saturation) + half))
+        falling = np.uint8(np.int32(value * (one - saturation * part) + half))
+        rising = np.uint8(np.int32(value * (one - saturation * (one - part)) + half))
+        first = (sector == np.uint8(0)) | (sector == np.uint8(6))
+        r8 = v8 if first | (sector == np.uint8(5)) else lowest
+        r8 = falling if sector == np.uint8(1) else (rising if sector == np.uint8(4) else r8)
+        g8 = v8 if (sector == np.uint8(1)) | (sector == np.uint8(2)) else lowest
+        g8 = rising if first else (falling if sector == np.uint8(3) else g8)
+        b8 = v8 if (sector == np.uint8(3)) | (sector == np.uint8(4)) else lowest
+        b8 = rising if sector == np.uint8(2) else (falling if sector == np.uint8(5) else b8)
+        red[p], green[p], blue[p] = r8, g8, b8
 
 
 @compiled
@@ -302,9 +377,12 @@ def _blurred(planes: Any, sigma_px: float, window_px: int, view: Any) -> None:
     reach = _blur_reach(sigma_px, window_px)
     weights = np.empty(2 * reach + 1, np.float32)
     _fill_blur_weights(sigma_px, reach, weights)
-    padded = np.empty(size + 2 * reach, np.float32)
-    rows = np.empty((size, size), np.float32)
-    line = np.empty(size, np.float32)
+    # Lines are as long as whole vectors; what is computed behind their ends is not used.
+    blocks = np.uint64((size + 31) // 32)
+    pitch = np.uint64(32) * blocks
+    padded = np.zeros(int(pitch) + 2 * reach, np.float32)
+    rows = np.empty(size * int(pitch), np.float32)
+    blurred = np.empty((3, size * int(pitch)), np.float32)
     full = np.float32(255)
     for c in range(3):
         for y in range(size):
@@ -314,23 +392,28 @@ def _blurred(planes: Any, sigma_px: float, window_px: int, view: Any) -> None:
             for k in range(reach):
                 padded[reach - 1 - k] = padded[reach + 1 + k]
                 padded[reach + size + k] = padded[reach + size - 2 - k]
-            row = rows[y]
-            row[:] = 0
-            for k in range(2 * reach + 1):
-                weight = weights[k]
-                for x in range(size):
-                    row[x] += padded[np.uint64(x + k)] * weight
+            for block in range(blocks):
+                total = _filled_floats(np.float32(0))
+                for k in range(np.uint64(weights.size)):
+                    total = _add_floats(total, padded, np.uint64(32) * block + k, weights[k])
+                _store_floats(rows, np.uint64(y) * pitch + np.uint64(32) * block, total)
+        plane_of_floats = blurred[c]
         for y in range(size):
-            line[:] = 0
-            for k in range(2 * reach + 1):
-                at = abs(y + k - reach)
-                at = 2 * (size - 1) - at if at >= size else at
-                weight, row = weights[k], rows[at]
-                for x in range(size):
-                    line[x] += row[x] * weight
-            target = view[y]
-            for x in range(size):
-                target[x, c] = line[x]
+            for block in range(blocks):
+                total = _filled_floats(np.float32(0))
+                for k in range(2 * reach + 1):
+                    at = abs(y + k - reach)
+                    at = 2 * (size - 1) - at if at >= size else at
+                    total = _add_floats(total, rows, np.uint64(at) * pitch + np.uint64(32) * block, weights[k])
+                _store_floats(plane_of_floats, np.uint64(y) * pitch + np.uint64(32) * block, total)
+    flat = view.reshape(-1)
+    red, green, blue = blurred[0], blurred[1], blurred[2]
+    for y in range(np.uint64(size)):
+        to, at = np.uint64(3) * np.uint64(size) * y, pitch * y
+        for x in range(np.uint64(size)):
+            flat[to + np.uint64(3) * x] = red[at + x]
+            flat[to + np.uint64(3) * x + np.uint64(1)] = green[at + x]
+            flat[to + np.uint64(3) * x + np.uint64(2)] = blue[at + x]
 
 
 @compiled
