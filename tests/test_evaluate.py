@@ -21,7 +21,15 @@ import launch
 from pipelines.batch import PlainBatch
 from pipelines.datasets import demo
 from stec.config import ModelSettings
-from stec.evaluation.evaluate import Features, class_balanced, evaluate, knn_votes, linear_probing_logits, score
+from stec.evaluation.evaluate import (
+    MEASURES,
+    Features,
+    class_balanced,
+    evaluate,
+    knn_votes,
+    linear_probing_logits,
+    score,
+)
 from stec.models.encoder import Encoder
 from stec.models.model import Model
 from stec.weights.export import to_official_names
@@ -109,6 +117,7 @@ class Counting:
         self.images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
         self.labels = np.arange(count) % 4
         self.asked = np.zeros(count, int)
+        self.factors = {"mean": self.images.mean((1, 2, 3)).numpy(), "constant": np.zeros(count, np.float32)}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -126,12 +135,8 @@ def test_each_image_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("stec.evaluation.evaluate.MAX_LABELED", limit)
         labeled, test = Counting(200), Counting(40)
         arguments: dict[str, Any] = {"labeled": labeled, "test": test, "classes": 4, "accelerator": accelerator}
-        scores = evaluate(
-            encoder,
-            torch.nn.Linear(32, 4),
-            measures=("online_classifier", "linear_probing", "low_shot", "knn"),
-            **arguments,
-        )
+        evaluation = evaluate(encoder, torch.nn.Linear(32, 4), measures=MEASURES, **arguments)
+        scores = evaluation.scores
         assert list(scores) == [
             "online_classifier",
             "linear_probing",
@@ -144,8 +149,10 @@ def test_each_image_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> 
         assert labeled.asked.sum() == (
             200 if limit == 1000 else len({*range(0, 200, 4), *class_balanced(labeled.labels, 0.1, 0)})
         )
+        assert list(evaluation.factors) == ["mean"], "what does not vary is omitted"
+        assert evaluation.rankme is not None and 1 < evaluation.rankme < 32
         alone = evaluate(encoder, None, measures=("knn",), **arguments)
-        assert alone["knn20"] == scores["knn20"]
+        assert alone.scores["knn20"] == scores["knn20"] and alone.rankme is None and not alone.factors
 
 
 def test_each_score_is_of_the_measure_that_it_is_called_by() -> None:
@@ -159,7 +166,7 @@ def test_each_score_is_of_the_measure_that_it_is_called_by() -> None:
         classes=4,
         measures=("linear_probing", "knn"),
         accelerator=accelerator,
-    )
+    ).scores
     with torch.no_grad():
         bank, queries = (
             Features(features=encoder(images.images), labels=torch.from_numpy(images.labels))
@@ -186,6 +193,8 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(demo.IMAGES, split, count)
 
 
+COMMANDS = ("x scale", "x shift", "y scale", "y shift", "brightness", "contrast", "saturation", "hue", "gray")
+"""The entries that the policy of the demo set varies."""
 EVAL = "eval --dataset demo --num_workers 1 --batch_size 24 --ckpt_path".split()
 
 
@@ -205,10 +214,19 @@ def test_all_measures_on_one_process_and_on_two(tmp_path: Path, capsys: pytest.C
         "linear_probing_10_percent",
         "linear_probing_1_percent",
         "knn20",
+        "rankme",
+        "parameters",
     ]
     for name, expected in one["measures"].items():
         found = two["measures"][name]
-        assert found["accuracy"] == expected["accuracy"] and found["class_accuracies"] == expected["class_accuracies"]
+        for value in {"accuracy", "class_accuracies", "policy"} & expected.keys():
+            assert found[value] == expected[value]
+    assert two["measures"]["rankme"]["rankme"] == pytest.approx(one["measures"]["rankme"]["rankme"], rel=1e-5)
+    for kind, names in (("commands", COMMANDS), ("factors", demo.FACTORS)):
+        assert tuple(one["measures"]["parameters"][kind]) == tuple(two["measures"]["parameters"][kind]) == names
+        for name in names:
+            values = (results["measures"]["parameters"][kind][name] for results in (one, two))
+            assert next(values) == pytest.approx(next(values), abs=1e-3)
     classifier = one["measures"]["online_classifier"]
     assert output.splitlines()[-1] == f"accuracy {classifier['accuracy']:.4f}" == f"accuracy {one['accuracy']:.4f}"
     assert list(classifier["class_accuracies"]) == list(demo.CLASSES)
@@ -235,6 +253,8 @@ def test_an_encoder_is_evaluated_on_another_data_set(tmp_path: Path, capsys: pyt
         "linear_probing_10_percent",
         "linear_probing_1_percent",
         "knn20",
+        "rankme",
+        "parameters",
     ]
     assert measured["trained_on"] == "stl10" and "accuracy" not in measured
     assert launch.main([*EVAL, str(weights), "--measures", "online_classifier", "knn"]) == 2
