@@ -24,6 +24,8 @@ class Data:
     """The loaders of a training run."""
 
     training: TwoViewLoader
+    plain: PlainLoader
+    """The training images without augmentation."""
     labeled: PlainLoader | None
     """Images from which evaluation learns; None, like ``test``, if there are no labels."""
     test: PlainLoader | None

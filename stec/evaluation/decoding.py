@@ -151,9 +151,9 @@ def _samples(features: Tensor, values: Mapping[str, NDArray[np.float32]]) -> Sam
 
 def _varies(values: Tensor) -> Tensor:
     """Which of the values differ between samples, [E]."""
-    known = ~values.isnan()
-    highest, lowest = torch.where(known, values, -torch.inf).amax(0), torch.where(known, values, torch.inf).amin(0)
-    return highest > lowest
+    if not len(values):
+        return torch.zeros(values.shape[1], dtype=torch.bool)
+    return values.nan_to_num(-torch.inf).amax(0) > values.nan_to_num(torch.inf).amin(0)
 
 
 def _standardized(split: list[Samples]) -> list[Samples]:
