@@ -19,7 +19,9 @@ from sklearn.preprocessing import StandardScaler
 
 import launch
 from pipelines.batch import PlainBatch
+from pipelines.commands import Policy
 from pipelines.datasets import demo
+from stec.cli.evaluate import EvalConfig, pair_policy
 from stec.config import ModelSettings
 from stec.evaluation.evaluate import (
     MEASURES,
@@ -33,6 +35,7 @@ from stec.evaluation.evaluate import (
 from stec.models.encoder import Encoder
 from stec.models.model import Model
 from stec.weights.export import to_official_names
+from stec.weights.pretrained import read_trained
 from tests.conftest import smooth_image
 from tests.runs import SMALL_DEMO, together
 from tests.test_embed import write_weights
@@ -317,3 +320,45 @@ def test_the_probe_needs_the_test_images_alone(
     Image.fromarray(smooth_image(50, 60, seed=1)).save(tmp_path / "data" / "train" / "another" / "1.png")
     assert launch.main(arguments) == 2
     assert "have other classes than the labeled ones" in capsys.readouterr().err
+
+
+def test_images_without_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their rank and the commands of their views are measured, those that the policy varies; all else needs labels."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    for n in range(40):
+        Image.fromarray(smooth_image(50, 60, seed=n)).save(tmp_path / "data" / f"{n}.png")
+    weights = tmp_path / "weights.safetensors"
+    write_weights(weights, stem="imagenet", trained_on="imagenet", width=4)
+    arguments = [*EVAL, str(weights), "--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--view_size", "32"]
+    assert launch.main([*arguments, "--json", str(tmp_path / "1.json")]) == 0
+    output = capsys.readouterr().out
+    assert "the 40 images of folder" in output and "Not measured: knn. --dataset folder has no labels" in output
+    measured = json.loads((tmp_path / "1.json").read_text())["measures"]
+    assert list(measured) == ["rankme", "parameters"] and 1 <= measured["rankme"]["rankme"] <= 32
+    found = measured["parameters"]
+    assert found["policy"]["size"] == 32 and found["policy"]["p_blur"] == 0.5 and not found["factors"]
+    assert "blur" in found["commands"] and not {"x shear", "y shear"} & found["commands"].keys()
+
+    assert launch.main([*arguments, "--json", str(tmp_path / "2.json")]) == 0
+    assert (tmp_path / "2.json").read_bytes() == (tmp_path / "1.json").read_bytes()
+    assert launch.main([*arguments, "--measures", "knn"]) == 2
+    assert "knn cannot be measured: --dataset folder has no labels" in capsys.readouterr().err
+
+
+def test_views_are_those_of_the_training(tmp_path: Path) -> None:
+    """The policy in the weights' metadata, or that of the data set's recipes, at the size that is asked for."""
+    write_weights(tmp_path / "w.safetensors", stem="cifar", trained_on="demo", width=4)
+    trained = read_trained(tmp_path / "w.safetensors")
+    trained.metadata["config"] |= {"view_size": 16, "p_grayscale": 0.0, "use_gaussian_blur": 1, "unheard_of": 3}
+
+    def policy(*flags: Any) -> Policy:
+        return pair_policy(EvalConfig(ckpt_path=Path("w"), **dict(zip(flags[::2], flags[1::2]))), trained, "demo")
+
+    assert policy("dataset", "demo") == Policy(size=16, jitter_strength=1.0, p_grayscale=0, p_blur=0.5)
+    assert policy("dataset", "cifar10") == Policy(size=32, jitter_strength=0.5, p_grayscale=0, p_blur=0.5)
+    assert policy("dataset", "demo", "view_size", 24).size == 24
+    trained.metadata["config"] = {}
+    assert policy("dataset", "stl10") == Policy(size=96, jitter_strength=1.0, p_blur=0.5, p_solarize=0.2)

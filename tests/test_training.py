@@ -334,7 +334,8 @@ def test_several_processes_train_and_evaluate_together(tmp_path: Path) -> None:
     (line,) = metrics(tmp_path / "run")
     assert line["step"] == 2 and line["rankme"] > 1
     assert line["knn"] == json.loads((tmp_path / "run" / "results.json").read_text())["knn20_after"]
-    evaluation = ["eval", "--dataset", "demo", "--width", "4", "--ckpt_path", tmp_path / "run" / "model.safetensors"]
+    evaluation = "eval --dataset demo --width 4 --measures online_classifier linear_probing knn --ckpt_path".split()
+    evaluation.append(str(tmp_path / "run" / "model.safetensors"))
     results = []
     for count in (1, 2, 3):
         evaluating = together(count, *evaluation, "--json", tmp_path / f"{count}.json")
