@@ -365,7 +365,7 @@ def test_the_demo_set_cannot_be_classified_by_color() -> None:
 
 def test_the_factors_of_the_demo_set_are_those_of_the_pixels() -> None:
     """The color under the center of a disc, where nothing covers it, and the ranges that the factors are drawn from."""
-    images = demo.load(split="test")
+    images = demo.render(split="test")
     factors = images.factors
     for name, low, high in (("x", -0.4, 0.4), ("y", -0.4, 0.4), ("size", 0.4, 0.55), ("red", 0, 1)):
         assert low <= factors[name].min() and factors[name].max() <= high
