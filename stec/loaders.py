@@ -116,10 +116,10 @@ def training_loader(
 
 
 def pair_loader(
-    images: Images, data: LoaderSettings, policy: Policy, *, seed: int, batch_size: int, device: torch.device
+    images: Images, data: LoaderSettings, policy: Policy, *, seed: int, views_per_batch: int, device: torch.device
 ) -> Loader:
-    """Pairs of views for the evaluation of an encoder, the same on every process; ``batch_size`` counts pairs."""
-    sampler = Sampler(images, policy, seed=seed, batch_size=min(batch_size, len(images)))
+    """Pairs of views for the evaluation of an encoder, the same on every process."""
+    sampler = Sampler(images, policy, seed=seed, batch_size=min(max(1, views_per_batch // 2), len(images)))
     return Loader(sampler, backend=data.backend, device=device, workers=num_workers(data, device))
 
 

@@ -61,8 +61,8 @@ def run(arguments: list[str]) -> None:
     from pipelines.files import write_json
     from stec import gpus
     from stec.distributed import processes
-    from stec.evaluation import parameters
     from stec.evaluation.evaluate import MEASURES, UNLABELED_MEASURES, evaluate
+    from stec.evaluation.parameters import FIT_SEED, TEST_SEED, decode_commands
     from stec.loaders import evaluation_loader, pair_loader
     from stec.startup import start
 
@@ -138,16 +138,12 @@ def run(arguments: list[str]) -> None:
         policy = pair_policy(config, trained, trained_on)
         if "parameters" in measures:
             pairs_of = partial(
-                pair_loader,
-                data=config,
-                policy=policy,
-                batch_size=max(1, config.batch_size // 2),
-                device=accelerator.device,
+                pair_loader, data=config, policy=policy, views_per_batch=config.batch_size, device=accelerator.device
             )
-            commands = parameters.decode_commands(
+            commands = decode_commands(
                 model.encoder,
-                None if labeled is None else pairs_of(labeled, seed=parameters.FIT_SEED),
-                pairs_of(test, seed=parameters.TEST_SEED),
+                None if labeled is None else pairs_of(labeled, seed=FIT_SEED),
+                pairs_of(test, seed=TEST_SEED),
                 trained.convention or "official",
                 accelerator,
             )
