@@ -43,7 +43,7 @@ from pipelines.sampler import Sampler
 from stec.architectures import Arch
 from stec.config import TrainConfig
 from stec.console import Console
-from stec.loaders import Data, policy_of
+from stec.loaders import Data, evaluation_loader, policy_of
 from stec.models.model import Model
 from stec.objectives.inverse import inverse_loss
 from stec.profiling import WARM_UP_STEPS
@@ -160,6 +160,13 @@ def training_turn(contender: Contender, options: Options, profile: int = 0) -> d
             config,
             Data(
                 training=Some(loader, steps, repeated=contender == "synthetic"),
+                plain=evaluation_loader(
+                    data_set.train,
+                    config.data,
+                    traits=config.traits,
+                    batch_size=options.batch_size,
+                    device=accelerator.device,
+                ),
                 labeled=None,
                 test=None,
                 classes=classes,

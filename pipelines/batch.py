@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,6 +67,10 @@ class PlainLoader(Protocol):
     @property
     def labels(self) -> NDArray[np.int64]:
         """[N] int64 of all images; -1 without a label."""
+
+    @property
+    def factors(self) -> Mapping[str, NDArray[np.float32]]:
+        """Generative factors of all images by name, [N] each, NaN where an image has none; empty if unknown."""
 
     def __len__(self) -> int:
         """Number of images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -217,6 +217,10 @@ class EvaluationLoader:
     @property
     def labels(self) -> NDArray[np.int64]:
         return self.images.labels
+
+    @property
+    def factors(self) -> Mapping[str, NDArray[np.float32]]:
+        return self.images.factors if isinstance(self.images, ImageArray) else {}
 
     def batches(self, *id_ranges: NDArray[np.int64]) -> Iterator[PlainBatch]:
         """The images with these ids, in this order; no batch holds images of two ranges."""

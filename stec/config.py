@@ -164,6 +164,9 @@ class RunSettings:
     """1: resume with changed settings, such as --max_epochs; they are printed and written to starts.jsonl."""
     log_every: int = setting(10, at_least=1, on_resume="free")
     """Steps between two lines of metrics.jsonl; metrics leave the device only then."""
+    eval_every: int = setting(0, at_least=0, on_resume="free")
+    """Epochs between two evaluations on a subset of the images, kNN and RankMe (without labels RankMe alone); 0: never.
+    The weights do not depend on it."""
     log_with: str | None = setting(None, on_resume="free")
     """Also send metrics to these trackers of Accelerate, for example tensorboard,trackio or wandb; see docs/runs.md."""
     profile: int = setting(0, at_least=0, on_resume="free")

@@ -143,6 +143,10 @@ class Console:
             learning.append(f"inverse {values['inverse_loss']:.3f} ({values['inverse_accuracy']:.2f})")
         if "classifier_loss" in values:
             learning.append(f"classifier {values['classifier_accuracy']:.2f}")
+        if "knn" in values:
+            learning.append(f"kNN {values['knn']:.2f}")
+        if "rankme" in values:
+            learning.append(f"RankMe {values['rankme']:.1f}")
         learning.append(f"lr {values['learning_rate']:.3g}")
         left = timedelta(seconds=round(min(eta_seconds, 1e9)))
         pace = [f"left {left}", f"{values['images_per_second']:.0f} images/s", f"wait {values['wait_fraction']:.0%}"]

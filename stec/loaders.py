@@ -24,6 +24,8 @@ class Data:
     """The loaders of a training run."""
 
     training: TwoViewLoader
+    plain: PlainLoader
+    """The training images without augmentation."""
     labeled: PlainLoader | None
     """Images from which evaluation learns; None, like ``test``, if there are no labels."""
     test: PlainLoader | None
@@ -111,6 +113,14 @@ def training_loader(
         # DALI has no bfloat16; float16 resolves [0, 1] more finely.
         half=device.type == "cuda" and precision != "no",
     )
+
+
+def pair_loader(
+    images: Images, data: LoaderSettings, policy: Policy, *, seed: int, views_per_batch: int, device: torch.device
+) -> Loader:
+    """Pairs of views for the evaluation of an encoder, the same on every process."""
+    sampler = Sampler(images, policy, seed=seed, batch_size=min(max(1, views_per_batch // 2), len(images)))
+    return Loader(sampler, backend=data.backend, device=device, workers=num_workers(data, device))
 
 
 def evaluation_loader(

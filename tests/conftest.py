@@ -62,8 +62,7 @@ def nothing_left_running() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def demo_test_images() -> ImageArray:
     """The demo set's test split: 2048 images of 32 px."""
-    images, labels = demo.load(split="test")
-    return ImageArray(pixels=images, labels=labels)
+    return demo.load(split="test")
 
 
 def smooth_image(height: int, width: int, seed: int) -> np.ndarray:

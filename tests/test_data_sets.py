@@ -322,9 +322,11 @@ def test_the_demo_set_is_cached(cache: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(demo.IMAGES, "test", 20)
     if cache == "unwritable":
         (tmp_path / "cache").write_text("no folder")
-    painted, labels = demo.render(split="test")
-    for image, label in (demo.load(split="test"), demo.load(split="test")):
-        assert np.array_equal(image, painted) and np.array_equal(label, labels)
+    painted = demo.render(split="test")
+    for loaded in (demo.load(split="test"), demo.load(split="test")):
+        assert np.array_equal(loaded.pixels, painted.pixels) and np.array_equal(loaded.labels, painted.labels)
+        assert list(loaded.factors) == list(painted.factors)
+        assert all(np.array_equal(loaded.factors[k], painted.factors[k], equal_nan=True) for k in painted.factors)
     if cache == "unwritable":
         return
     (file,) = (tmp_path / "cache" / "stec").iterdir()
@@ -335,28 +337,48 @@ def test_the_demo_set_is_cached(cache: str, tmp_path: Path, monkeypatch: pytest.
         file.write_bytes(content[:-100] if cache == "truncated" else bytes(damaged))
     else:
         monkeypatch.setattr(demo, "render", None)
-    assert np.array_equal(demo.load(split="test")[0], painted)
+    assert np.array_equal(demo.load(split="test").pixels, painted.pixels)
     assert file.read_bytes() == content
 
 
 def test_the_demo_set_is_deterministic_balanced_and_without_duplicates() -> None:
-    train, labels = demo.render(split="train")
-    again, _ = demo.render(split="train")
-    np.testing.assert_array_equal(train, again)
+    rendered = demo.render(split="train")
+    train, test = rendered.pixels, demo.render(split="test").pixels
+    np.testing.assert_array_equal(train, demo.render(split="train").pixels)
     assert train.shape == (8192, 32, 32, 3) and train.dtype == np.uint8
-    assert np.ptp(np.bincount(labels)) <= 1
-    test, _ = demo.render(split="test")
+    assert np.ptp(np.bincount(rendered.labels)) <= 1
     everything = np.concatenate([train, test]).reshape(len(train) + len(test), -1)
     assert len(np.unique(everything, axis=0)) == len(everything)
 
 
 def test_the_demo_set_cannot_be_classified_by_color() -> None:
     """The nearest class mean of mean color and contrast is hardly more accurate than chance."""
-    (train, train_labels), (test, test_labels) = demo.render(split="train"), demo.render(split="test")
+    train, test = demo.load(split="train"), demo.load(split="test")
 
     def features(images: np.ndarray) -> np.ndarray:
         return np.concatenate([images.mean((1, 2)), images.std((1, 2))], axis=1)
 
-    means = np.stack([features(train[train_labels == k]).mean(0) for k in range(10)])
-    nearest = ((features(test)[:, None] - means) ** 2).sum(-1).argmin(1)
-    assert (nearest == test_labels).mean() < 0.2
+    means = np.stack([features(train.pixels[train.labels == k]).mean(0) for k in range(10)])
+    nearest = ((features(test.pixels)[:, None] - means) ** 2).sum(-1).argmin(1)
+    assert (nearest == test.labels).mean() < 0.2
+
+
+def test_the_factors_of_the_demo_set_are_those_of_the_pixels() -> None:
+    """The color under the center of a disc, where nothing covers it, and the ranges that the factors are drawn from."""
+    images = demo.render(split="test")
+    factors = images.factors
+    for name, low, high in (("x", -0.4, 0.4), ("y", -0.4, 0.4), ("size", 0.4, 0.55), ("red", 0, 1)):
+        assert low <= factors[name].min() and factors[name].max() <= high
+        assert np.ptp(factors[name]) > 0.8 * (high - low)
+    round_shapes = np.isin(images.labels, [demo.CLASSES.index("disc"), demo.CLASSES.index("ring")])
+    assert np.array_equal(np.isnan(factors["rotation sine"]), round_shapes)
+    norms = np.hypot(factors["rotation sine"], factors["rotation cosine"])[~round_shapes]
+    np.testing.assert_allclose(norms, 1, atol=1e-6)
+    discs = np.flatnonzero(images.labels == 0)
+    column, row = (((factors[name][discs] + 1) / 2 * demo.SIZE_PX).astype(int) for name in "xy")
+    for channel, name in enumerate(("red", "green", "blue")):
+        # Texture and noise move a color by less than the factor varies from image to image.
+        difference = images.pixels[discs, row, column, channel] / 255 - factors[name][discs]
+        assert np.sqrt((difference**2).mean()) < 0.1 < factors[name].std()
+        other_way = images.pixels[discs, column, row, channel] / 255 - factors[name][discs]
+        assert (other_way**2).mean() > 1.3 * (difference**2).mean(), "x is the column"

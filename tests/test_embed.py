@@ -135,15 +135,15 @@ def test_features_of_files_are_those_of_a_plain_torchvision_loop(class_folders: 
 def test_features_of_arrays_are_those_of_a_plain_loop(view_size: int, tmp_path: Path) -> None:
     """At another size than the data set's own, all of the image is resized."""
     model = write_weights(tmp_path / "wide.safetensors", stem="cifar", trained_on="cifar10", width=64)
-    pixels, labels = demo.load(split="test")
+    demo_set = demo.load(split="test")
     transform = transforms.Compose([transforms.Resize(view_size), transforms.ToTensor()])
-    images = [transform(Image.fromarray(image)) for image in pixels]
+    images = [transform(Image.fromarray(image)) for image in demo_set.pixels]
     expected = torchvision_features(model, images, stem="cifar").numpy()
     arguments = ["--dataset", "demo", "--ckpt_path", str(tmp_path / "wide.safetensors"), "--num_workers", "0"]
     assert launch.main(["embed", str(tmp_path / "out.npy"), *arguments, "--view_size", str(view_size)]) == 0
     made = np.load(tmp_path / "out.npy", mmap_mode="r")
     np.testing.assert_allclose(made, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
-    np.testing.assert_array_equal(np.load(tmp_path / "out.labels.npy"), labels)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.labels.npy"), demo_set.labels)
     np.testing.assert_array_equal(np.load(tmp_path / "out.ids.npy"), np.arange(64))
     assert json.loads((tmp_path / "out.json").read_text())["classes"] == list(demo.CLASSES)
 

@@ -19,12 +19,23 @@ from sklearn.preprocessing import StandardScaler
 
 import launch
 from pipelines.batch import PlainBatch
+from pipelines.commands import Policy
 from pipelines.datasets import demo
+from stec.cli.evaluate import EvalConfig, pair_policy
 from stec.config import ModelSettings
-from stec.evaluation.evaluate import Features, class_balanced, evaluate, knn_votes, linear_probing_logits, score
+from stec.evaluation.evaluate import (
+    MEASURES,
+    Features,
+    class_balanced,
+    evaluate,
+    knn_votes,
+    linear_probing_logits,
+    score,
+)
 from stec.models.encoder import Encoder
 from stec.models.model import Model
 from stec.weights.export import to_official_names
+from stec.weights.pretrained import read_trained
 from tests.conftest import smooth_image
 from tests.runs import SMALL_DEMO, together
 from tests.test_embed import write_weights
@@ -109,6 +120,7 @@ class Counting:
         self.images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
         self.labels = np.arange(count) % 4
         self.asked = np.zeros(count, int)
+        self.factors = {"mean": self.images.mean((1, 2, 3)).numpy(), "constant": np.zeros(count, np.float32)}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -126,12 +138,8 @@ def test_each_image_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("stec.evaluation.evaluate.MAX_LABELED", limit)
         labeled, test = Counting(200), Counting(40)
         arguments: dict[str, Any] = {"labeled": labeled, "test": test, "classes": 4, "accelerator": accelerator}
-        scores = evaluate(
-            encoder,
-            torch.nn.Linear(32, 4),
-            measures=("online_classifier", "linear_probing", "low_shot", "knn"),
-            **arguments,
-        )
+        evaluation = evaluate(encoder, torch.nn.Linear(32, 4), measures=MEASURES, **arguments)
+        scores = evaluation.scores
         assert list(scores) == [
             "online_classifier",
             "linear_probing",
@@ -144,8 +152,10 @@ def test_each_image_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> 
         assert labeled.asked.sum() == (
             200 if limit == 1000 else len({*range(0, 200, 4), *class_balanced(labeled.labels, 0.1, 0)})
         )
+        assert list(evaluation.factors) == ["mean"], "what does not vary is omitted"
+        assert evaluation.rankme is not None and 1 < evaluation.rankme < 32
         alone = evaluate(encoder, None, measures=("knn",), **arguments)
-        assert alone["knn20"] == scores["knn20"]
+        assert alone.scores["knn20"] == scores["knn20"] and alone.rankme is None and not alone.factors
 
 
 def test_each_score_is_of_the_measure_that_it_is_called_by() -> None:
@@ -159,7 +169,7 @@ def test_each_score_is_of_the_measure_that_it_is_called_by() -> None:
         classes=4,
         measures=("linear_probing", "knn"),
         accelerator=accelerator,
-    )
+    ).scores
     with torch.no_grad():
         bank, queries = (
             Features(features=encoder(images.images), labels=torch.from_numpy(images.labels))
@@ -186,6 +196,8 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(demo.IMAGES, split, count)
 
 
+COMMANDS = ("x scale", "x shift", "y scale", "y shift", "brightness", "contrast", "saturation", "hue", "gray")
+"""The entries that the policy of the demo set varies."""
 EVAL = "eval --dataset demo --num_workers 1 --batch_size 24 --ckpt_path".split()
 
 
@@ -205,10 +217,19 @@ def test_all_measures_on_one_process_and_on_two(tmp_path: Path, capsys: pytest.C
         "linear_probing_10_percent",
         "linear_probing_1_percent",
         "knn20",
+        "rankme",
+        "parameters",
     ]
     for name, expected in one["measures"].items():
         found = two["measures"][name]
-        assert found["accuracy"] == expected["accuracy"] and found["class_accuracies"] == expected["class_accuracies"]
+        for value in {"accuracy", "class_accuracies", "policy"} & expected.keys():
+            assert found[value] == expected[value]
+    assert two["measures"]["rankme"]["rankme"] == pytest.approx(one["measures"]["rankme"]["rankme"], rel=1e-5)
+    for kind, names in (("commands", COMMANDS), ("factors", demo.FACTORS)):
+        assert tuple(one["measures"]["parameters"][kind]) == tuple(two["measures"]["parameters"][kind]) == names
+        for name in names:
+            values = (results["measures"]["parameters"][kind][name] for results in (one, two))
+            assert next(values) == pytest.approx(next(values), abs=1e-3)
     classifier = one["measures"]["online_classifier"]
     assert output.splitlines()[-1] == f"accuracy {classifier['accuracy']:.4f}" == f"accuracy {one['accuracy']:.4f}"
     assert list(classifier["class_accuracies"]) == list(demo.CLASSES)
@@ -235,6 +256,8 @@ def test_an_encoder_is_evaluated_on_another_data_set(tmp_path: Path, capsys: pyt
         "linear_probing_10_percent",
         "linear_probing_1_percent",
         "knn20",
+        "rankme",
+        "parameters",
     ]
     assert measured["trained_on"] == "stl10" and "accuracy" not in measured
     assert launch.main([*EVAL, str(weights), "--measures", "online_classifier", "knn"]) == 2
@@ -297,3 +320,45 @@ def test_the_probe_needs_the_test_images_alone(
     Image.fromarray(smooth_image(50, 60, seed=1)).save(tmp_path / "data" / "train" / "another" / "1.png")
     assert launch.main(arguments) == 2
     assert "have other classes than the labeled ones" in capsys.readouterr().err
+
+
+def test_images_without_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their rank and the commands of their views are measured, those that the policy varies; all else needs labels."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    for n in range(40):
+        Image.fromarray(smooth_image(50, 60, seed=n)).save(tmp_path / "data" / f"{n}.png")
+    weights = tmp_path / "weights.safetensors"
+    write_weights(weights, stem="imagenet", trained_on="imagenet", width=4)
+    arguments = [*EVAL, str(weights), "--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--view_size", "32"]
+    assert launch.main([*arguments, "--json", str(tmp_path / "1.json")]) == 0
+    output = capsys.readouterr().out
+    assert "the 40 images of folder" in output and "Not measured: knn. --dataset folder has no labels" in output
+    measured = json.loads((tmp_path / "1.json").read_text())["measures"]
+    assert list(measured) == ["rankme", "parameters"] and 1 <= measured["rankme"]["rankme"] <= 32
+    found = measured["parameters"]
+    assert found["policy"]["size"] == 32 and found["policy"]["p_blur"] == 0.5 and not found["factors"]
+    assert "blur" in found["commands"] and not {"x shear", "y shear"} & found["commands"].keys()
+
+    assert launch.main([*arguments, "--json", str(tmp_path / "2.json")]) == 0
+    assert (tmp_path / "2.json").read_bytes() == (tmp_path / "1.json").read_bytes()
+    assert launch.main([*arguments, "--measures", "knn"]) == 2
+    assert "knn cannot be measured: --dataset folder has no labels" in capsys.readouterr().err
+
+
+def test_views_are_those_of_the_training(tmp_path: Path) -> None:
+    """The policy in the weights' metadata, or that of the data set's recipes, at the size that is asked for."""
+    write_weights(tmp_path / "w.safetensors", stem="cifar", trained_on="demo", width=4)
+    trained = read_trained(tmp_path / "w.safetensors")
+    trained.metadata["config"] |= {"view_size": 16, "p_grayscale": 0.0, "use_gaussian_blur": 1, "unheard_of": 3}
+
+    def policy(*flags: Any) -> Policy:
+        return pair_policy(EvalConfig(ckpt_path=Path("w"), **dict(zip(flags[::2], flags[1::2]))), trained, "demo")
+
+    assert policy("dataset", "demo") == Policy(size=16, jitter_strength=1.0, p_grayscale=0, p_blur=0.5)
+    assert policy("dataset", "cifar10") == Policy(size=32, jitter_strength=0.5, p_grayscale=0, p_blur=0.5)
+    assert policy("dataset", "demo", "view_size", 24).size == 24
+    trained.metadata["config"] = {}
+    assert policy("dataset", "stl10") == Policy(size=96, jitter_strength=1.0, p_blur=0.5, p_solarize=0.2)

@@ -99,8 +99,7 @@ def normalize(accelerator: Accelerator, dtype: torch.dtype) -> dict[str, Any]:
 
 def everything(accelerator: Accelerator, *, exactly: bool = False) -> dict[str, Any]:
     """What is compared; ``exactly`` adds the steps of "float32" in double precision."""
-    images, labels = demo.load(split="test")
-    data = ImageArray(pixels=images, labels=labels)
+    data = demo.load(split="test")
     exact: dict[str, Any] = {"dtype": torch.float64, "steps": 1, "learning_rate": 0.01}
     several: dict[str, Any] = {"steps": STEPS, "learning_rate": 1e-7}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -64,6 +65,7 @@ def write_run(folder: Path, *, steps: int = 40, finished: bool = True, **changed
                 "learning_rate": 0.001,
                 "images_per_second": 100.0 + step,
                 "wait_fraction": 0.25,
+                **({"knn": step / 100, "rankme": step / 2} if step % 16 == 0 else {}),
             }
         )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -142,6 +144,17 @@ def test_long_curves_become_means() -> None:
     np.testing.assert_allclose(y[0], np.mean([0, 1, 4, 9, 16]))
     x, y = _thinned(points[:3])
     np.testing.assert_array_equal(y, [0, 1, 4])
+
+
+def test_what_is_measured_once_per_epoch_has_a_point_per_epoch(tmp_path: Path) -> None:
+    """kNN in percent, and RankMe as it is."""
+    page = report([read_run(write_run(tmp_path / "run", finished=False))], [Look()])
+    for caption, values, unit in (("kNN", [0.16, 0.32], "~%"), ("RankMe", [8, 16], None)):
+        (drawn,) = re.findall(rf'<figcaption>{caption}.*?<script type="application/json">(.*?)</script>', page)
+        figure = json.loads(drawn)
+        x, y = (np.frombuffer(base64.b64decode(figure["data"][0][axis]["bdata"])) for axis in "xy")
+        assert x.tolist() == [1, 2] and y.tolist() == values
+        assert figure["layout"]["yaxis"].get("tickformat") == unit
 
 
 def test_nearest_by_cosine() -> None:

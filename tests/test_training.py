@@ -95,11 +95,32 @@ def test_exported_weights_are_the_trained_ones(finished: tuple[Path, str]) -> No
         assert json.loads(file.metadata()["stec"])["step"] == 10
 
 
-def test_the_same_run_twice_is_bit_equal(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_same_run_twice_is_bit_equal_also_if_it_is_evaluated_meanwhile(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    """In weights, optimizer, random state and metrics; an evaluation of the last weights is that of ``eval``."""
     folder, _ = finished
-    run("--results_path", tmp_path / "second")
+    second = tmp_path / "second"
+    out, _ = run("--results_path", second, "--eval_every", "1")
     for name in ("model.safetensors", "encoder.safetensors"):
-        assert (tmp_path / "second" / name).read_bytes() == (folder / name).read_bytes()
+        assert (second / name).read_bytes() == (folder / name).read_bytes()
+    for step in (5, 10):
+        states = [torch.load(run / f"checkpoint-{step:08d}.pt", weights_only=True) for run in (folder, second)]
+        for name in ("model", "optimizer", "rng", "epoch_rows", "last_epoch"):
+            torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=0)
+    lines = metrics(second)
+    assert [line["step"] for line in lines if {"knn", "rankme"} <= line.keys()] == [5, 10]
+    varying = ("images_per_second", "wait_fraction", "knn", "rankme")
+    for line, expected in zip(lines, metrics(folder), strict=True):
+        assert {k: v for k, v in line.items() if k not in varying} == {
+            k: v for k, v in expected.items() if k not in varying
+        }
+    assert lines[-1]["knn"] == json.loads((second / "results.json").read_text())["knn20_after"]
+    assert f"RankMe {lines[-1]['rankme']:.1f}" in out and f"kNN {lines[-1]['knn']:.2f}" in out
+    evaluation = "eval --dataset demo --measures rankme --mixed_precision auto --ckpt_path".split()
+    Run(*evaluation, second, "--json", tmp_path / "eval.json").end()
+    measured = json.loads((tmp_path / "eval.json").read_text())["measures"]["rankme"]["rankme"]
+    assert lines[-1]["rankme"] == pytest.approx(measured, rel=1e-5)
 
 
 def test_a_run_can_be_repeated_from_its_config(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -215,10 +236,12 @@ FOLDER = (
 
 
 def test_a_folder_of_images_needs_no_labels_and_may_have_bad_images(custom_dataset: Path, tmp_path: Path) -> None:
-    """There is neither online classifier nor evaluation; the bad image is listed once, also after a resume."""
+    """There is no online classifier, and of the evaluations RankMe alone; the bad image is listed once, also after a
+    resume."""
     run_folder = tmp_path / "run"
     arguments = [*FOLDER, "--data_dir", custom_dataset, "--results_path", run_folder, "--max_bad_fraction", "0.05"]
-    out, err = run(*arguments)
+    out, err = run(*arguments, "--eval_every", "1")
+    assert "knn" not in metrics(run_folder)[-1] and metrics(run_folder)[-1]["rankme"] > 1
     assert "40 training images (1 of them bad), no labels" in out and "online_classifier" not in out
     assert err.count("more/7.jpg") == 1
     assert (run_folder / "bad-images.tsv").read_text().count("\n") == 1
@@ -305,10 +328,14 @@ def test_simclr_runs_without_an_inverse_model(tmp_path: Path) -> None:
 
 def test_several_processes_train_and_evaluate_together(tmp_path: Path) -> None:
     """One of them prints and writes, and evaluation counts every image once on 1, 2 and 3 processes."""
-    out = run_on(2, *SMALL, "--results_path", tmp_path / "run", "--max_epochs", "1", "--gpus", "2")
+    flags = ["--max_epochs", "1", "--gpus", "2", "--eval_every", "1"]
+    out = run_on(2, *SMALL, "--results_path", tmp_path / "run", *flags)
     assert "2 process(es)" in out and out.count("epoch 1/1 ") == 1
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [2]
-    evaluation = ["eval", "--dataset", "demo", "--width", "4", "--ckpt_path", tmp_path / "run" / "model.safetensors"]
+    (line,) = metrics(tmp_path / "run")
+    assert line["step"] == 2 and line["rankme"] > 1
+    assert line["knn"] == json.loads((tmp_path / "run" / "results.json").read_text())["knn20_after"]
+    evaluation = "eval --dataset demo --width 4 --measures online_classifier linear_probing knn --ckpt_path".split()
+    evaluation.append(str(tmp_path / "run" / "model.safetensors"))
     results = []
     for count in (1, 2, 3):
         evaluating = together(count, *evaluation, "--json", tmp_path / f"{count}.json")

@@ -4,6 +4,9 @@ The class is the shape. Positions, sizes, rotations, colors, textures and clutte
 color and background do not depend on the class, and crop, flip and jitter preserve it. Every image shows its shape five
 times, so that most crop boxes hold one. Colors are muted, so that after the jitter they do not identify an image;
 otherwise contrastive learning would learn colors only.
+
+Each image comes with the generative factors of its background and of its large shape, which is painted last, over the
+others. Those of the four small shapes are left out: nothing in the image tells which of them is the first.
 """
 
 from __future__ import annotations
@@ -21,10 +24,20 @@ from pipelines.datasets.images import ImageArray
 from pipelines.datasets.registry import Source, Split
 
 CLASSES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar", "heart", "hourglass")
+SYMMETRIES = (0, 0, 4, 3, 4, 5, 1, 2, 1, 2)
+"""For each class, how many rotations leave the shape as it is; 0: all. The triangle's are about another point than its
+center, and move it."""
 SIZE_PX = 32
 IMAGES = {"train": 8192, "test": 2048}
 VERSION = 1
 """Increased when the images change."""
+FACTORS = (
+    "x", "y", "size", "rotation sine", "rotation cosine", "red", "green", "blue",
+    "background red", "background green", "background blue",
+)  # fmt: skip
+"""Center of the large shape (x right, y down, the image is [-1, 1]^2), half of its width (1 is half of the image's),
+``sin(k a)`` and ``cos(k a)`` of its rotation a, if k turns of 1/k make the shape look the same (NaN for discs and
+rings), and the colors of shape and background, 0 to 1, each averaged over its texture."""
 CHUNK = 64
 """Images painted at a time; few enough for the intermediate arrays to fit into the processor's cache."""
 
@@ -33,52 +46,61 @@ Floats = NDArray[np.floating]
 
 def read_demo(_source: Source, splits: Sequence[str]) -> list[Split]:
     """The splits ``train`` and ``test`` of the demo set."""
-    arrays = [load(split="test" if split == "test" else "train") for split in splits]
-    return [Split(images=ImageArray(pixels=pixels, labels=labels), classes=CLASSES) for pixels, labels in arrays]
+    return [Split(images=load(split="test" if split == "test" else "train"), classes=CLASSES) for split in splits]
 
 
-def load(*, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def load(*, split: Literal["train", "test"]) -> ImageArray:
     """The result of ``render``, from the user's cache folder if it is there, as painting takes seconds."""
     count = IMAGES[split]
     file = cache_folder() / f"demo-{VERSION}-{split}-{count}.npz"
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-        if images.shape == (count, SIZE_PX, SIZE_PX, 3) and labels.shape == (count,):
-            return images, labels
+            images, labels, factors = (arrays[name] for name in ("images", "labels", "factors"))
+        shapes = (count, SIZE_PX, SIZE_PX, 3), (count,), (count, len(FACTORS))
+        if (images.shape, labels.shape, factors.shape) == shapes:
+            return _image_array(images, labels, factors)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass
-    images, labels = render(split=split)
-    write_arrays(file, images=images, labels=labels)
-    return images, labels
+    rendered = render(split=split)
+    factors = np.stack(list(rendered.factors.values()), axis=1)
+    write_arrays(file, images=rendered.pixels, labels=rendered.labels, factors=factors)
+    return rendered
 
 
-def render(*, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images [N, 32, 32, 3] uint8 and labels [N] int64; classes alternate, so that any prefix is balanced."""
+def render(*, split: Literal["train", "test"]) -> ImageArray:
+    """The images of a split, with ``FACTORS``; classes alternate, so that any prefix is balanced."""
     count = IMAGES[split]
     labels = np.arange(count, dtype=np.int64) % len(CLASSES)
     images = np.empty((count, SIZE_PX, SIZE_PX, 3), np.uint8)
+    factors = np.empty((count, len(FACTORS)), np.float32)
 
     def render_chunk(start: int) -> None:
         chunk = slice(start, start + CHUNK)
-        images[chunk] = _paint(labels[chunk], np.random.default_rng([2022, split == "test", start]))
+        rng = np.random.default_rng([2022, split == "test", start])
+        images[chunk], factors[chunk] = _paint(labels[chunk], rng)
 
     # NumPy releases the interpreter's lock.
     with ThreadPoolExecutor() as pool:
         list(pool.map(render_chunk, range(0, count, CHUNK)))
-    return images, labels
+    return _image_array(images, labels, factors)
 
 
-def _paint(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.uint8]:
+def _image_array(images: NDArray[np.uint8], labels: NDArray[np.int64], factors: NDArray[np.float32]) -> ImageArray:
+    return ImageArray(pixels=images, labels=labels, factors=dict(zip(FACTORS, factors.T, strict=True)))
+
+
+def _paint(labels: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Images [N, 32, 32, 3] and their factors [N, F]."""
     painter = _Painter(len(labels), rng)
-    image = painter.texture()
+    image, background = painter.texture()
     for _ in range(4):
         image = painter.clutter(image)
     for _ in range(4):
-        image = painter.shape(image, labels, radius=(0.22, 0.32), reach=0.8)
-    image = painter.shape(image, labels, radius=(0.4, 0.55), reach=0.4)
+        image, _ = painter.shape(image, labels, radius=(0.22, 0.32), reach=0.8)
+    image, of_shape = painter.shape(image, labels, radius=(0.4, 0.55), reach=0.4)
     image += rng.normal(0, 0.02, image.shape).astype(np.float32)
-    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    factors = np.concatenate([of_shape, background], axis=1)
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8), factors
 
 
 class _Painter:
@@ -96,8 +118,8 @@ class _Painter:
         """[N, 1, 1, 3]: a muted color."""
         return np.clip(self.uniform(0.1, 0.9, 1, 1, 1) + self.uniform(-0.1, 0.1, 1, 1, 3), 0, 1)
 
-    def texture(self) -> Floats:
-        """[N, H, W, 3]: a wave between two colors, from a slow gradient to stripes or checks."""
+    def texture(self) -> tuple[Floats, Floats]:
+        """A wave between two colors [N, H, W, 3], a slow gradient or stripes or checks, and its mean color [N, 3]."""
         first, second = self.color(), self.color()
         angle, frequency = self.uniform(0, np.pi, 1, 1), self.uniform(0.5, 9, 1, 1)
         along = np.cos(angle) * self.x + np.sin(angle) * self.y
@@ -105,7 +127,8 @@ class _Painter:
         wave = np.sin(frequency * along + self.uniform(0, 2 * np.pi, 1, 1))
         checks = wave * np.sin(frequency * across + self.uniform(0, 2 * np.pi, 1, 1))
         wave = np.where(self.uniform(0, 1, 1, 1) < 0.4, checks, wave)
-        return first + (second - first) * (0.15 + 0.15 * np.clip(1.5 * wave, -1, 1))[..., None]
+        mean = (first + (second - first) * 0.15)[:, 0, 0]
+        return first + (second - first) * (0.15 + 0.15 * np.clip(1.5 * wave, -1, 1))[..., None], mean
 
     def clutter(self, image: Floats) -> Floats:
         """Add a small ellipse or stroke."""
@@ -116,10 +139,16 @@ class _Painter:
         cover = np.clip(3 * (1 - np.hypot(along, across)), 0, 1)[..., None]
         return image * (1 - cover) + self.color() * cover
 
-    def shape(self, image: Floats, labels: NDArray[np.int64], *, radius: tuple[float, float], reach: float) -> Floats:
-        """Add the shape of each image's class, of a size within ``radius``, at most ``reach`` from the center."""
+    def shape(
+        self, image: Floats, labels: NDArray[np.int64], *, radius: tuple[float, float], reach: float
+    ) -> tuple[Floats, Floats]:
+        """Add the shape of each image's class, of a size within ``radius``, at most ``reach`` from the center.
+
+        Also returns the shape's factors [N, 8].
+        """
         angle, size = self.uniform(-0.4, 0.4, 1, 1), self.uniform(*radius, 1, 1)
-        dx, dy = self.x - self.uniform(-reach, reach, 1, 1), self.y - self.uniform(-reach, reach, 1, 1)
+        center_x, center_y = self.uniform(-reach, reach, 1, 1), self.uniform(-reach, reach, 1, 1)
+        dx, dy = self.x - center_x, self.y - center_y
         u = (np.cos(angle) * dx + np.sin(angle) * dy) / size
         v = (-np.sin(angle) * dx + np.cos(angle) * dy) / size
         distance = np.empty_like(u)
@@ -129,7 +158,11 @@ class _Painter:
         # The width of the soft edge: one pixel in the shape's coordinates.
         edge = 2 / SIZE_PX / size
         cover = np.clip(0.5 - distance / edge, 0, 1)[..., None]
-        return image * (1 - cover) + self.texture() * cover
+        texture, mean_color = self.texture()
+        turns = np.array(SYMMETRIES, np.float32)[labels]
+        phase = np.where(turns > 0, turns * angle[:, 0, 0], np.nan)
+        numbers = np.stack([center_x[:, 0, 0], center_y[:, 0, 0], size[:, 0, 0], np.sin(phase), np.cos(phase)], axis=1)
+        return image * (1 - cover) + texture * cover, np.concatenate([numbers, mean_color], axis=1)
 
 
 # Shapes are signed distances (negative inside) in coordinates in which the shape fills about [-1, 1]^2, y down.

@@ -36,6 +36,8 @@ class ImageArray:
     """[N] int64, 0 to the number of classes - 1, or UNLABELED."""
     layout: Literal["HWC", "CWH"] = "HWC"
     """CWH is STL-10's: color planes of columns."""
+    factors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Generative factors of the images by name, [N] each, NaN where an image has none; empty if they are unknown."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -56,7 +58,8 @@ class ImageArray:
 
     def limited(self, count: int) -> ImageArray:
         """The first ``count`` images."""
-        return ImageArray(pixels=self.pixels[:count], labels=self.labels[:count], layout=self.layout)
+        factors = {name: values[:count] for name, values in self.factors.items()}
+        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count], factors=factors)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

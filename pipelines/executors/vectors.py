@@ -27,7 +27,7 @@ class Vector(types.Type):
         return ir.VectorType(_I32 if self.scalar == types.int32 else _F32, self.count)
 
 
-@register_model(Vector)
+@register_model(Vector)  # type: ignore[untyped-decorator]
 class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Vector) -> None:
         super().__init__(manager, kind, kind.llvm)
@@ -51,7 +51,7 @@ def filled(scalar: types.Type, count: int) -> Any:
     """``filled(value)``: a vector of equal numbers."""
     kind = Vector(scalar, count)
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator]
     def function(_context: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return _splat(builder, arguments[0], count)
@@ -68,7 +68,7 @@ def add_product(scalar: types.Type, count: int) -> Any:
     """
     kind, is_int = Vector(scalar, count), scalar == types.int32
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator]
     def function(_context: Any, total: Any, array: Any, index: Any, weight: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             element = _I8 if is_int else _F32
@@ -88,7 +88,7 @@ def store_bytes(count: int, shift: int) -> Any:
     """``store_bytes(array, index, totals)``: the low bytes of int32 totals, shifted to the right."""
     kind = Vector(types.int32, count)
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator]
     def function(_context: Any, array: Any, index: Any, totals: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             shifted = builder.lshr(arguments[2], _splat(builder, _I32(shift), count))
@@ -107,7 +107,7 @@ def store_planes(pixels: int, shift: int) -> Any:
     the right, to one array for each color; each fourth total is unused."""
     kind = Vector(types.int32, 4 * pixels)
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator]
     def function(_context: Any, red: Any, green: Any, blue: Any, index: Any, totals: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             shifted = builder.lshr(arguments[4], _splat(builder, _I32(shift), 4 * pixels))
@@ -128,7 +128,7 @@ def store_floats(count: int) -> Any:
     """``store_floats(array, index, values)``."""
     kind = Vector(types.float32, count)
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator]
     def function(_context: Any, array: Any, index: Any, values: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             pointer = _pointer(context, builder, array, arguments[0], arguments[1], kind.llvm)

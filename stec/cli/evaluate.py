@@ -7,19 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.errors import UserError
 from stec.cli.encoder import EncoderConfig, read_encoder
 from stec.cli.flags import parse
 from stec.cli.outputs import check_output
+from stec.config import AugmentationSettings, TrainConfig, with_settings
 from stec.settings import setting
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from pipelines.commands import Policy
     from pipelines.datasets.images import Images
+    from pipelines.datasets.registry import SplitName
+    from stec.evaluation.decoding import R2
     from stec.evaluation.evaluate import Score
+    from stec.weights.pretrained import Trained
 
 CLASSES_SHOWN = 20
 """With more classes, only the worst and the best are in the table; ``--json`` has all."""
@@ -29,9 +34,10 @@ CLASSES_SHOWN = 20
 class EvalConfig(EncoderConfig):
     """Evaluate a trained encoder and its online linear classifier on the test images."""
 
-    measures: tuple[Literal["online_classifier", "linear_probing", "low_shot", "knn"], ...] = ()
+    measures: tuple[Literal["online_classifier", "linear_probing", "low_shot", "knn", "rankme", "parameters"], ...] = ()
     """Measures: the file's online linear classifier; linear probing on the labeled images; low-shot, on 10 % and 1 % of
-    them; kNN. Default: all that weights and data allow."""
+    them; kNN; RankMe, the effective rank of features; R2 of the command decoded from pairs of views, and of the demo
+    set's generative factors. The last two need no labels. Default: all that weights and data allow."""
     seed: int = setting(0, at_least=0)
     """Seed of the images of low_shot."""
     json: Path | None = None
@@ -51,12 +57,13 @@ def run(arguments: list[str]) -> None:
     config = parse(EvalConfig, arguments, name="eval")
     config.validate()
 
-    from pipelines.datasets.registry import open_split
+    from pipelines.datasets.registry import DATA_SETS, open_split
     from pipelines.files import write_json
     from stec import gpus
     from stec.distributed import processes
-    from stec.evaluation.evaluate import MEASURES, evaluate
-    from stec.loaders import evaluation_loader
+    from stec.evaluation.evaluate import MEASURES, UNLABELED_MEASURES, evaluate
+    from stec.evaluation.parameters import FIT_SEED, TEST_SEED, decode_commands
+    from stec.loaders import evaluation_loader, pair_loader
     from stec.startup import start
 
     accelerator, console, precision = start(config.mixed_precision)
@@ -65,7 +72,7 @@ def run(arguments: list[str]) -> None:
     requested = config.measures or MEASURES
     with console.counting() as progress:
 
-        def open_images(split: Literal["labeled", "test"]) -> tuple[Images, tuple[str, ...]]:
+        def open_images(split: SplitName) -> tuple[Images, tuple[str, ...]]:
             return open_split(
                 config.dataset,
                 config.data_dir,
@@ -84,32 +91,40 @@ def run(arguments: list[str]) -> None:
                 return str(error)
             return ""
 
-        test, classes = processes.main_process_first(accelerator, lambda: open_images("test"))
+        has_labels = "labeled" in DATA_SETS[config.dataset].splits
+        test, classes = processes.main_process_first(
+            accelerator, lambda: open_images("test" if has_labels else "train")
+        )
         labeled: Images | None = None
         reasons = dict.fromkeys(MEASURES, "")
-        if set(requested) != {"online_classifier"}:
+        if not has_labels:
+            without = f"--dataset {config.dataset} has no labels; use --measures {' '.join(UNLABELED_MEASURES)}."
+            reasons |= {measure: without for measure in MEASURES if measure not in UNLABELED_MEASURES}
+        elif not set(requested) <= {"online_classifier", "rankme"}:
             reason = processes.on_main_process(accelerator, reason_without_labeled)
-            reasons = dict.fromkeys(MEASURES, reason)
+            reasons |= {measure: reason for measure in MEASURES if measure != "rankme"}
             if not reason:
                 labeled, known = opened[0] if opened else open_images("labeled")
                 if known[: len(classes)] != classes:
                     raise UserError(f"The test images in {config.data_dir} have other classes than the labeled ones.")
                 classes = known
-    reasons["online_classifier"] = reason_without_classifier(config, model.classifier, trained_on, len(classes))
+    if has_labels:
+        reasons["online_classifier"] = reason_without_classifier(config, model.classifier, trained_on, len(classes))
     measures = tuple(measure for measure in requested if not reasons[measure])
     omitted = [(measure, reasons[measure]) for measure in requested if reasons[measure]]
     if omitted and (config.measures or not measures):
         raise UserError(f"{omitted[0][0]} cannot be measured: {omitted[0][1]}")
 
     model.to(accelerator.device)
-    console.say(f"{config.ckpt_path} on the {len(test)} test images of {config.dataset}, precision {precision}")
+    kind = "test images" if has_labels else "images"
+    console.say(f"{config.ckpt_path} on the {len(test)} {kind} of {config.dataset}, precision {precision}")
     for measure, reason in omitted:
         console.say(f"Not measured: {measure}. {reason}")
     loader_of = partial(
         evaluation_loader, data=config, traits=config.traits, batch_size=config.batch_size, device=accelerator.device
     )
     with console.waiting("evaluating"), gpus.memory_errors(config.batch_size, "give a smaller one"):
-        scores = evaluate(
+        evaluation = evaluate(
             model.encoder,
             model.classifier,
             labeled=None if labeled is None else loader_of(labeled),
@@ -119,7 +134,30 @@ def run(arguments: list[str]) -> None:
             accelerator=accelerator,
             seed=config.seed,
         )
-    console.table("On the test images", ["", *map(column, scores)], table(scores, classes))
+        commands: dict[str, R2] = {}
+        policy = pair_policy(config, trained, trained_on)
+        if "parameters" in measures:
+            pairs_of = partial(
+                pair_loader, data=config, policy=policy, views_per_batch=config.batch_size, device=accelerator.device
+            )
+            commands = decode_commands(
+                model.encoder,
+                None if labeled is None else pairs_of(labeled, seed=FIT_SEED),
+                pairs_of(test, seed=TEST_SEED),
+                trained.convention or "official",
+                accelerator,
+            )
+    scores = evaluation.scores
+    if scores:
+        console.table("On the test images", ["", *map(column, scores)], table(scores, classes))
+    for title, decoded in (
+        ("R2 of the command from view i to view j, decoded from both views", commands),
+        ("R2 of the generative factors, decoded from the image", evaluation.factors),
+    ):
+        if decoded:
+            console.table(title, ["", "ridge", "MLP", "ridge, shuffled", "MLP, shuffled"], r2_rows(decoded))
+    if evaluation.rankme is not None:
+        console.say(f"RankMe {evaluation.rankme:.1f} of {model.encoder.feature_dim} features")
     classifier = scores.get("online_classifier")
     summary = (
         {}
@@ -128,13 +166,34 @@ def run(arguments: list[str]) -> None:
     )
     if config.json is not None and accelerator.is_main_process:
         facts = {"dataset": config.dataset, "ckpt_path": str(config.ckpt_path), "trained_on": trained_on}
-        written = {
+        written: dict[str, Any] = {
             name: {**dataclasses.asdict(of), "class_accuracies": by_name(of, classes)} for name, of in scores.items()
         }
+        if evaluation.rankme is not None:
+            written["rankme"] = {"rankme": evaluation.rankme, "features": model.encoder.feature_dim}
+        if "parameters" in measures:
+            written["parameters"] = {
+                "policy": dataclasses.asdict(policy),
+                "commands": {name: dataclasses.asdict(of) for name, of in commands.items()},
+                "factors": {name: dataclasses.asdict(of) for name, of in evaluation.factors.items()},
+            }
         write_json(config.json, {**facts, "test_images": len(test), **summary, "measures": written})
     for name, value in summary.items():
         console.say(f"{name} {value:.4f}")
     accelerator.end_training()
+
+
+def pair_policy(config: EvalConfig, trained: Trained, trained_on: str) -> Policy:
+    """The policy of the pairs of views: that of the encoder's training, otherwise that of the data set's recipes."""
+    from stec.loaders import policy_of
+
+    switch = int(config.traits.blur_and_solarize)
+    names = {field.name for field in dataclasses.fields(AugmentationSettings)} - {"resolution_schedule"}
+    settings = {name: value for name, value in trained.metadata.get("config", {}).items() if name in names}
+    if config.view_size is not None or trained_on != config.dataset:
+        settings["view_size"] = config.view_size
+    defaults = {"dataset": config.dataset, "use_gaussian_blur": switch, "use_solarization": switch}
+    return policy_of(with_settings(TrainConfig(), {**defaults, **settings}, str(trained.path)))
 
 
 def reason_without_classifier(config: EvalConfig, classifier: nn.Linear | None, trained_on: str, classes: int) -> str:
@@ -183,6 +242,13 @@ def table(scores: Mapping[str, Score], classes: Sequence[str]) -> list[list[str]
             "best class": [max(values) for values in measured],
         }
     return rows + [[name, *map(percent, values)] for name, values in shown.items()]
+
+
+def r2_rows(decoded: Mapping[str, R2]) -> list[list[str]]:
+    """Rows of a table of R2; what rounds to -0 is 0."""
+    return [
+        [name, *(f"{round(value, 3) + 0.0:.3f}" for value in dataclasses.astuple(r2))] for name, r2 in decoded.items()
+    ]
 
 
 def by_name(score: Score, classes: Sequence[str]) -> dict[str, float | None]:

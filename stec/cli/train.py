@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
@@ -103,19 +104,20 @@ def run_training(config: TrainConfig) -> None:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    labeled, test = (
-        None
-        if images is None
-        else evaluation_loader(
-            images,
-            config.data,
-            traits=config.traits,
-            batch_size=config.optimization.batch_size,
-            device=accelerator.device,
-        )
-        for images in (data_set.labeled, data_set.test)
+    plain_loader = partial(
+        evaluation_loader,
+        data=config.data,
+        traits=config.traits,
+        batch_size=config.optimization.batch_size,
+        device=accelerator.device,
     )
-    data = Data(training=loader, labeled=labeled, test=test, classes=len(data_set.classes))
+    data = Data(
+        training=loader,
+        plain=plain_loader(data_set.train),
+        labeled=None if data_set.labeled is None else plain_loader(data_set.labeled),
+        test=None if data_set.test is None else plain_loader(data_set.test),
+        classes=len(data_set.classes),
+    )
     environment = {
         **environment_of(accelerator, precision),
         "backend": loader.backend,

@@ -104,7 +104,7 @@ def embed(
     with Background(lambda: None) as writer:
         while done < len(own):
             good = [image_ids[status[image_ids] != BAD] for image_ids in own[done:]]
-            features = encode_batches(encoder, loader, accelerator, *good)
+            features = encode_batches(encoder, (batch.images for batch in loader.batches(*good)), accelerator)
             try:
                 for image_ids in good:
                     rows = _next_rows(features, len(image_ids), encoder.feature_dim)

@@ -1,10 +1,11 @@
-"""Measures of features: the online linear classifier, linear probing on all labels and on few (low-shot), and kNN."""
+"""Measures of features: the online linear classifier, linear probing on all labels and on few (low-shot), kNN, the
+effective rank, and decoded generative factors."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -14,17 +15,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.batch import PlainLoader
+from stec.evaluation.decoding import R2, decode
 from stec.models.encoder import Encoder
 
-Measure = Literal["online_classifier", "linear_probing", "low_shot", "knn"]
+Measure = Literal["online_classifier", "linear_probing", "low_shot", "knn", "rankme", "parameters"]
 """In the order of tables: the online linear classifier of the training, linear probing on all labeled images, linear
-probing on a few of them, and kNN."""
-MEASURES: tuple[Measure, ...] = ("online_classifier", "linear_probing", "low_shot", "knn")
+probing on a few of them, kNN, RankMe, and decoded parameters: here the generative factors of images, and in
+``stec.evaluation.parameters`` the commands of pairs of views."""
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+UNLABELED_MEASURES: tuple[Measure, ...] = ("rankme", "parameters")
+"""Those that need no labels."""
 NEIGHBORS = 20
 KNN = f"knn{NEIGHBORS}"
 """Name of the kNN result."""
+FACTORS = "factors"
 MAX_LABELED = 50_000
 """The maximum number of labeled images for kNN and linear probing."""
+RANKME_IMAGES = 25_600
+"""The maximum number of images for RankMe, as in its paper."""
 PERCENTAGES = (10, 1)
 """Percentages of the labeled images for ``low_shot``."""
 
@@ -56,6 +64,17 @@ class Score:
     """Number of labeled images that the classifier used; None for the online linear classifier."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The results of the requested measures."""
+
+    scores: dict[str, Score] = field(default_factory=dict)
+    """Of the classifiers, by name."""
+    rankme: float | None = None
+    factors: dict[str, R2] = field(default_factory=dict)
+    """R2 of the generative factors, by name."""
+
+
 def evaluate(
     encoder: Encoder,
     classifier: nn.Linear | None,
@@ -66,34 +85,42 @@ def evaluate(
     measures: Collection[Measure],
     accelerator: Accelerator,
     seed: int = 0,
-) -> dict[str, Score]:
-    """The score of every measure on the test images, by name; each image is encoded once.
+) -> Evaluation:
+    """Measures on the test images; each image is encoded once.
 
     All processes share that work and return the same. ``classifier`` is needed for the measure of that name,
-    ``labeled``
-    for the others. ``seed`` chooses the images of ``low_shot``: the same for any encoder.
+    ``labeled`` for the others except ``rankme``. ``seed`` chooses the images of ``low_shot``: the same for any encoder.
     """
     scores: dict[str, Score] = {}
+    rank: float | None = None
+    factors: dict[str, R2] = {}
     queries = extract_features(encoder, test, accelerator, np.arange(len(test)))
     if "online_classifier" in measures:
         assert classifier is not None, "the measure needs it"
         scores["online_classifier"] = score(classifier_logits(classifier, queries), queries.labels)
+    if "rankme" in measures:
+        rank = rankme(queries[torch.from_numpy(evenly_spread(len(test), RANKME_IMAGES))].features)
     chosen = _chosen(labeled, measures, seed)
     if labeled is None or not chosen:
-        return scores
+        return Evaluation(scores=scores, rankme=rank)
 
     image_ids = np.unique(np.concatenate([*chosen.values()]))
     bank = extract_features(encoder, labeled, accelerator, image_ids)
+    if (ids := chosen.pop(FACTORS, None)) is not None:
+        known = bank[torch.from_numpy(np.searchsorted(image_ids, ids))]
+        of_bank = {name: values[ids] for name, values in labeled.factors.items()}
+        factors = decode(known.features, of_bank, queries.features, test.factors)
     for name, of_score in chosen.items():
         classify = knn_votes if name == KNN else linear_probing_logits
         known = bank[torch.from_numpy(np.searchsorted(image_ids, of_score))]
         classified = classify(known, queries, classes, accelerator.device)
         scores[name] = score(classified, queries.labels, labeled_images=len(of_score), probabilities=name != KNN)
-    return scores
+    return Evaluation(scores=scores, rankme=rank, factors=factors)
 
 
 def _chosen(labeled: PlainLoader | None, measures: Collection[Measure], seed: int) -> dict[str, NDArray[np.int64]]:
-    """Which labeled images each linear probing gets, and which are neighbors, by their scores' names."""
+    """Which labeled images each linear probing gets, which are neighbors, and which tell their generative factors, by
+    the names of the results."""
     chosen: dict[str, NDArray[np.int64]] = {}
     if labeled is None:
         return chosen
@@ -105,6 +132,8 @@ def _chosen(labeled: PlainLoader | None, measures: Collection[Measure], seed: in
             chosen[f"linear_probing_{percent}_percent"] = class_balanced(labeled.labels, percent / 100, seed)
     if "knn" in measures:
         chosen[KNN] = spread
+    if "parameters" in measures and labeled.factors:
+        chosen[FACTORS] = spread
     return chosen
 
 
@@ -126,16 +155,14 @@ def class_balanced(labels: NDArray[np.int64], fraction: float, seed: int) -> NDA
     return np.sort(np.concatenate([order[:per_class] for order in orders]))
 
 
-def encode_batches(
-    encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, *id_ranges: NDArray[np.int64]
-) -> Iterator[Tensor]:
-    """Features [n, D] float32 on the device, batch after batch of the loader, of an encoder in evaluation mode."""
+def encode_batches(encoder: Encoder, batches: Iterable[Tensor], accelerator: Accelerator) -> Iterator[Tensor]:
+    """Features [n, D] float32 on the device of each batch of images, of the encoder in evaluation mode."""
     was_training = encoder.training
     encoder.eval()
     try:
-        for batch in loader.batches(*id_ranges):
+        for images in batches:
             with torch.no_grad(), accelerator.autocast():
-                yield encoder(batch.images).float()
+                yield encoder(images).float()
     finally:
         encoder.train(was_training)
 
@@ -151,14 +178,37 @@ def extract_features(
     longest = len(id_ranges[0])
     own = torch.zeros(longest, encoder.feature_dim, device=accelerator.device)
     done = 0
-    for features in encode_batches(encoder, loader, accelerator, id_ranges[accelerator.process_index]):
+    batches = (batch.images for batch in loader.batches(id_ranges[accelerator.process_index]))
+    for features in encode_batches(encoder, batches, accelerator):
         own[done : done + len(features)] = features
         done += len(features)
-    gathered = accelerator.gather(own).cpu().split(longest)
     return Features(
-        features=torch.cat([part[: len(ids)] for part, ids in zip(gathered, id_ranges)]),
+        features=gather_rows(own, [len(ids) for ids in id_ranges], accelerator),
         labels=torch.from_numpy(loader.labels[image_ids]),
     )
+
+
+def gather_rows(padded: Tensor, counts: Sequence[int], accelerator: Accelerator) -> Tensor:
+    """The first ``counts[k]`` rows of each process k, concatenated, on the host of every process.
+
+    ``padded`` has the same number of rows on all of them.
+    """
+    gathered = accelerator.gather(padded).cpu().split(len(padded))
+    return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
+
+
+def rankme(features: Tensor) -> float:
+    """The effective rank of features [N, D]: 1 to the smaller of N and D; NaN if one is not finite or all are 0.
+
+    The exponential of the entropy of their singular values, divided by their sum, plus 1e-7 (Garrido et al. 2023,
+    "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised Representations by Their Rank",
+    equation 1). As there, features are not centered.
+    """
+    if not features.isfinite().all():
+        return float("nan")
+    singular_values = torch.linalg.svdvals(features.double().cpu())
+    p = singular_values / singular_values.sum() + 1e-7
+    return float((-(p * p.log()).sum()).exp())
 
 
 def score(

@@ -41,6 +41,8 @@ LEARNING = {
     "classifier_accuracy": "Online linear classifier: accuracy on training views",
     "cross_view_accuracy": "Contrastive accuracy, among the other views j",
     "cross_view_entropy": "Entropy of the contrastive prediction, nats",
+    "knn": "kNN (k = 20) on a subset of the test images: top-1",
+    "rankme": "RankMe, the effective rank of the features",
     "learning_rate": "Learning rate",
 }
 PACE = {"images_per_second": "Images per second", "wait_fraction": "Fraction of time waiting for data"}
@@ -286,7 +288,7 @@ def _curves(records: Sequence[RunRecord], names: Sequence[str], metrics: dict[st
             )
         if not figure.data:
             continue
-        is_fraction = metric.endswith(("accuracy", "fraction"))
+        is_fraction = metric.endswith(("accuracy", "fraction", "knn"))
         figure.update_xaxes(rangemode="tozero", title="epoch" if in_epochs else "step")
         figure.update_yaxes(hoverformat=".1%" if is_fraction else ".4g", tickformat="~%" if is_fraction else None)
         if metric not in PACE:

@@ -1,4 +1,4 @@
-"""The training loop: fetch, forward, backward, step, log, save."""
+"""The training loop: fetch, forward, backward, step, evaluate, log, save."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from stec.runs.run_folder import RunFolder
 from stec.training.checkpoint_writer import CheckpointWriter, TrainingState
 from stec.training.initial_model import compile_encoder
 from stec.training.metrics_log import MetricsLog
+from stec.training.monitor import Monitor
 from stec.training.optim import learning_rate_at, make_optimizer
 from stec.training.progress import Progress, Schedule
 from stec.training.results import evaluate_before_and_after, export_weights
@@ -73,6 +74,7 @@ def train(
     log = MetricsLog(
         schedule, progress, log_every=config.run.log_every, accelerator=accelerator, console=console, folder=folder
     )
+    monitor = Monitor(model.encoder, data, schedule, progress, every=config.run.eval_every, accelerator=accelerator)
     checkpoints = CheckpointWriter(
         config,
         schedule,
@@ -103,6 +105,9 @@ def train(
             progress.step += 1
 
             log.add(metrics, learning_rate)
+            if monitor.due():
+                with log.paused():
+                    log.add_measured(monitor.measure())
             if log.due():
                 with part("logging"):
                     log.write()

@@ -37,6 +37,7 @@ class MetricsLog:
         self._names: tuple[str, ...] = ()
         self._unlogged: list[Tensor] = []
         self._learning_rate = 0.0
+        self._measured: dict[str, float] = {}
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -50,6 +51,17 @@ class MetricsLog:
         with part("wait for data"):
             yield
         self._wait_seconds += _seconds_since(started)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, time does not count as training."""
+        started = time.perf_counter()
+        yield
+        self._started += _seconds_since(started)
+
+    def add_measured(self, measured: Mapping[str, float]) -> None:
+        """Add values to the next line that are measured once, not at every step."""
+        self._measured.update(measured)
 
     def add(self, metrics: Mapping[str, Tensor], learning_rate: float) -> None:
         """Add the metrics of a step, scalars on the device; all steps have the same names."""
@@ -83,10 +95,12 @@ class MetricsLog:
             "epoch": (progress.step - 1) // schedule.steps_per_epoch,
             "steps": len(rows),
             **_means(rows),
+            **self._measured,
             "learning_rate": self._learning_rate,
             "images_per_second": len(rows) * schedule.global_batch_size / seconds,
             "wait_fraction": wait_seconds / seconds,
         }
+        self._measured.clear()
         if self._accelerator.is_main_process:
             self._folder.append_metrics(line)
         self.track({name: value for name, value in line.items() if name != "step"})

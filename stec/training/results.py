@@ -39,7 +39,7 @@ def evaluate_before_and_after(
     for when, model in (("before", initial), ("after", trained)):
         # A compiled encoder would be compiled again for evaluation mode and other batch sizes, for a minute or more.
         with torch.compiler.set_stance("force_eager"):
-            scores = evaluate(
+            evaluation = evaluate(
                 model.encoder,
                 model.classifier,
                 labeled=data.labeled,
@@ -48,5 +48,5 @@ def evaluate_before_and_after(
                 measures=measures,
                 accelerator=accelerator,
             )
-        results |= {f"{name}_{when}": score.accuracy for name, score in scores.items()}
+        results |= {f"{name}_{when}": score.accuracy for name, score in evaluation.scores.items()}
     return results
