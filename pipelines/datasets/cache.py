@@ -20,7 +20,7 @@ from pipelines.datasets.headers import ROW_DTYPE, ScanResult
 from pipelines.datasets.images import PER_IMAGE, ImageFiles, Names
 from pipelines.datasets.listing import Layout, Listing, Stamp, stamp
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Increased when the content of an index changes, which it also does with DALI_DECODES."""
 
 

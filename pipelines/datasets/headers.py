@@ -27,6 +27,8 @@ DALI_DECODES = {
 
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """The last bytes of an image by format."""
+START_OF_SCAN = b"\xff\xda"
+"""The marker of a JPEG that follows its header."""
 TAIL_BYTES = 2**16
 """The end mark is searched in this many bytes, as cameras append data to it."""
 
@@ -88,7 +90,8 @@ def open_lazily(file: IO[bytes]) -> Image.Image:
 def read_header(file: IO[bytes]) -> Header | str:
     """The header of an image, or why the image cannot be used.
 
-    An image without an end mark is decoded to find out now whether that fails, and not in training.
+    An image without an end mark is decoded to find out now whether that fails, and not in training. If it does not,
+    Pillow must decode it again: a GPU's decoder may make other pixels of it, without an error.
     """
     try:
         with open_lazily(file) as image:
@@ -96,10 +99,11 @@ def read_header(file: IO[bytes]) -> Header | str:
             orientation = read_orientation(image)
             needs_pillow = image.mode not in DALI_DECODES.get(image.format or "", ())
             needs_pillow |= orientation != 1 and orientation != _orientation_for_dali(image)
-            header = image.height, image.width, needs_pillow, orientation
+            height, width = image.height, image.width
             if not _has_end_mark(file, image.format or ""):
                 image.load()
-            return header
+                needs_pillow = True
+            return height, width, needs_pillow, orientation
     except MemoryError:
         raise
     except Exception as error:  # Pillow's exceptions for damaged files have no common base class.
@@ -115,10 +119,25 @@ def _has_end_mark(file: IO[bytes], image_format: str) -> bool:
     file.seek(-len(mark), os.SEEK_END)
     has_mark = file.read() == mark
     if not has_mark:
-        file.seek(max(0, file.tell() - TAIL_BYTES))
+        tail = file.tell() - TAIL_BYTES
+        # A thumbnail in the header has an end mark as well.
+        file.seek(max(tail, 0 if image_format == "PNG" else _first_scan(file)))
         has_mark = mark in file.read()
     file.seek(position)
     return has_mark
+
+
+def _first_scan(file: IO[bytes]) -> int:
+    """Where the header of a JPEG ends: the position of the first marker that is not a segment of the header."""
+    file.seek(2)
+    while True:
+        position = file.tell()
+        marker, length = file.read(2), file.read(2)
+        while marker == b"\xff\xff":  # fill bytes
+            marker, length = b"\xff" + length[:1], length[1:] + file.read(1)
+        if len(length) < 2 or marker[0] != 0xFF or marker == START_OF_SCAN:
+            return position
+        file.seek(int.from_bytes(length) - 2, os.SEEK_CUR)
 
 
 def read_orientation(image: Image.Image) -> int:
