@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
 _I8, _I32, _F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
 
-class Vector(types.Type):
+class Vector(types.Type):  # type: ignore[misc]
     """``count`` numbers of a type, int32 or float32."""
 
     def __init__(self, scalar: types.Type, count: int) -> None:
@@ -27,7 +27,7 @@ class Vector(types.Type):
         return ir.VectorType(_I32 if self.scalar == types.int32 else _F32, self.count)
 
 
-@register_model(Vector)  # type: ignore[untyped-decorator]
+@register_model(Vector)
 class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Vector) -> None:
         super().__init__(manager, kind, kind.llvm)
