@@ -291,12 +291,12 @@ from pathlib import Path
 from shutil import which
 import numpy as np, torch
 from pipelines import ImageArray, Loader, Sampler
-from pipelines.executors import cpu_kernels, torchvision as reference
+from pipelines.executors import torchvision as reference
 from stec.loaders import policy_of
 from stec.config import TrainConfig
 from stec.objectives.geometry import window_matrices
 from stec.cli.train import parse_train
-from tests.test_gpu_kernels import HostKernels, build
+from tests.test_gpu_kernels import HostKernels, build, cpu_views
 
 config, _ = parse_train("--p_upside_down 0.5 --p_color_jitter 0 --p_grayscale 0 --view_size 32".split())
 assert policy_of(config).p_upside_down == 0.5 and TrainConfig().augmentation.p_upside_down == 0
@@ -311,18 +311,16 @@ assert ((theta[..., 1, 1] < 0) == upside_down).all() and ((theta[..., 0, 0] < 0)
 loader = Loader(sampler, backend="dali", device=torch.device("cpu"), workers=1, executor="dali")
 batch = next(loader.batches(0))
 upright = replace(commands, upside_down=upside_down & False)
-compiled = np.empty((2, 32, 32, 3), np.float32)
-strides, hw = np.array([150, 3, 1]), (40, 50)
 gpu = HostKernels(build(Path("kernels.so").absolute(), "-shared", reach=0, threads=1), 0) if which("g++") else None
 for n, image_id in enumerate(plan.image_ids.tolist()):
-    cpu_kernels._make_views(pixels[image_id].reshape(-1), strides, hw, (0, 0), commands.pack()[n], 3, compiled)
+    turned = replace(commands, **{f.name: getattr(commands, f.name)[n : n + 1] for f in fields(commands)})
+    compiled = cpu_views(turned, plan.policy, pixels[image_id])
     for v in (0, 1):
         view, plain = (reference.execute(images.open(image_id), c, plan.policy, n, v) for c in (commands, upright))
         assert torch.equal(view, plain.flip(1) if upside_down[n, v] else plain)
         assert np.array_equal(compiled[v], view.permute(1, 2, 0))
         assert (batch.views[n, v] - view).abs().mean() * 255 < 1
     if gpu is not None:
-        turned = replace(commands, **{f.name: getattr(commands, f.name)[n : n + 1] for f in fields(commands)})
         assert np.array_equal(gpu.color(turned, plan.policy, *gpu.crop(turned, 32, pixels[image_id])), compiled)
 """
 WAVES = """
@@ -360,8 +358,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("code", [UPSIDE_DOWN, WAVES], ids=["command", "data set"])
 def test_the_changes_of_the_page_work(code: str, changed: Path) -> None:
-    """The compiled function runs as Python here, because compiling takes 15 s."""
-    environment = {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(changed), "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": str(changed), "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-W", "ignore", "-c", code]
     result = subprocess.run(command, cwd=changed, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
