@@ -10,9 +10,11 @@ from torch import Tensor
 
 
 def to_device(values: Tensor | NDArray[Any], device: torch.device) -> Tensor:
-    """A tensor or array of the host on ``device``; on a CPU it shares the memory.
+    """A tensor or array on ``device``; one that is there already shares the memory.
 
     Copies to a GPU are queued behind the work that it has, from pinned memory: from other memory, the host would wait.
     """
     tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if tensor.device.type == device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

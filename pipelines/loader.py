@@ -62,8 +62,7 @@ def to_unit_range(pixels: Tensor, device: torch.device) -> Tensor:
 
     The bytes are moved before they are converted: a quarter of the traffic.
     """
-    moved = to_device(pixels, device) if pixels.device.type == "cpu" else pixels
-    return moved.movedim(-1, -3).to(torch.float32).div_(255)
+    return to_device(pixels, device).movedim(-1, -3).to(torch.float32).div_(255)
 
 
 class Loader:

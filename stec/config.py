@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.errors import UserError
-from pipelines.executors import ExecutorName
+from pipelines.executors import SMALLEST_VIEW_PX, ExecutorName
 from stec.architectures import Arch
 from stec.compatibility import RENAMED_SETTINGS, with_current_names
 from stec.settings import OnResume, Switch, check_ranges, checked_value, setting, settings_of
 
-SMALLEST_VIEW_PX, LARGEST_VIEW_PX = 16, 4096
+LARGEST_VIEW_PX = 4096
 MANY = 10**6
 """An upper limit that catches typing errors before they overflow."""
 

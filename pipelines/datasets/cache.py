@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from pipelines.datasets.headers import ROW_DTYPE, ScanResult
 from pipelines.datasets.images import PER_IMAGE, ImageFiles, Names
 from pipelines.datasets.listing import Layout, Listing, Stamp, stamp
+from pipelines.errors import UserError
+from pipelines.files import atomic_write
 
 CACHE_VERSION = 5
 """Increased when the content of an index changes, which it also does with DALI_DECODES."""
@@ -116,6 +118,13 @@ def write_arrays(file: Path, **arrays: NDArray[Any]) -> bool:
             temporary.unlink()
         return False
     return True
+
+
+def keep(file: Path, content: bytes) -> None:
+    """Write a file that can be made again, if it can be written."""
+    with suppress(OSError, UserError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, content)
 
 
 class PartialIndex:

@@ -8,6 +8,8 @@ graph that makes the views from them. A new one is a file and a row of ``EXECUTO
 from typing import Any, Literal
 
 ExecutorName = Literal["fused", "dali"]
+SMALLEST_VIEW_PX = 16
+"""Smallest height and width of a view in px."""
 DataNode = Any
 """A node of a DALI graph; DALI's type stubs lack attributes that it adds at run time."""
 

@@ -12,13 +12,10 @@ from nvidia.dali import fn, ops, types
 from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.errors import UserError
-from pipelines.executors import DataNode
+from pipelines.executors import SMALLEST_VIEW_PX, DataNode
 from pipelines.executors.image_arrays import addresses
 from pipelines.executors.image_files import Files
 from pipelines.sampler import BatchPlan
-
-SMALLEST_VIEW_PX = 16
-"""Pixels of a row that are computed together."""
 
 
 class CompiledViews(ops.python_op_factory("CompiledViews", "NumbaFuncImpl", "NumbaFuncImpl", generated=False)):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pipelines.commands import PACKED_COLUMNS
-from pipelines.executors import vectors
+from pipelines.executors import SMALLEST_VIEW_PX, vectors
 
 WEIGHT_BITS = 22
 """Fraction bits of the resampling weights, as in Pillow: 32 less 8 for the pixel and 2 to spare."""
@@ -45,11 +45,18 @@ def _can_cache() -> bool:
 
 CACHE = _can_cache()
 
-_filled_4, _add_4 = vectors.filled(types.int32, 4), vectors.add_product(types.int32, 4)
-_filled_64, _add_64 = vectors.filled(types.int32, 64), vectors.add_product(types.int32, 64)
-_filled_floats, _add_floats = vectors.filled(types.float32, 32), vectors.add_product(types.float32, 32)
-_store_4, _store_planes = vectors.store_bytes(4, WEIGHT_BITS), vectors.store_planes(16, WEIGHT_BITS)
-_store_floats = vectors.store_floats(32)
+BLOCK_PX = SMALLEST_VIEW_PX
+"""Pixels of a row that are computed together when columns are resized."""
+BLOCK_FLOATS = 32
+"""Floats of a row that are computed together in a blur."""
+_filled_pixel, _add_pixel = vectors.filled(types.int32, 4), vectors.add_product(types.int32, 4)
+_filled_block, _add_block = vectors.filled(types.int32, 4 * BLOCK_PX), vectors.add_product(types.int32, 4 * BLOCK_PX)
+_filled_floats, _add_floats = (
+    vectors.filled(types.float32, BLOCK_FLOATS),
+    vectors.add_product(types.float32, BLOCK_FLOATS),
+)
+_store_pixel, _store_planes = vectors.store_bytes(4, WEIGHT_BITS), vectors.store_planes(BLOCK_PX, WEIGHT_BITS)
+_store_floats = vectors.store_floats(BLOCK_FLOATS)
 
 # Called from compiled code only, so the wrappers for Python are not needed.
 compiled = njit(cache=CACHE, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -123,27 +130,29 @@ def _weights(source_px: int, target_px: int) -> tuple[Any, Any, Any]:
 @compiled
 def _resize(image: Any, start: int, strides: Any, height: int, width: int, size: int, flip: bool) -> Any:
     """[3, size * size] uint8: the rows of the crop resized first, then its columns, rounded in between."""
-    first, taps, weights = _weights(width, size)
+    across = _weights(width, size)
     # Of each pixel red, green, blue and an unused byte, so that one register holds a pixel.
     rows = np.empty(4 * height * size, np.uint8)
-    done = np.uint64(0)
+    fours = 0
     if strides[1] == 3 and strides[2] == 1:
+        fours = height // 4
         # The byte after the last pixel is read as well.
-        needed = start + (height - 1) * strides[0] + 3 * width + 1
-        done = np.uint64(height if needed <= image.size else height - 1)
-        _resize_rows_of_pixels(image, start, strides[0], done, size, flip, first, taps, weights, rows)
-    _resize_rows(image, start, strides, done, height, size, flip, first, taps, weights, rows)
+        if start + (4 * fours - 1) * strides[0] + 3 * width + 1 > image.size:
+            fours -= 1
+        _resize_fours_of_rows(image, start, strides[0], fours, size, flip, across, rows)
+    _resize_rows(image, start, strides, 4 * fours, height, size, flip, across, rows)
     first, taps, weights = _weights(height, size)
     planes = np.empty((3, size * size), np.uint8)
     red, green, blue = planes[0], planes[1], planes[2]
     pitch = np.uint64(4 * size)
     for y in range(np.uint64(size)):
-        for block in range(np.uint64((size + 15) // 16)):
-            x = min(block * np.uint64(16), np.uint64(size - 16))
+        for block in range(np.uint64((size + BLOCK_PX - 1) // BLOCK_PX)):
+            # The last block overlaps the one before if the size is no multiple.
+            x = min(block * np.uint64(BLOCK_PX), np.uint64(size - BLOCK_PX))
             at = np.uint64(first[y]) * pitch + np.uint64(4) * x
-            total = _filled_64(np.int32(HALF))
+            total = _filled_block(np.int32(HALF))
             for k in range(np.uint64(taps[y])):
-                total = _add_64(total, rows, at, weights[y, k])
+                total = _add_block(total, rows, at, weights[y, k])
                 at += pitch
             _store_planes(red, green, blue, y * np.uint64(size) + x, total)
     return planes
@@ -151,19 +160,10 @@ def _resize(image: Any, start: int, strides: Any, height: int, width: int, size:
 
 @compiled
 def _resize_rows(
-    image: Any,
-    start: int,
-    strides: Any,
-    first_row: Any,
-    height: int,
-    size: int,
-    flip: bool,
-    first: Any,
-    taps: Any,
-    weights: Any,
-    rows: Any,
+    image: Any, start: int, strides: Any, first_row: int, height: int, size: int, flip: bool, across: Any, rows: Any
 ) -> None:
-    """Resize the rows of an image of any layout, from ``first_row`` on."""
+    """Resize the rows of an image of any layout, from ``first_row`` on, by the filter ``across``."""
+    first, taps, weights = across
     step_y, step_x, step_c = np.uint64(strides[0]), np.uint64(strides[1]), np.uint64(strides[2])
     last = np.uint64(size - 1)
     for y in range(np.uint64(first_row), np.uint64(height)):
@@ -184,46 +184,29 @@ def _resize_rows(
 
 
 @compiled
-def _resize_rows_of_pixels(
-    image: Any,
-    start: int,
-    step_y: int,
-    height: Any,
-    size: int,
-    flip: bool,
-    first: Any,
-    taps: Any,
-    weights: Any,
-    rows: Any,
+def _resize_fours_of_rows(
+    image: Any, start: int, step_y: int, fours: int, size: int, flip: bool, across: Any, rows: Any
 ) -> None:
-    """Resize the first ``height`` rows of an image whose pixels are three bytes each; four rows at a time."""
+    """``_resize_rows`` of the first 4 * ``fours`` rows of an image whose pixels are three bytes each."""
+    first, taps, weights = across
     one_row, pitch, last = np.uint64(step_y), np.uint64(4 * size), np.uint64(size - 1)
-    in_fours = height // np.uint64(4)
-    for block in range(in_fours):
+    for block in range(np.uint64(fours)):
         row, to_row = np.uint64(start) + np.uint64(4) * block * one_row, np.uint64(4) * block * pitch
         for x in range(np.uint64(size)):
             a = row + np.uint64(3) * np.uint64(first[x])
-            total_a = total_b = total_c = total_d = _filled_4(np.int32(HALF))
+            total_a = total_b = total_c = total_d = _filled_pixel(np.int32(HALF))
             for k in range(np.uint64(taps[x])):
                 weight, b = weights[x, k], a + one_row
                 c = b + one_row
-                total_a, total_b = _add_4(total_a, image, a, weight), _add_4(total_b, image, b, weight)
-                total_c, total_d = _add_4(total_c, image, c, weight), _add_4(total_d, image, c + one_row, weight)
+                total_a, total_b = _add_pixel(total_a, image, a, weight), _add_pixel(total_b, image, b, weight)
+                total_c = _add_pixel(total_c, image, c, weight)
+                total_d = _add_pixel(total_d, image, c + one_row, weight)
                 a += np.uint64(3)
             to = to_row + np.uint64(4) * (last - x if flip else x)
-            _store_4(rows, to, total_a)
-            _store_4(rows, to + pitch, total_b)
-            _store_4(rows, to + pitch + pitch, total_c)
-            _store_4(rows, to + pitch + pitch + pitch, total_d)
-    for y in range(np.uint64(4) * in_fours, height):
-        row = np.uint64(start) + y * one_row
-        for x in range(np.uint64(size)):
-            a = row + np.uint64(3) * np.uint64(first[x])
-            total = _filled_4(np.int32(HALF))
-            for k in range(np.uint64(taps[x])):
-                total = _add_4(total, image, a, weights[x, k])
-                a += np.uint64(3)
-            _store_4(rows, y * pitch + np.uint64(4) * (last - x if flip else x), total)
+            _store_pixel(rows, to, total_a)
+            _store_pixel(rows, to + pitch, total_b)
+            _store_pixel(rows, to + pitch + pitch, total_c)
+            _store_pixel(rows, to + pitch + pitch + pitch, total_d)
 
 
 @compiled
@@ -378,8 +361,8 @@ def _blurred(planes: Any, sigma_px: float, window_px: int, view: Any) -> None:
     weights = np.empty(2 * reach + 1, np.float32)
     _fill_blur_weights(sigma_px, reach, weights)
     # Lines are as long as whole vectors; what is computed behind their ends is not used.
-    blocks = np.uint64((size + 31) // 32)
-    pitch = np.uint64(32) * blocks
+    blocks = np.uint64((size + BLOCK_FLOATS - 1) // BLOCK_FLOATS)
+    pitch = np.uint64(BLOCK_FLOATS) * blocks
     padded = np.zeros(int(pitch) + 2 * reach, np.float32)
     rows = np.empty(size * int(pitch), np.float32)
     blurred = np.empty((3, size * int(pitch)), np.float32)
@@ -395,8 +378,8 @@ def _blurred(planes: Any, sigma_px: float, window_px: int, view: Any) -> None:
             for block in range(blocks):
                 total = _filled_floats(np.float32(0))
                 for k in range(np.uint64(weights.size)):
-                    total = _add_floats(total, padded, np.uint64(32) * block + k, weights[k])
-                _store_floats(rows, np.uint64(y) * pitch + np.uint64(32) * block, total)
+                    total = _add_floats(total, padded, np.uint64(BLOCK_FLOATS) * block + k, weights[k])
+                _store_floats(rows, np.uint64(y) * pitch + np.uint64(BLOCK_FLOATS) * block, total)
         plane_of_floats = blurred[c]
         for y in range(size):
             for block in range(blocks):
@@ -404,8 +387,10 @@ def _blurred(planes: Any, sigma_px: float, window_px: int, view: Any) -> None:
                 for k in range(2 * reach + 1):
                     at = abs(y + k - reach)
                     at = 2 * (size - 1) - at if at >= size else at
-                    total = _add_floats(total, rows, np.uint64(at) * pitch + np.uint64(32) * block, weights[k])
-                _store_floats(plane_of_floats, np.uint64(y) * pitch + np.uint64(32) * block, total)
+                    total = _add_floats(
+                        total, rows, np.uint64(at) * pitch + np.uint64(BLOCK_FLOATS) * block, weights[k]
+                    )
+                _store_floats(plane_of_floats, np.uint64(y) * pitch + np.uint64(BLOCK_FLOATS) * block, total)
     flat = view.reshape(-1)
     red, green, blue = blurred[0], blurred[1], blurred[2]
     for y in range(np.uint64(size)):

@@ -14,24 +14,17 @@ from typing import Any
 import torch
 
 from pipelines.commands import PACKED_COLUMNS, Policy
-from pipelines.datasets.cache import cache_folder
+from pipelines.datasets.cache import cache_folder, keep
 from pipelines.errors import UserError
 from pipelines.executors.cpu_kernels import blur_reach
-from pipelines.files import atomic_write
 
 SOURCE = Path(__file__).with_name("gpu_kernels.cu")
 THREADS_PER_BLOCK = 256
 TILE_WIDTH, TILE_HEIGHT = 32, 8
-"""The pixels of a view that a block executes at a time; as in the source."""
+"""The pixels of a view that a block executes at a time."""
 MAX_REACH = 32
 """The most pixels that the blur may reach: 48 KiB of shared memory hold the pixels of a tile with its surroundings."""
 KERNELS = ("crop_of_memory", "crop_of_decoded", "color_to_float", "color_to_half")
-COLUMN_NAMES = {
-    "hue_turns": "HUE",
-    "sigma_px": "SIGMA",
-    "end": "COLUMNS",
-}
-"""Names in the source of columns of ``Commands.pack``, where they are not those of the fields."""
 
 
 def num_tiles(size: int) -> int:
@@ -41,8 +34,8 @@ def num_tiles(size: int) -> int:
 
 def definitions(reach: int) -> dict[str, int]:
     """The names that the source expects to be defined. ``reach``: the most pixels that the blur reaches."""
-    columns = {COLUMN_NAMES.get(name, name.upper()): column for name, column in PACKED_COLUMNS.items()}
-    return {**columns, "REACH": reach}
+    columns = {("columns" if name == "end" else name).upper(): column for name, column in PACKED_COLUMNS.items()}
+    return {**columns, "REACH": reach, "TILE_WIDTH": TILE_WIDTH, "TILE_HEIGHT": TILE_HEIGHT}
 
 
 def largest_reach(policy: Policy) -> int:
@@ -119,10 +112,7 @@ def cached_cubin(reach: int, architecture: str) -> bytes:
     with suppress(OSError):
         return file.read_bytes()
     cubin = compile_kernels(reach, architecture).cubin
-    # A cache that cannot be written costs a few seconds at each start.
-    with suppress(OSError, UserError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, cubin)
+    keep(file, cubin)
     return cubin
 
 

@@ -9,7 +9,8 @@
 // are of integers, and a tile is written by one block.
 //
 // Compiled with --fmad=false, since the CPU rounds each product, and with these definitions:
-// the columns of a command (TOP, LEFT, ...), COLUMNS, and REACH, the most pixels that the blur reaches to each side.
+// the columns of a command (TOP, LEFT, ...), COLUMNS, their number, TILE_WIDTH and TILE_HEIGHT, the pixels of a tile, and
+// REACH, the most pixels that the blur reaches to each side.
 
 #ifdef __CUDACC_RTC__
 #define DEVICE static __device__ __forceinline__
@@ -28,7 +29,7 @@ typedef long long i64;
 #define ARRAY3(type, name) DATA(type, name), i64 name##_height, i64 name##_width, i64, i64, i64, i64
 #define ARRAY4(type, name) DATA(type, name), i64 name##_count, i64 name##_size, i64, i64, i64, i64, i64, i64
 
-const int TILE_WIDTH = 32, TILE_HEIGHT = 8, LINES = TILE_WIDTH + TILE_HEIGHT;
+const int LINES = TILE_WIDTH + TILE_HEIGHT;
 const int WEIGHT_BITS = 22, HALF = 1 << (WEIGHT_BITS - 1);
 const int TAPS = 32;  // Weights of a filter that are kept; those of larger filters are computed again when needed.
 
@@ -131,7 +132,7 @@ DEVICE Color jitter(Color c, const float *command, int first, int end, float mea
     if (step == 0) c = blend(0.0f, c, command[BRIGHTNESS]);
     else if (step == 1) c = blend(mean, c, command[CONTRAST]);
     else if (step == 2) c = blend((float)luma(c), c, command[SATURATION]);
-    else c = rotate_hue(c, command[HUE]);
+    else c = rotate_hue(c, command[HUE_TURNS]);
   }
   return c;
 }
@@ -264,7 +265,7 @@ DEVICE void color_tile(const u8 *pixels, const int *sums, const float *command, 
   const int x0 = tile % tiles.columns * TILE_WIDTH, y0 = tile / tiles.columns * TILE_HEIGHT;
   const int width = least(TILE_WIDTH, size - x0), height = least(TILE_HEIGHT, size - y0);
   const bool jittered = command[JITTER] != 0.0f, blurred = REACH > 0 && command[BLUR] != 0.0f;
-  const int reach = blurred ? least(REACH, (int)ceil(4.0 * (double)command[SIGMA])) : 0;
+  const int reach = blurred ? least(REACH, (int)ceil(4.0 * (double)command[SIGMA_PX])) : 0;
 
   if (threadIdx.x == 0) luma_sum = 0;
   __syncthreads();

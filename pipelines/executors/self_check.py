@@ -22,11 +22,11 @@ from PIL import Image
 
 from pipelines.batch import Batch
 from pipelines.commands import Policy
-from pipelines.datasets.cache import cache_folder
+from pipelines.datasets.cache import cache_folder, keep
 from pipelines.datasets.images import ImageArray, ImageFiles, Images, Names
 from pipelines.errors import UserError
 from pipelines.executors.gpu_compiler import SOURCE
-from pipelines.files import atomic_write
+from pipelines.nvidia_driver import driver_version
 from pipelines.sampler import Sampler
 
 NUM_IMAGES, BATCH_SIZE, STEPS = 16, 4, 8
@@ -45,8 +45,6 @@ def require_equal_views(device: torch.device) -> None:
             return
     try:
         differing, views = differing_views(device)
-    except UserError:
-        raise
     except (RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise UserError(f"The fused kernels do not run on {name} ({reason}); {REMEDY}.", local=True) from error
@@ -56,18 +54,14 @@ def require_equal_views(device: torch.device) -> None:
             local=True,
         )
     # Failures are not kept: they are found again in a second, or are gone.
-    with suppress(OSError, UserError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps({"gpu": name, "views": views, "equal": True}).encode())
+    keep(file, json.dumps({"gpu": name, "views": views, "equal": True}).encode())
 
 
 def _fingerprint(name: str) -> str:
-    from cuda.bindings import driver
-
-    packages = [f"{package} {version(package)}" for package in ("torch", "numba", "cuda-bindings")]
     from nvidia import dali
 
-    parts = [name, str(driver.cuDriverGetVersion()), dali.__version__, *packages, SOURCE.read_text()]
+    packages = [f"{package} {version(package)}" for package in ("torch", "numba", "cuda-bindings")]
+    parts = [name, str(driver_version()), dali.__version__, *packages, SOURCE.read_text()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 

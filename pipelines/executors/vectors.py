@@ -38,13 +38,18 @@ def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any, of: 
     return builder.bitcast(builder.gep(data, [index]), of.as_pointer())
 
 
+def _shuffled(builder: Any, vector: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
 def _splat(builder: Any, value: Any, count: int) -> Any:
-    first = builder.insert_element(ir.Constant(ir.VectorType(value.type, count), ir.Undefined), value, _I32(0))
-    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, count), [0] * count))
+    undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+    return _shuffled(builder, builder.insert_element(undefined, value, _I32(0)), [0] * count)
 
 
-def _shuffled(builder: Any, first: Any, second: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+def _shifted_bytes(builder: Any, totals: Any, shift: int) -> Any:
+    count = totals.type.count
+    return builder.trunc(builder.lshr(totals, _splat(builder, _I32(shift), count)), ir.VectorType(_I8, count))
 
 
 def filled(scalar: types.Type, count: int) -> Any:
@@ -91,10 +96,8 @@ def store_bytes(count: int, shift: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def function(_context: Any, array: Any, index: Any, totals: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            shifted = builder.lshr(arguments[2], _splat(builder, _I32(shift), count))
-            narrow = ir.VectorType(_I8, count)
-            pointer = _pointer(context, builder, array, arguments[0], arguments[1], narrow)
-            builder.store(builder.trunc(shifted, narrow), pointer, align=1)
+            pointer = _pointer(context, builder, array, arguments[0], arguments[1], ir.VectorType(_I8, count))
+            builder.store(_shifted_bytes(builder, arguments[2], shift), pointer, align=1)
             return context.get_dummy_value()
 
         return types.void(array, types.uint64, kind), generate
@@ -110,11 +113,10 @@ def store_planes(pixels: int, shift: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def function(_context: Any, red: Any, green: Any, blue: Any, index: Any, totals: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            shifted = builder.lshr(arguments[4], _splat(builder, _I32(shift), 4 * pixels))
-            narrow = builder.trunc(shifted, ir.VectorType(_I8, 4 * pixels))
+            interleaved = _shifted_bytes(builder, arguments[4], shift)
             of_plane = ir.VectorType(_I8, pixels)
             for c, array in enumerate((red, green, blue)):
-                plane = _shuffled(builder, narrow, narrow, [4 * p + c for p in range(pixels)])
+                plane = _shuffled(builder, interleaved, [4 * p + c for p in range(pixels)])
                 pointer = _pointer(context, builder, array, arguments[c], arguments[3], of_plane)
                 builder.store(plane, pointer, align=1)
             return context.get_dummy_value()

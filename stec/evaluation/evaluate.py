@@ -161,8 +161,10 @@ def encode_batches(encoder: Encoder, batches: Iterable[Tensor], accelerator: Acc
     encoder.eval()
     try:
         for images in batches:
-            with torch.no_grad(), accelerator.autocast():
-                yield encoder(images).float()
+            # A compiled encoder would be compiled again for this mode and other batch sizes, for a minute or more.
+            with torch.no_grad(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+                features = encoder(images).float()
+            yield features
     finally:
         encoder.train(was_training)
 

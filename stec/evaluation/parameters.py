@@ -20,6 +20,7 @@ from stec.evaluation.decoding import R2, decode
 from stec.evaluation.evaluate import encode_batches, gather_rows
 from stec.models.encoder import Encoder
 from stec.objectives.geometry import Convention, relative_factors, relative_windows
+from stec.objectives.targets import TARGETS
 
 FIT_PAIRS, TEST_PAIRS = 15_000, 5_000
 """The maximum numbers of pairs on which decoders are fitted (with validation) and tested. An encoder of 2,048 features
@@ -39,9 +40,8 @@ def command_entries(commands: Commands, convention: Convention) -> dict[str, NDA
     window, factors = relative_windows(commands, convention=convention), relative_factors(commands)
     is_gray = commands.gray.astype(np.float32)
     colors = np.where(commands.gray.any(axis=1, keepdims=True), np.float32(np.nan), factors[:, :4])
-    names = ("x scale", "x shear", "x shift", "y shear", "y scale", "y shift")
     return {
-        **dict(zip(names, window.reshape(-1, 6).T, strict=True)),
+        **dict(zip(itertools.chain(*TARGETS["window"].entries), window.reshape(-1, 6).T, strict=True)),
         **dict(zip(("brightness", "contrast", "saturation", "hue"), colors.T, strict=True)),
         "blur": factors[:, 4],
         "solarize": factors[:, 5],

@@ -49,8 +49,8 @@ class Monitor:
         An accuracy is 0 to 1.
         """
         data = self._data
-        # A compiled encoder would be compiled again; torchvision's loader draws from the global random state.
-        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]):
+        # torchvision's loader draws from the global random state.
+        with torch.random.fork_rng(devices=[]):
             if data.labeled is None or data.test is None:
                 return {"rankme": rankme(self._features(data.plain).features)}
             bank, queries = self._features(data.labeled), self._features(data.test)

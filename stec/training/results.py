@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from stec.config import TrainConfig
@@ -37,16 +36,14 @@ def evaluate_before_and_after(
         measures += ("linear_probing", "knn")
     results: dict[str, float] = {}
     for when, model in (("before", initial), ("after", trained)):
-        # A compiled encoder would be compiled again for evaluation mode and other batch sizes, for a minute or more.
-        with torch.compiler.set_stance("force_eager"):
-            evaluation = evaluate(
-                model.encoder,
-                model.classifier,
-                labeled=data.labeled,
-                test=data.test,
-                classes=data.classes,
-                measures=measures,
-                accelerator=accelerator,
-            )
+        evaluation = evaluate(
+            model.encoder,
+            model.classifier,
+            labeled=data.labeled,
+            test=data.test,
+            classes=data.classes,
+            measures=measures,
+            accelerator=accelerator,
+        )
         results |= {f"{name}_{when}": score.accuracy for name, score in evaluation.scores.items()}
     return results
