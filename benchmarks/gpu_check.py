@@ -521,9 +521,13 @@ def check_all(options: Options, console: Console, checks: Mapping[str, Check] = 
     results: dict[str, Result] = {}
     about = {name: str(value) for name, value in report.machine().items()}
     if json_file.exists():
-        before = read_object(json_file, "delete it, or give another --out")
-        if all(before.get("machine", {}).get(name) == about[name] for name in SAME_MACHINE):
-            results = {name: Result(**values) for name, values in before["results"].items() if name in checks}
+        remedy = "delete it, or give another --out"
+        before = read_object(json_file, remedy)
+        try:
+            if all(before["machine"].get(name) == about[name] for name in SAME_MACHINE):
+                results = {name: Result(**values) for name, values in before["results"].items() if name in checks}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{json_file} is no report of this command; {remedy}.") from error
     for name, check in checks.items():
         passed = name in results and results[name].outcome == "passed"
         if name not in options.checks if options.checks else passed:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, report
 from benchmarks.gpu_check import CHECKS, Check, Options, check_all
 from pipelines.errors import UserError
 from stec.console import Console
@@ -84,6 +84,16 @@ def test_a_check_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch
     again = check_all(options, QUIET, checks)
     assert again["passes"] == results["passes"]
     assert {result.outcome for result in again.values()} == {"passed"}
+
+
+@pytest.mark.parametrize("content", [{}, {"machine": 1}, {"results": {"passes": {"bad": 1}}}, {"results": 3}])
+def test_a_file_that_is_no_report_is_kept(content: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps({"machine": report.machine(), **content} if "results" in content else content))
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"report\.json"):
+        check_all(Options(out=tmp_path / "report"), QUIET, SMALL)
+    assert file.read_bytes() == before
 
 
 def test_the_command_ends_in_25_minutes() -> None:
