@@ -315,6 +315,7 @@ def step_profile() -> tuple[str, Rows]:
 
     from stec.loaders import policy_of
     from stec.models.model import Model
+    from stec.objectives.inverse import EfferenceCopy
     from stec.objectives.objective import Objective
     from stec.recipes import recipe
     from stec.startup import start
@@ -325,7 +326,7 @@ def step_profile() -> tuple[str, Rows]:
     config = recipe(PROFILED_RECIPE).updated(batch_size=PROFILED_BATCH_SIZE)
     accelerator, *_ = start("auto")
     model: Model = initial_model(config, 1000).to(accelerator.device).train()
-    step = Step(model, Objective(config.objective), accelerator, affine="official")
+    step = Step(model, Objective(config.objective), accelerator, EfferenceCopy())
     optimizer = make_optimizer(model, config.optimization)
     pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 256, 3), np.uint8)
     images = ImageArray(pixels=pixels, labels=np.zeros(256, np.int64))

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -132,7 +133,7 @@ def count(module: nn.Module, *inputs: Tensor) -> dict[str, Layer]:
         layers[name].forward_flops = flops
         layers[name].backward_flops = products_backward * flops
     with FlopCounterMode(display=False) as backwards:
-        torch.autograd.backward([t.sum() for t in ([result] if isinstance(result, Tensor) else result)])
+        torch.autograd.backward([t.sum() for t in tree_leaves(result) if isinstance(t, Tensor)])
     assert forwards.get_total_flops() == sum(layer.forward_flops for layer in layers.values())
     assert backwards.get_total_flops() == sum(layer.backward_flops for layer in layers.values())
     return dict(layers)

@@ -40,6 +40,7 @@ from stec.console import Console
 from stec.distributed.processes import gather
 from stec.loaders import policy_of
 from stec.objectives import simclr
+from stec.objectives.inverse import EfferenceCopy
 from stec.objectives.objective import Objective
 from stec.objectives.simclr import nt_xent
 from stec.recipes import recipe
@@ -144,7 +145,7 @@ def trainer(place: Place, local_batch: int, options: Options) -> Callable[[], No
     """A function that makes one step of training."""
     accelerator, config = join(place, options.mixed_precision), options.config(local_batch)
     model = initial_model(config, CLASSES)
-    step = Step(model, Objective(config.objective), accelerator, affine=config.objective.affine)
+    step = Step(model, Objective(config.objective), accelerator, EfferenceCopy())
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config.optimization))
     batch = synthetic_batch(config, accelerator.device)
     model.train()

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, RandomSampler
 
 from benchmarks import report
@@ -212,7 +213,7 @@ def bare_turn(options: Options) -> float:
     def step() -> None:
         with accelerator.autocast():
             outputs = model(views)
-        sum(output.float().sum() for output in outputs if output is not None).backward()
+        sum(output.float().sum() for output in tree_leaves(outputs) if output is not None).backward()
         model.zero_grad()
 
     return timed_steps(step, options)
@@ -277,10 +278,10 @@ def baseline_turn(options: Options) -> float:
 
     def step() -> None:
         outputs = model(torch.stack([views.to(device) for views in next(batches)], 1))
-        assert outputs.command_logits is not None and outputs.class_logits is not None
+        assert outputs.projections is not None and outputs.class_logits is not None
         z_i, z_j = outputs.projections.unbind(1)
         contrast, accuracy, contrast_accuracy, entropy = plain_nt_xent(z_i, z_j, config.objective.temperature)
-        inverse, inverse_accuracy = inverse_loss(outputs.command_logits, command, valid)
+        inverse, inverse_accuracy = inverse_loss(outputs.inverse["window"], command, valid)
         logits, targets = outputs.class_logits.flatten(0, 1), labels.repeat_interleave(2)
         classifier = F.cross_entropy(logits, targets)
         loss = config.objective.discrimination_lambda * contrast + config.objective.manip_lambda * inverse + classifier

@@ -37,13 +37,14 @@ def main() -> list[float]:
 
     model = stec.Model(stec.ModelSettings(width=8, feat_dim=64), stem="cifar", classes=0)
     objective = stec.Objective(stec.ObjectiveSettings(manip_lambda=1.0, temperature=0.2))
+    # What the inverse model predicts: the crop box of view j relative to that of view i.
+    copy = stec.EfferenceCopy()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     losses = []
     for step, batch in enumerate(islice(loader.batches(0), STEPS)):
-        command = torch.from_numpy(stec.relative_windows(batch.commands))
-        valid = torch.from_numpy(~batch.commands.solarize.any(axis=1))
-        loss, _ = objective(model(batch.views), batch.labels, command, valid)
+        values = copy.values([batch.commands], SIZE_PX, batch.views.device)
+        loss, _ = objective(model(batch.views), batch.labels, values)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -3,7 +3,8 @@
 For your programs (``examples/``; the loaders are in ``pipelines``):
 
 * ``draw`` draws the ``Commands`` of a ``Policy``: what is done to each image to make its views;
-* ``relative_windows`` computes the command between two views, which the inverse model recovers;
+* ``relative_windows`` computes the command between two views, which the inverse model recovers, and
+  ``EfferenceCopy`` the values of all its targets;
 * ``nt_xent`` and ``inverse_loss`` are the two losses, ``Objective`` their sum, with ``ObjectiveSettings``;
 * ``Encoder``, ``Projection`` and ``InverseModel`` are networks, ``Model`` all of them together, with ``ModelSettings``;
 * ``load_encoder`` loads a trained encoder from a file, an exported folder or the Hugging Face Hub.
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
     from pipelines.errors import UserError as UserError
     from stec.config import ModelSettings as ModelSettings
     from stec.config import ObjectiveSettings as ObjectiveSettings
+    from stec.geometry import relative_windows as relative_windows
     from stec.models.encoder import Encoder as Encoder
     from stec.models.heads import InverseModel as InverseModel
     from stec.models.heads import Projection as Projection
     from stec.models.model import Model as Model
-    from stec.objectives.geometry import relative_windows as relative_windows
+    from stec.objectives.inverse import EfferenceCopy as EfferenceCopy
     from stec.objectives.inverse import inverse_loss as inverse_loss
     from stec.objectives.objective import Objective as Objective
     from stec.objectives.simclr import nt_xent as nt_xent
@@ -45,8 +47,8 @@ else:
             "stec.models.encoder": "Encoder",
             "stec.models.heads": "InverseModel Projection",
             "stec.models.model": "Model",
-            "stec.objectives.geometry": "relative_windows",
-            "stec.objectives.inverse": "inverse_loss",
+            "stec.geometry": "relative_windows",
+            "stec.objectives.inverse": "EfferenceCopy inverse_loss",
             "stec.objectives.objective": "Objective",
             "stec.objectives.simclr": "nt_xent",
             "stec.weights.pretrained": "load_encoder",

@@ -1,4 +1,4 @@
-"""Names that version 0.1.0 wrote to files, and what they are called now."""
+"""Names that earlier versions wrote to files, and what they are called now."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ RENAMED_METRICS = {
     "supervised": "classifier_loss",
     "supervised_accuracy": "classifier_accuracy",
 }
+RENAMED_PARAMETERS = {"probe.": "classifier.", "inverse_model.": "inverse_models.window."}
+"""Prefixes of their names."""
 EPOCH_ROW = ("loss", *list(RENAMED_METRICS.values())[1:])
 """The order of the metrics of a step in the checkpoints of 0.1.0."""
 
@@ -36,9 +38,12 @@ def with_current_names(values: Mapping[str, T], renamed: Mapping[str, str]) -> d
 
 
 def with_current_parameter_names(state: Mapping[str, T]) -> dict[str, T]:
-    """A state dict in which 0.1.0's ``probe`` is the ``classifier``, in the same order."""
+    """A state dict in which 0.1.0's ``probe`` is the ``classifier``, and its inverse model that of windows, in the same
+    order."""
     return {
-        f"classifier.{name.removeprefix('probe.')}" if name.startswith("probe.") else name: value
+        next(
+            (new + name.removeprefix(old) for old, new in RENAMED_PARAMETERS.items() if name.startswith(old)), name
+        ): value
         for name, value in state.items()
     }
 

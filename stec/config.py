@@ -23,6 +23,9 @@ from stec.compatibility import RENAMED_SETTINGS, with_current_names
 from stec.settings import OnResume, Switch, check_ranges, checked_value, setting, settings_of
 
 LARGEST_VIEW_PX = 4096
+BaseName = Literal["simclr", "byol", "relic"]
+TargetName = Literal["window", "color", "blur", "solarize", "gray"]
+"""What the inverse model can predict; the table is in ``stec.targets``, which needs NumPy."""
 MANY = 10**6
 """An upper limit that catches typing errors before they overflow."""
 
@@ -91,6 +94,10 @@ class ModelSettings:
     """Width of the inverse model's hidden layer."""
     n_bins: int = setting(6, at_least=2, at_most=1000, on_resume="never")
     """Number of bins for each entry of the command."""
+    predict: tuple[TargetName, ...] = setting(("window",), on_resume="never")
+    """What the inverse model predicts: window is the command of the crop boxes, all five the full efference copy."""
+    inverse_from: Literal["layer4", "layer3"] = setting("layer4", on_resume="never")
+    """Stage of the encoder whose pooled output the inverse model gets; layer4 is the features."""
     ckpt_path: Path | None = setting(None)
     """Initial weights: a checkpoint or safetensors file of this project, or an official .ckpt."""
     reinitialize_supervised_head: Switch = setting(0)
@@ -101,12 +108,22 @@ class ModelSettings:
 class ObjectiveSettings:
     """The losses and their weights."""
 
+    objective: BaseName = setting("simclr", on_resume="never")
+    """Base objective, to which the inverse model is added; byol and relic train against a moving average (EMA)."""
     temperature: float = setting(0.1, above=0)
-    """Temperature of the contrastive loss."""
+    """Temperature of the contrastive loss (simclr, relic)."""
+    target_momentum: float = setting(0.996, at_least=0, at_most=1)
+    """Initial momentum of the target network (byol, relic); it grows to 1 by half a cosine."""
+    relic_alpha: float = setting(1.0, at_least=0)
+    """Weight of ReLIC's divergence."""
     discrimination_lambda: float = setting(2.0, at_least=0)
-    """Weight of the contrastive loss."""
+    """Weight of the base objective."""
     manip_lambda: float = setting(0.0, at_least=0)
-    """Weight of the inverse model's loss; 0 is SimCLR."""
+    """Weight of the inverse model's loss; 0 is the base objective alone."""
+    manip_weights: tuple[float, ...] | None = setting(None, at_least=0)
+    """Weights of the targets of --predict in the inverse model's loss; default: window 1, the others 0.1."""
+    predict_both_ways: Switch = setting(0)
+    """1: the inverse model is also asked from view j to view i."""
     supervised_lambda: float = setting(1.0, at_least=0)
     """Weight of the online linear classifier's loss."""
     stop_gradient: Literal[0, 1, 2] = setting(1, on_resume="never")
@@ -219,6 +236,7 @@ class TrainConfig:
         for name in self.run.trackers:
             if name not in TRACKERS:
                 raise UserError(f"--log_with {name} is no tracker; known are {', '.join(TRACKERS)}.")
+        self._check_inverse_model()
         if self.model.hidden_mlp < 1 and self.model.hidden_mlp != -1:
             raise UserError(f"--hidden_mlp {self.model.hidden_mlp} is no width; give 1 or more, or -1 for the default.")
         warmup_epochs, max_epochs = self.optimization.warmup_epochs, self.optimization.max_epochs
@@ -227,6 +245,27 @@ class TrainConfig:
                 f"--warmup_epochs {warmup_epochs} is more than --max_epochs {max_epochs}; "
                 f"give --warmup_epochs {max_epochs} or less."
             )
+
+    def _check_inverse_model(self) -> None:
+        predict, weights, augmentation = self.model.predict, self.objective.manip_weights, self.augmentation
+        flag = f"--predict {' '.join(predict)}"
+        if not predict or len(set(predict)) < len(predict):
+            known = ", ".join(typing.get_args(TargetName))
+            raise UserError(f"{flag.rstrip()} is no set of targets; give some of {known}, each once.")
+        if self.objective.manip_lambda == 0:
+            if predict != ("window",):
+                raise UserError(f"{flag} needs an inverse model; add --manip_lambda 1, or another weight above 0.")
+            return
+        if weights is not None and len(weights) != len(predict):
+            raise UserError(f"--manip_weights has {len(weights)} weights for {flag}; give one for each target.")
+        for name, never, remedy in (
+            ("color", augmentation.p_color_jitter <= 0, "--p_color_jitter above 0"),
+            ("gray", augmentation.p_grayscale <= 0, "--p_grayscale above 0"),
+            ("blur", not augmentation.use_gaussian_blur, "--use_gaussian_blur 1"),
+            ("solarize", not augmentation.use_solarization, "--use_solarization 1"),
+        ):
+            if name in predict and never:
+                raise UserError(f"{flag} includes {name}, which never changes; add {remedy}, or leave it out.")
 
     def _check_resolution_schedule(self) -> None:
         schedule = self.augmentation.resolution_schedule
@@ -248,6 +287,16 @@ class TrainConfig:
                 f"{flag} does not end at the size of the views, {full} px; end it there, or change that size by "
                 f"--view_size {last}."
             )
+
+    @property
+    def target_weights(self) -> dict[TargetName, float]:
+        """The predicted targets, each with the weight of its loss within that of the inverse model."""
+        predict, weights = self.model.predict, self.objective.manip_weights
+        if weights is not None:
+            return dict(zip(predict, weights, strict=True))
+        from stec.targets import TARGETS
+
+        return {name: TARGETS[name].weight for name in predict}
 
     @property
     def traits(self) -> DataSetTraits:
@@ -284,7 +333,13 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """All settings by name, as JSON values; ``with_settings`` is the inverse."""
-        return {field.name: str(value) if isinstance(value, Path) else value for field, value in settings_of(self)}
+        return {field.name: _as_json(value) for field, value in settings_of(self)}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 @cache

@@ -108,8 +108,80 @@ def imagenet_resnet50() -> TrainConfig:
     )
 
 
+def demo_byol() -> TrainConfig:
+    """BYOL on the demo set.
+
+    accelerate launch launch.py --recipe demo-byol
+    """
+    return demo().updated(objective="byol", discrimination_lambda=1.0, hidden_mlp=256, target_momentum=0.9)
+
+
+def demo_relic() -> TrainConfig:
+    """ReLIC on the demo set.
+
+    accelerate launch launch.py --recipe demo-relic
+    """
+    return demo().updated(objective="relic", target_momentum=0.9)
+
+
+def byol(config: TrainConfig, batch_size: int, processes: int) -> TrainConfig:
+    """``config`` with BYOL alone, as for 1,000 epochs with a ResNet-50 on ImageNet.
+
+    Grill et al. 2020, section 3.3 and appendix J: two MLPs 4096-256, momentum .996, LARS with weight decay 1.5e-6 and
+    the learning rate .2 times the global batch size / 256. (The official configurations for fewer epochs are: 300
+    epochs .3, 1e-6 and momentum .99; 100 epochs .45, 1e-6 and .99.) The paper blurs all first views and a tenth of the
+    second, and solarizes a fifth of the second; here both views are alike.
+    """
+    return config.updated(
+        objective="byol",
+        discrimination_lambda=1.0,
+        manip_lambda=0.0,
+        hidden_mlp=4096,
+        feat_dim=256,
+        target_momentum=0.996,
+        learning_rate=0.2 * batch_size * processes / 256,
+        weight_decay=1.5e-6,
+        batch_size=batch_size,
+        use_gaussian_blur=1,
+        use_solarization=1,
+        max_epochs=1000,
+    )
+
+
+def cifar10_byol() -> TrainConfig:
+    """BYOL on CIFAR-10 with the settings for ImageNet: the paper does not train on CIFAR-10.
+
+    accelerate launch launch.py --recipe cifar10-byol --data_dir DATA
+    """
+    return byol(TrainConfig().updated(dataset="cifar10", arch="resnet18"), 1024, 1)
+
+
+def imagenet_byol() -> TrainConfig:
+    """BYOL on ImageNet with the paper's global batch of 4,096, for eight processes.
+
+    accelerate launch --num_processes 8 launch.py --recipe imagenet-byol --data_dir DATA
+    """
+    return byol(TrainConfig().updated(dataset="imagenet", arch="resnet50", gpus=8), 512, 8)
+
+
+def imagenet_relic() -> TrainConfig:
+    """ReLIC on ImageNet, for eight processes.
+
+    Mitrovic et al. 2021 train a ResNet-50 against a target network. What is not known here, the temperature, the weight
+    of the divergence, the critic and the optimizer, is SimCLR's temperature, 1, SimCLR's projection, and BYOL's.
+
+    accelerate launch --num_processes 8 launch.py --recipe imagenet-relic --data_dir DATA
+    """
+    return imagenet_byol().updated(objective="relic", hidden_mlp=-1, feat_dim=128, temperature=0.1, relic_alpha=1.0)
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo,
+    "demo-byol": demo_byol,
+    "demo-relic": demo_relic,
+    "cifar10-byol": cifar10_byol,
+    "imagenet-byol": imagenet_byol,
+    "imagenet-relic": imagenet_relic,
     "cifar10-resnet18": partial(cifar, "cifar10", "resnet18"),
     "cifar10-resnet50": partial(cifar, "cifar10", "resnet50"),
     "cifar100-resnet18": partial(cifar, "cifar100", "resnet18"),
@@ -128,7 +200,8 @@ def flags(config: TrainConfig) -> str:
     changed = {
         name: value for name, value in settings.items() if value != defaults[name] or name in ("dataset", "arch")
     }
-    return " ".join(f"--{name} {value}" for name, value in changed.items())
+    words = {name: value if isinstance(value, list) else [value] for name, value in changed.items()}
+    return " ".join(f"--{name} {' '.join(map(str, of_setting))}" for name, of_setting in words.items())
 
 
 def recipe(name: str) -> TrainConfig:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ def setting(
     above: float | None = None,
     on_resume: OnResume = "allowed",
 ) -> Any:
-    """A dataclass field with its range; None, if the type allows it, is always in range."""
+    """A dataclass field with its range, or that of a tuple's values; None, if the type allows it, is in range."""
     limits = {"at_least": at_least, "at_most": at_most, "above": above}
     return dataclasses.field(default=default, metadata={**limits, "on_resume": on_resume})
 
@@ -57,17 +57,21 @@ def settings_of(config: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
 def check_ranges(config: Any) -> None:
     """Raise UserError for the first setting that is out of its range, infinite or NaN."""
     for field, value in settings_of(config):
-        name, limits = field.name, field.metadata
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name} {value} is not finite; give a number.")
-        if value is None or not limits:
-            continue
-        if limits["at_least"] is not None and value < limits["at_least"]:
-            raise UserError(f"--{name} {value} is too small; give {limits['at_least']} or more.")
-        if limits["above"] is not None and value <= limits["above"]:
-            raise UserError(f"--{name} {value} is too small; give more than {limits['above']}.")
-        if limits["at_most"] is not None and value > limits["at_most"]:
-            raise UserError(f"--{name} {value} is too large; give {limits['at_most']} or less.")
+        for one in value if isinstance(value, tuple) else (value,):
+            _check_range(field.name, one, field.metadata)
+
+
+def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name} {value} is not finite; give a number.")
+    if value is None or not limits:
+        return
+    if limits["at_least"] is not None and value < limits["at_least"]:
+        raise UserError(f"--{name} {value} is too small; give {limits['at_least']} or more.")
+    if limits["above"] is not None and value <= limits["above"]:
+        raise UserError(f"--{name} {value} is too small; give more than {limits['above']}.")
+    if limits["at_most"] is not None and value > limits["at_most"]:
+        raise UserError(f"--{name} {value} is too large; give {limits['at_most']} or less.")
 
 
 def as_path(text: str) -> Path:
@@ -91,6 +95,10 @@ def checked_value(value: Any, declared: Any, where: str) -> Any:
         if value is None:
             return None
         declared = next(option for option in options if option is not type(None))
+    if typing.get_origin(declared) is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where} is {value!r}; give a list.")
+        return tuple(checked_value(one, typing.get_args(declared)[0], where) for one in value)
     if declared is Path and isinstance(value, str):
         try:
             return as_path(value)

@@ -25,8 +25,8 @@ from stec.evaluation.decoding import (
     decode,
 )
 from stec.evaluation.evaluate import rankme
+from stec.geometry import relative_factors, relative_windows
 from stec.models.encoder import Encoder
-from stec.objectives.geometry import relative_factors, relative_windows
 
 FIT, TEST = 600, 400
 

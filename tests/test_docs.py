@@ -294,7 +294,7 @@ from pipelines import ImageArray, Loader, Sampler
 from pipelines.executors import torchvision as reference
 from stec.loaders import policy_of
 from stec.config import TrainConfig
-from stec.objectives.geometry import window_matrices
+from stec.geometry import window_matrices
 from stec.cli.train import parse_train
 from tests.test_gpu_kernels import HostKernels, build, cpu_views
 

@@ -223,7 +223,7 @@ def test_the_whole_model_as_a_file(finished: Path, tmp_path: Path) -> None:
     assert export(finished, tmp_path / "full.safetensors", "full") == 0
     model = load_file(tmp_path / "full.safetensors")
     trained = load_file(finished / "model.safetensors")
-    assert {name.partition(".")[0] for name in model} == {"encoder", "projection", "inverse_model", "classifier"}
+    assert {name.partition(".")[0] for name in model} == {"encoder", "projection", "inverse_models", "classifier"}
     assert model.keys() == trained.keys() and all(torch.equal(model[name], trained[name]) for name in model)
     with safe_open(tmp_path / "full.safetensors", "pt") as file:
         assert json.loads(file.metadata()["stec"])["results"]["knn20_after"] >= 0

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pipelines.color import GRAY_WEIGHTS, color_maps
 from pipelines.commands import Commands, Policy, draw
 from pipelines.executors import torchvision as reference
-from stec.objectives.geometry import (
+from stec.geometry import (
     color_matrices,
     relative_colors,
     relative_factors,

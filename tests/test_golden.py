@@ -19,9 +19,9 @@ from pipelines.commands import Commands, Policy
 from pipelines.datasets.registry import DATA_SETS
 from pipelines.executors import torchvision as reference
 from stec.config import ModelSettings, ObjectiveSettings, OptimizationSettings
+from stec.geometry import relative_windows, window_matrices
 from stec.models.model import Model
-from stec.objectives.geometry import relative_windows, window_matrices
-from stec.objectives.inverse import command_bins, inverse_loss
+from stec.objectives.inverse import inverse_loss, value_bins
 from stec.objectives.objective import Objective
 from stec.objectives.simclr import nt_xent
 from stec.training.optim import learning_rate_at, make_optimizer
@@ -91,7 +91,7 @@ def test_inverse_loss() -> None:
     golden = load("inverse")
     logits = torch.tensor(golden.logits, requires_grad=True)
     command = torch.tensor(golden.from_i_to_j)
-    np.testing.assert_array_equal(command_bins(command, logits.shape[1]), golden.target_bins)
+    np.testing.assert_array_equal(value_bins(command, logits.shape[1]), golden.target_bins)
 
     loss, accuracy = inverse_loss(logits, command, torch.ones(len(logits), dtype=torch.bool))
     assert loss.item() == pytest.approx(golden.loss.item(), rel=1e-12)
@@ -224,7 +224,7 @@ def test_whole_model(tag: str) -> None:
     optimizer = make_optimizer(model, settings)
     parameters = to_official_names(dict(model.named_parameters()))
     for step, row in enumerate(golden.steps_loss_discrimination_manipulation_manipacc_supervised_lr):
-        loss, metrics = objective(model(views), labels, command, valid)
+        loss, metrics = objective(model(views), labels, {"window": (command, valid)})
         names = ("contrastive_loss", "inverse_loss", "inverse_accuracy", "classifier_loss")
         ours = [metrics[name].item() for name in names]
         np.testing.assert_allclose([loss.item(), *ours], row[:5], rtol=1e-6)

@@ -81,11 +81,10 @@ def test_the_online_classifier_does_not_train_the_encoder() -> None:
 def test_the_inverse_model_gets_i_then_j_and_trains_the_encoder() -> None:
     model = small_model().eval()
     views = torch.rand(4, 2, 3, 32, 32)
-    logits = model(views).command_logits
-    assert model.inverse_model is not None
+    logits = model(views).inverse["window"]
     h = model.encoder(views.flatten(0, 1)).view(4, 2, -1)
-    torch.testing.assert_close(logits, model.inverse_model(h[:, 0], h[:, 1]))
-    assert not torch.allclose(logits, model(views.flip(1)).command_logits)
+    torch.testing.assert_close(logits, model.inverse_models["window"](h[:, 0], h[:, 1]))
+    assert not torch.allclose(logits, model(views.flip(1)).inverse["window"])
     logits.sum().backward()
     assert model.encoder.conv1.weight.grad.abs().sum() > 0
 
@@ -139,8 +138,8 @@ def test_synchronized_batch_norm_is_pytorchs(compiled: bool) -> None:
 
 def test_simclr_has_no_inverse_model() -> None:
     model = small_model(with_inverse_model=False)
-    assert model(torch.rand(4, 2, 3, 32, 32)).command_logits is None
-    assert not [name for name in model.state_dict() if name.startswith("inverse_model")]
+    assert model(torch.rand(4, 2, 3, 32, 32)).inverse == {}
+    assert not [name for name in model.state_dict() if name.startswith("inverse_models")]
 
 
 @pytest.mark.parametrize("width", [4, 16])

@@ -85,7 +85,7 @@ def test_official_groups() -> None:
         "encoder.bn1.weight",
         "classifier.bias",
         "projection.bn_output.weight",
-        "inverse_model.output.bias",
+        "inverse_models.window.output.bias",
     } <= plain
     assert {"encoder.conv1.weight", "encoder.layer2.0.downsample.1.weight", "projection.output.weight"} <= adapted
     assert not adapted & plain

@@ -23,18 +23,26 @@ from pipelines.datasets.registry import DataSet
 from pipelines.executors.torchvision import execute
 from stec.config import ModelSettings, TrainConfig
 from stec.evaluation.examples import examples
-from stec.evaluation.predictions import confusion, overlap, predictions
+from stec.evaluation.predictions import (
+    CropBoxes,
+    TargetPredictions,
+    confusion,
+    crop_boxes,
+    overlap,
+    predictions,
+    predictions_of_batches,
+)
 from stec.evaluation.preview import COLORS, PANEL_PX, Example, in_words, panels, sheet
-from stec.loaders import training_loader
-from stec.models.model import Model
-from stec.objectives.geometry import (
+from stec.geometry import (
     Convention,
     following_windows,
     relative_windows,
     window_matrices,
     windows_of,
 )
-from stec.objectives.inverse import bin_centers, command_bins
+from stec.loaders import training_loader
+from stec.models.model import Model
+from stec.objectives.inverse import EfferenceCopy, bin_centers, value_bins
 from stec.weights.pretrained import read_trained
 from tests.runs import SMALL_DEMO
 
@@ -63,7 +71,7 @@ def test_a_command_leads_from_one_window_to_the_other(convention: Convention) ->
 def test_the_middle_of_a_bin_lies_in_it(n_bins: int) -> None:
     bins = torch.arange(n_bins)[:, None, None].expand(n_bins, 2, 3)
     centers = bin_centers(bins, n_bins)
-    assert torch.equal(command_bins(centers, n_bins), bins)
+    assert torch.equal(value_bins(centers, n_bins), bins)
     # The first and the last are half a bin away from the ends of the range.
     np.testing.assert_allclose(centers[0, 0], [-2 + 2 / n_bins, -2 + 2 / n_bins, -0.5 + 0.5 / n_bins], rtol=1e-6)
 
@@ -88,8 +96,21 @@ class Oracle(torch.nn.Module):
 
 def model_that_predicts(bins: torch.Tensor, n_bins: int) -> Model:
     model = Model(ModelSettings(width=4, manip_hidden_mlp=8, n_bins=n_bins), stem="cifar", classes=0).eval()
-    model.inverse_model = Oracle(bins, n_bins)  # type: ignore[assignment]
+    model.inverse_models["window"] = Oracle(bins, n_bins)
     return model
+
+
+def windows_predicted(
+    model: Model, commands: Commands, convention: Convention = "official"
+) -> tuple[TargetPredictions, CropBoxes, CropBoxes]:
+    """The predicted bins, the crop boxes that follow from them, and those that follow from the true ones."""
+    copy = EfferenceCopy(convention=convention)
+    of_window = predictions(model, torch.zeros(len(commands), 2, 3, 32, 32), commands, copy)["window"]
+    boxes, best = (
+        crop_boxes(bins, of_window.n_bins, commands, convention)
+        for bins in (of_window.predicted_bins, of_window.true_bins)
+    )
+    return of_window, boxes, best
 
 
 @pytest.mark.parametrize("convention", ["official", "exact", "egocentric"])
@@ -101,19 +122,16 @@ def test_what_an_inverse_model_believes_becomes_a_window(convention: Convention)
     command = relative_windows(commands, convention=convention)
     inside = (np.abs(command) <= [2, 2, 0.5]).all(axis=(1, 2))
     assert inside.sum() > 20
-    true = command_bins(torch.from_numpy(command), 501)
-    views = torch.zeros(len(commands), 2, 3, 32, 32)
-    predicted = predictions(model_that_predicts(true, 501), views, commands, convention)
+    true = value_bins(torch.from_numpy(command), 501)
+    _, predicted, best = windows_predicted(model_that_predicts(true, 501), commands, convention)
     np.testing.assert_allclose(predicted.windows[inside], true_windows[inside], atol=0.012)
-    np.testing.assert_array_equal(predicted.windows, predicted.best_windows)
+    np.testing.assert_array_equal(predicted.windows, best.windows)
     np.testing.assert_array_equal(predicted.flips, commands.flip[:, 1])
     assert min(overlap(a, b) for a, b in zip(predicted.windows[inside], true_windows[inside])) > 0.9
     # A window has no shear, whatever is predicted of it.
     sheared = true.clone()
     sheared[:, 0, 1] = sheared[:, 1, 0] = 400
-    again = predictions(
-        model_that_predicts(sheared, 501), torch.zeros(len(commands), 2, 3, 32, 32), commands, convention
-    )
+    _, again, _ = windows_predicted(model_that_predicts(sheared, 501), commands, convention)
     np.testing.assert_array_equal(again.windows, predicted.windows)
 
 
@@ -129,8 +147,9 @@ def test_confusion_counts_what_was_believed() -> None:
         positions=np.arange(64),
         image_ids=np.arange(64),
     )
-    counts = confusion(model_that_predicts(predicted, n_bins), [batch, batch], "official")
-    true = command_bins(torch.from_numpy(relative_windows(commands)), n_bins)
+    model = model_that_predicts(predicted, n_bins)
+    counts = confusion(predictions_of_batches(model, [batch, batch], EfferenceCopy())["window"])
+    true = value_bins(torch.from_numpy(relative_windows(commands)), n_bins)
     expected = np.zeros((2, 3, n_bins, n_bins), np.int64)
     for n in range(64):
         for r, c in np.ndindex(2, 3):
@@ -250,17 +269,21 @@ def test_words_say_what_was_executed() -> None:
 
 def test_the_predicted_crop_box_is_drawn_and_measured() -> None:
     commands = some_commands(1, area=(0.3, 0.6))
-    true = command_bins(torch.from_numpy(relative_windows(commands)), 501)
-    values = predictions(model_that_predicts(true, 501), torch.zeros(1, 2, 3, 32, 32), commands, "official")
-    *_, predicted = panels(replace(one_example(commands), predictions=values))
+    true = value_bins(torch.from_numpy(relative_windows(commands)), 501)
+    of_window, _, _ = windows_predicted(model_that_predicts(true, 501), commands)
+    *_, predicted = panels(replace(one_example(commands), predictions={"window": of_window}))
     assert predicted.heading == "view j, as predicted"
     assert (np.asarray(predicted.image) == color_of("predicted")).all(axis=-1).sum() > 100
     words = dict(predicted.words)
     assert words["bins"] == "6 of 6 correct" and "wrongly" not in words["flip"]
     assert int(re.match("[0-9]+", words["overlap"])[0]) > 90
-    wrong = replace(values, windows=values.windows + np.array([0.5, 0, 0, 0]), flips=~values.flips)
-    words = dict(panels(replace(one_example(commands), predictions=wrong))[-1].words)
-    assert re.match(r"(29|30|31)\.\d px too far right", words["center"]) and "wrong" in words["flip"]
+    # The largest translation, and the other sign of the scale.
+    wrong = of_window.predicted_bins.copy()
+    wrong[0, 0, 2], wrong[0, 0, 0] = 500, 500 - wrong[0, 0, 0]
+    far = replace(of_window, predicted_bins=wrong)
+    words = dict(panels(replace(one_example(commands), predictions={"window": far}))[-1].words)
+    assert "px too far right" in words["center"] and "wrong" in words["flip"]
+    assert words["bins"] == "4 of 6 correct"
 
 
 def test_a_sheet_has_a_row_for_each_image() -> None:
@@ -295,7 +318,7 @@ def test_the_command_writes_a_picture(
     identity = {"config": {"arch": "resnet18", "width": 4, "dataset": "demo", "affine": "exact"}}
     save_file(model.state_dict(), weights, {"stec": json.dumps(identity)})
     trained = read_trained(weights)
-    assert trained.convention == "exact" and trained.model("inverse_model").inverse_model.n_bins == 4
+    assert trained.convention == "exact" and trained.model("inverse_models").inverse_models["window"].n_bins == 4
     picture = tmp_path / "views.png"
     flags = ["--config", str(run_folder / "config.json"), "--epoch", "1", "--position", "239", "--count", "2"]
     assert launch.main(["preview", str(picture), *flags, "--ckpt_path", str(weights)]) == 0

@@ -20,10 +20,12 @@ from pipelines.datasets import demo
 from pipelines.datasets.images import ImageArray
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
-from stec.config import ModelSettings, ObjectiveSettings
+from stec.config import BaseName, ModelSettings, ObjectiveSettings, TargetName
 from stec.models.batch_norm import SyncBatchNorm
 from stec.models.model import Model
+from stec.objectives.inverse import EfferenceCopy
 from stec.objectives.objective import Objective
+from stec.objectives.registry import BASE_OBJECTIVES
 from stec.training.step import Step
 
 GLOBAL_BATCH, STEPS, SIZE_PX = 32, 20, 16
@@ -40,12 +42,14 @@ def train(
     accumulate: int = 1,
     stop_gradient: int = 1,
     labeled_views: bool = False,
+    base: BaseName = "simclr",
+    predict: tuple[TargetName, ...] = ("window",),
 ) -> dict[str, Any]:
     """Steps of SGD: the metrics of all steps, the gradients of the first step, and the state at the end."""
     # The number of pairs that the inverse loss includes differs between the processes.
     sampler = Sampler(
         images,
-        Policy(size=SIZE_PX, p_solarize=0.3),
+        Policy(size=SIZE_PX, p_solarize=0.3, p_blur=0.5),
         seed=1,
         batch_size=GLOBAL_BATCH // accelerator.num_processes // accumulate,
         process_index=accelerator.process_index,
@@ -54,11 +58,12 @@ def train(
     )
     batches = Loader(sampler, backend="torchvision", device=torch.device("cpu"), workers=0).batches(0)
     torch.manual_seed(0)
-    settings = ModelSettings(width=4, hidden_mlp=16, feat_dim=8)
-    model = Model(settings, stem="cifar", classes=10, stop_gradient=stop_gradient).to(dtype)
+    settings = ModelSettings(width=4, hidden_mlp=16, feat_dim=8, predict=predict)
+    heads = BASE_OBJECTIVES[base].heads
+    model = Model(settings, stem="cifar", classes=10, base=heads, stop_gradient=stop_gradient).to(dtype)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate, momentum=0.9)
-    objective = Objective(ObjectiveSettings(manip_lambda=1.0, temperature=0.5))
-    step = Step(model, objective, accelerator, affine="official")
+    objective = Objective(ObjectiveSettings(objective=base, manip_lambda=1.0, temperature=0.5))
+    step = Step(model, objective, accelerator, EfferenceCopy(weights=dict.fromkeys(predict, 1.0)))
     metrics: list[dict[str, Tensor]] = []
     gradients: dict[str, Tensor] = {}
     for _ in range(steps):
@@ -69,6 +74,7 @@ def train(
         gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
+        model.update_target_network(0.9)
     return {
         "metrics": {name: torch.stack([values[name] for values in metrics]) for name in metrics[0]},
         "gradients": gradients,
@@ -111,6 +117,8 @@ def everything(accelerator: Accelerator, *, exactly: bool = False) -> dict[str, 
             accelerator, data, stop_gradient=0, labeled_views=True, accumulate=2, **exact
         ),
         "frozen": train(accelerator, data, stop_gradient=2, accumulate=2, **exact),
+        "BYOL": train(accelerator, data, base="byol", predict=("window", "color", "gray"), **exact | {"steps": 3}),
+        "ReLIC": train(accelerator, data, base="relic", predict=("blur", "solarize"), accumulate=2, **exact),
         "batch norm": [normalize(accelerator, dtype) for dtype in (torch.float64, torch.bfloat16)],
         "float32, exact": train(accelerator, data, dtype=torch.float64, **several) if exactly else None,
     }
@@ -167,7 +175,8 @@ def test_twenty_steps_in_single_precision(outcomes: dict[int, dict[str, Any]], p
 
 
 @pytest.mark.parametrize(
-    "case", ["float64", "accumulate", "online classifier", "online classifier, accumulate", "frozen"]
+    "case",
+    ["float64", "accumulate", "online classifier", "online classifier, accumulate", "frozen", "BYOL", "ReLIC"],
 )
 @pytest.mark.parametrize("processes", [2, 4])
 def test_gradients_in_double_precision(outcomes: dict[int, dict[str, Any]], processes: int, case: str) -> None:

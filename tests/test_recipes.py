@@ -57,7 +57,8 @@ OFFICIAL_DEFAULTS = {
 
 
 def test_every_official_command_has_its_recipe() -> None:
-    assert set(RECIPES) - {"demo"} == set(OFFICIAL)
+    ours = {name for name in RECIPES if {"demo", "byol", "relic"} & set(name.split("-"))}
+    assert RECIPES.keys() - ours == OFFICIAL.keys()
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

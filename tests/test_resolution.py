@@ -23,7 +23,7 @@ from pipelines.executors import torchvision as reference
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
 from stec.config import TrainConfig
-from stec.objectives.geometry import relative_windows
+from stec.geometry import relative_windows
 from stec.recipes import recipe
 from stec.runs import checkpoint
 from stec.training.step import Step

@@ -20,9 +20,11 @@ from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
-from stec.config import ModelSettings, ObjectiveSettings, OptimizationSettings
+from stec.config import BaseName, ModelSettings, ObjectiveSettings, OptimizationSettings, TargetName
 from stec.models.model import Model
+from stec.objectives.inverse import EfferenceCopy
 from stec.objectives.objective import Objective
+from stec.objectives.registry import BASE_OBJECTIVES
 from stec.training.optim import make_optimizer
 from stec.training.step import Step
 from tests.host_syncs import HostSyncs
@@ -59,20 +61,38 @@ def micro_batches(images: ImageArray, *, accumulate: int, labeled_views: bool = 
     ]
 
 
-def a_model(stop_gradient: int = 1) -> Model:
+EVERYTHING: tuple[TargetName, ...] = ("window", "color", "blur", "solarize", "gray")
+
+
+def a_model(stop_gradient: int = 1, base: BaseName = "simclr", **settings: Any) -> Model:
+    """With the full efference copy, both ways and from the third stage, if it is not SimCLR's."""
     torch.manual_seed(0)
-    return Model(ModelSettings(width=4, hidden_mlp=16), stem="cifar", classes=10, stop_gradient=stop_gradient)
+    full = base != "simclr"
+    if full:
+        settings |= {"predict": EVERYTHING, "inverse_from": "layer3"}
+    return Model(
+        ModelSettings(width=4, hidden_mlp=16, **settings),
+        stem="cifar",
+        classes=10,
+        base=BASE_OBJECTIVES[base].heads,
+        stop_gradient=stop_gradient,
+        predict_both_ways=full,
+    )
 
 
-def step_of(model: Model) -> Step:
-    objective = Objective(ObjectiveSettings(manip_lambda=1.0, temperature=0.5))
-    return Step(model, objective, Accelerator(cpu=True), affine="official")
+def step_of(model: Model, base: BaseName = "simclr") -> Step:
+    objective = Objective(ObjectiveSettings(objective=base, manip_lambda=1.0, temperature=0.5))
+    weights: dict[TargetName, float] = {name: 1.0 for name in EVERYTHING if name in model.inverse_models}
+    copy = EfferenceCopy(weights=weights, both_ways=model.predict_both_ways)
+    return Step(model, objective, Accelerator(cpu=True), copy)
 
 
-@pytest.mark.parametrize("stop_gradient", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("base", "stop_gradient"), [("simclr", 0), ("simclr", 1), ("simclr", 2), ("byol", 0), ("relic", 1)]
+)
 @pytest.mark.parametrize("labeled_views", [False, True])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(
-    demo_test_images: ImageArray, stop_gradient: int, labeled_views: bool
+    demo_test_images: ImageArray, base: BaseName, stop_gradient: int, labeled_views: bool
 ) -> None:
     """With batch norm in evaluation mode, as its statistics depend on the micro-batch.
 
@@ -80,10 +100,12 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
     """
     gradients, metrics = [], []
     for accumulate in (1, 3):
-        model = a_model(stop_gradient).double()
-        step = step_of(model)
+        model = a_model(stop_gradient, base).double()
+        step = step_of(model, base)
         model.train()
         model.encoder.eval()
+        if model.target_network is not None:
+            model.target_network.encoder.eval()
         metrics.append(step(micro_batches(demo_test_images, accumulate=accumulate, labeled_views=labeled_views)))
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-6, atol=1e-6)
@@ -111,15 +133,18 @@ def test_what_waits_for_a_gpu_is_found(wait: Callable[[Tensor], object]) -> None
     assert syncs.found
 
 
+@pytest.mark.parametrize("base", ["simclr", "byol", "relic"])
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_host_does_not_wait_in_a_step(demo_test_images: ImageArray, accumulate: int, optimizer: Any) -> None:
+def test_the_host_does_not_wait_in_a_step(
+    demo_test_images: ImageArray, accumulate: int, optimizer: Any, base: BaseName
+) -> None:
     """Neither for the gradient, with solarized pairs and an online classifier, nor for the optimizer.
 
     (Adam of PyTorch counts its steps in tensors of the host.)
     """
-    model = a_model().double()
-    step = step_of(model)
+    model = a_model(base=base).double()
+    step = step_of(model, base)
     update = make_optimizer(model, OptimizationSettings(optimizer=optimizer))
     batches = micro_batches(demo_test_images, accumulate=accumulate)
     assert any(batch.commands.solarize.any() for batch in batches)
@@ -127,6 +152,7 @@ def test_the_host_does_not_wait_in_a_step(demo_test_images: ImageArray, accumula
         metrics = step(batches)
         update.step()
         update.zero_grad()
+        model.update_target_network(0.9)
     assert syncs.found == []
     assert metrics["inverse_loss"] > 0
 
@@ -136,7 +162,7 @@ def test_the_host_does_not_wait_for_a_gpu_in_a_step(demo_test_images: ImageArray
     """With DALI and LARS; the first steps start libraries."""
     accelerator = Accelerator(mixed_precision="bf16")
     model = a_model().to(accelerator.device)
-    step = Step(model, Objective(ObjectiveSettings(manip_lambda=1.0, temperature=0.5)), accelerator, affine="official")
+    step = Step(model, Objective(ObjectiveSettings(manip_lambda=1.0, temperature=0.5)), accelerator, EfferenceCopy())
     update = make_optimizer(model, OptimizationSettings())
     batches = Loader(sampler(demo_test_images), backend="dali", device=accelerator.device, workers=2).batches(0)
     for n in range(6):

@@ -302,8 +302,8 @@ def test_a_profile(tmp_path: Path) -> None:
     assert parts["encoder"] > 0 and parts["backward"] > 0 and parts["other"] < 0.5 * step
     with gzip.open(tmp_path / "run" / "trace.json.gz", "rt") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert {name: names.count(name) for name in ("encoder", "heads", "NT-Xent", "optimizer")} == dict.fromkeys(
-        ("encoder", "heads", "NT-Xent", "optimizer"), 4
+    assert {name: names.count(name) for name in ("encoder", "heads", "base objective", "optimizer")} == dict.fromkeys(
+        ("encoder", "heads", "base objective", "optimizer"), 4
     )
     assert not list((tmp_path / "run").glob(".*.tmp"))
     _, err = run("--results_path", tmp_path / "short", "--profile", "100", code=2)

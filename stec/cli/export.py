@@ -24,18 +24,22 @@ class ExportConfig:
     """File to write, ending in .safetensors or .pth; for huggingface, a folder."""
     format: Literal["torchvision", "timm", "huggingface", "full"]
     """The library that loads it; full is encoder and heads with this project's names."""
+    weights: Literal["online", "target"] = "online"
+    """Which encoder of BYOL or ReLIC: the trained one, or its moving average, the target network."""
     license: str = "unknown"
     """License of the weights in the short form of the Hub: mit, apache-2.0, cc-by-4.0, other."""
     stem: Literal["cifar", "stl10", "imagenet"] | None = None
     """Stem of the encoder, for official checkpoints, which do not record it."""
 
     def validate(self) -> None:
-        """Raise UserError if the license is invalid."""
+        """Raise UserError if the license is invalid, or flags contradict each other."""
         if not re.fullmatch("[a-z0-9][a-z0-9.+-]*", self.license):
             raise UserError(
                 f"--license {self.license} is not a license in the short form of the Hub; give one such as mit, "
                 f"apache-2.0, cc-by-4.0 or other."
             )
+        if self.weights == "target" and self.format == "full":
+            raise UserError("--format full holds both encoders; omit --weights target.")
 
 
 def run(arguments: list[str]) -> None:
@@ -48,6 +52,8 @@ def run(arguments: list[str]) -> None:
 
     check_output(config.out, suffixes=SUFFIXES[config.format], may_exist=False)
     trained = read_trained(config.source, stem=config.stem, stem_set_by="--stem")
+    if config.weights == "target":
+        trained = trained.with_target_encoder()
     loading = export(trained, config.out, config.format, source=config.source, license=config.license)
     values = sum(tensor.numel() for tensor in trained.encoder.state_dict().values())
     print(f"{config.out}: {trained.arch}, width {trained.width}, {trained.stem} stem, {values} values in the encoder")

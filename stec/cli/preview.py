@@ -57,6 +57,7 @@ def run(arguments: list[str]) -> None:
     from pipelines.files import atomic_write
     from stec.console import Console
     from stec.evaluation.examples import examples
+    from stec.evaluation.predictions import efference_copy
     from stec.evaluation.preview import png, sheet
     from stec.loaders import training_loader
     from stec.runs.run_record import read_run
@@ -68,8 +69,10 @@ def run(arguments: list[str]) -> None:
     inverse = None
     if config.ckpt_path is not None:
         trained = read_trained(config.ckpt_path, otherwise=settings.traits.stem)
-        inverse = trained.model("inverse_model").to(device), trained.convention or settings.objective.affine
-        if inverse[0].inverse_model is None:
+        model = trained.model("inverse_models").to(device)
+        convention = trained.convention or settings.objective.affine
+        inverse = model, efference_copy(model, convention, settings.traits.jitter_strength)
+        if not model.inverse_models:
             raise UserError(
                 f"{config.ckpt_path} holds no inverse model (SimCLR, encoders and linear probing have none); give the "
                 f"folder or model.safetensors of an S-TEC run, or omit --ckpt_path."

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipelines.datasets.registry import DataSet
     from stec.evaluation.report import Look, Neighbors
     from stec.models.model import Model
-    from stec.objectives.geometry import Convention
+    from stec.objectives.inverse import EfferenceCopy
     from stec.runs.run_record import RunRecord
 
 BATCH_SIZE = 64
@@ -84,7 +84,7 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
     """Views, predictions and neighbors of a run, as far as its model and data are available."""
     from pipelines.datasets.registry import open_data_set
     from stec.evaluation.examples import examples
-    from stec.evaluation.predictions import confusion
+    from stec.evaluation.predictions import efference_copy, predictions_of_batches
     from stec.evaluation.report import Look
     from stec.loaders import training_loader
     from stec.weights.pretrained import read_trained
@@ -93,16 +93,15 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
     if record.config is None:
         return look
     settings = record.config.updated(data_dir=wanted.data_dir or record.config.data.data_dir, accumulate=1)
-    model: tuple[Model, Convention] | None = None
+    model: tuple[Model, EfferenceCopy] | None = None
     try:
         if record.weights is not None:
             trained = read_trained(
                 record.weights, otherwise=settings.traits.stem, stem_set_by="the dataset in config.json"
             )
-            model = (
-                trained.model("inverse_model").to(accelerator.device),
-                trained.convention or settings.objective.affine,
-            )
+            of_run = trained.model("inverse_models").to(accelerator.device)
+            convention = trained.convention or settings.objective.affine
+            model = of_run, efference_copy(of_run, convention, settings.traits.jitter_strength)
         else:
             look.remarks.append("There are no weights yet: predictions and neighbors are omitted.")
     except UserError as error:
@@ -121,13 +120,14 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
         )
         for loader in (one_by_one, batches):
             loader.sampler.bad.know(record.path / "bad-images.tsv")
-        inverse = model if model is not None and model[0].inverse_model is not None else None
+        inverse = model if model is not None and len(model[0].inverse_models) else None
         look.examples = examples(
             one_by_one, epoch=0, position=0, count=EXAMPLES, classes=data_set.classes, inverse=inverse
         )
         if inverse is not None:
             steps = min(batches.steps_per_epoch, wanted.images // batch_size)
-            look.confusion = confusion(inverse[0], itertools.islice(batches.batches(0), steps), inverse[1])
+            of_steps = itertools.islice(batches.batches(0), steps)
+            look.predictions = predictions_of_batches(inverse[0], of_steps, inverse[1])
         elif model is not None:
             look.remarks.append("The run has no inverse model, so there are no predictions.")
         if model is not None:

@@ -228,7 +228,10 @@ def title(config: TrainConfig) -> str:
     """The name of the method, with the flag that selects it."""
     if config.objective.stop_gradient == 2:
         return "Linear probing (only the online linear classifier is trained: --stop_gradient is 2)"
-    return "S-TEC" if config.objective.manip_lambda > 0 else "SimCLR (no inverse model: --manip_lambda is 0)"
+    base = {"simclr": "SimCLR", "byol": "BYOL", "relic": "ReLIC"}[config.objective.objective]
+    if config.objective.manip_lambda == 0:
+        return f"{base} (no inverse model: --manip_lambda is 0)"
+    return "S-TEC" if base == "SimCLR" else f"S-TEC with {base}"
 
 
 def facts(
@@ -259,14 +262,14 @@ def facts(
 
 def show_results(console: Console, results: dict[str, float]) -> None:
     """Print the final table of a run."""
-    from stec.runs.run_folder import RESULTS
+    from stec.runs.run_folder import INVERSE_RESULTS, RESULTS
 
     def percent(name: str) -> str:
         return f"{results[name]:.1%}" if name in results else "-"
 
     rows = [
         *([title, percent(f"{name}_before"), percent(f"{name}_after")] for name, title in RESULTS.items()),
-        ["inverse model, accuracy per entry", "-", percent("inverse_model_accuracy")],
+        *([title, "-", percent(name)] for name, title in INVERSE_RESULTS.items()),
         ["images/s", "-", f"{results['images_per_second']:.0f}"],
         ["fraction of time waiting for data", "-", percent("wait_fraction")],
     ]

@@ -52,6 +52,16 @@ def gather(local: Tensor) -> Tensor:
     return _Gather.apply(local) if num_processes() > 1 else local
 
 
+@torch.no_grad()
+def total(local: Tensor) -> Tensor:
+    """The sum of a tensor over the processes, without gradient."""
+    if num_processes() == 1:
+        return local
+    summed = local.clone()
+    dist.all_reduce(summed)
+    return summed
+
+
 def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """Call ``action`` on the main process only; all processes return its result or raise its UserError."""
     outcome: list[Any] = [None, None]

@@ -12,7 +12,7 @@ from pipelines.loader import Loader
 from stec.evaluation.predictions import predictions
 from stec.evaluation.preview import Example
 from stec.models.model import Model
-from stec.objectives.geometry import Convention
+from stec.objectives.inverse import EfferenceCopy
 
 
 def examples(
@@ -22,12 +22,12 @@ def examples(
     position: int,
     count: int,
     classes: Sequence[str],
-    inverse: tuple[Model, Convention] | None = None,
+    inverse: tuple[Model, EfferenceCopy] | None = None,
 ) -> list[Example]:
     """The images at ``count`` positions of an epoch from ``position`` on, at most to its end.
 
     The batches of the loader must have one image, so that they can begin at any position; a view depends on seed, epoch
-    and position, not on its batch. ``inverse`` is a model whose predictions are shown, and its convention.
+    and position, not on its batch. ``inverse`` is a model whose predictions are shown, and what it predicts.
     """
     sampler = loader.sampler
     assert sampler.global_batch_size == 1, "a batch of several images cannot begin at any position"
@@ -46,6 +46,7 @@ def examples(
                 views=np.rint(pixels * 255).astype(np.uint8),
                 commands=batch.commands,
                 predictions=predictions(predict[0], batch.views, batch.commands, predict[1]) if predict else None,
+                convention=predict[1].convention if predict else "official",
             )
         )
     return shown

@@ -18,9 +18,9 @@ from pipelines.commands import PACKED_COLUMNS, Commands
 from pipelines.loader import Loader
 from stec.evaluation.decoding import R2, decode
 from stec.evaluation.evaluate import encode_batches, gather_rows
+from stec.geometry import Convention, relative_factors, relative_windows
 from stec.models.encoder import Encoder
-from stec.objectives.geometry import Convention, relative_factors, relative_windows
-from stec.objectives.targets import TARGETS
+from stec.targets import TARGETS
 
 FIT_PAIRS, TEST_PAIRS = 15_000, 5_000
 """The maximum numbers of pairs on which decoders are fitted (with validation) and tested. An encoder of 2,048 features

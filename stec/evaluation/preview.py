@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.commands import Commands
-from stec.evaluation.predictions import Predictions, overlap
-from stec.objectives.geometry import window_matrices, windows_of
+from stec.config import TargetName
+from stec.evaluation.predictions import TargetPredictions, crop_boxes, overlap
+from stec.geometry import Convention, window_matrices, windows_of
+from stec.targets import TARGETS
 
 PANEL_PX = 288
 """Height and width of a panel: a multiple of 32, 96 and 144."""
@@ -46,8 +48,10 @@ class Example:
     """[V, H, W, 3]: views i and j, or the only one."""
     commands: Commands
     """Of this image alone: arrays are [1, V]."""
-    predictions: Predictions | None = None
-    """Predictions of an inverse model for this pair."""
+    predictions: Mapping[TargetName, TargetPredictions] | None = None
+    """Predictions of an inverse model for this pair, by target."""
+    convention: Convention = "official"
+    """Of the predicted commands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +85,19 @@ def panels(example: Example) -> list[Panel]:
         )
     if example.predictions is not None:
         canvas = _Canvas(source, room=_ROOM, dim=0.5)
-        canvas.windows(
-            {
-                "i": (windows[0], bool(flips[0])),
-                "j": (windows[1], bool(flips[1])),
-                "predicted": (example.predictions.windows[0], bool(example.predictions.flips[0])),
-            }
-        )
-        shown.append(
-            Panel(
-                heading="view j, as predicted",
-                color=COLORS["predicted"],
-                image=canvas.image,
-                words=_error_in_words(example, windows[1], bool(flips[1]), example.predictions),
-            )
-        )
+        outlines = {"i": (windows[0], bool(flips[0])), "j": (windows[1], bool(flips[1]))}
+        words: Words = ()
+        if "window" in example.predictions:
+            of_window = example.predictions["window"]
+            boxes = crop_boxes(of_window.predicted_bins, of_window.n_bins, commands, example.convention)
+            best = crop_boxes(of_window.true_bins, of_window.n_bins, commands, example.convention)
+            outlines["predicted"] = boxes.windows[0], bool(boxes.flips[0])
+            words = _error_in_words(example, *outlines["j"], *outlines["predicted"], best.windows[0], of_window)
+        canvas.windows(outlines)
+        for name, of_target in example.predictions.items():
+            if name != "window":
+                words += _target_in_words(name, of_target)
+        shown.append(Panel(heading="view j, as predicted", color=COLORS["predicted"], image=canvas.image, words=words))
     return shown
 
 
@@ -122,14 +124,36 @@ def in_words(commands: Commands, v: int) -> Words:
     )
 
 
-def _error_in_words(example: Example, true: NDArray[np.float64], flipped: bool, predictions: Predictions) -> Words:
-    """The difference between the predicted and the true crop box of view j."""
+def _target_in_words(name: TargetName, predicted: TargetPredictions) -> Words:
+    """The predicted entries of a target beside the true ones, of the first pair."""
+    target = TARGETS[name]
+    if target.loss == "classes":
+        said, true = (target.classes[int(values[0, 0, 0])] for values in (predicted.predicted, predicted.true))
+        return ((name, said if said == true else f"{said}, wrong: {true}"),)
+    entries = [
+        f"{entry} {said:+.2f} ({true:+.2f})".replace(" ", NO_BREAK)
+        for entries, rows in zip(target.entries, zip(predicted.predicted[0], predicted.true[0]))
+        for entry, said, true in zip(entries, *rows)
+    ]
+    note = "" if predicted.valid[0] else ", not in training"
+    return ((name, ", ".join(entries) + note),)
+
+
+def _error_in_words(
+    example: Example,
+    true: NDArray[np.float64],
+    flipped: bool,
+    predicted: NDArray[np.float64],
+    predicted_flip: bool,
+    best: NDArray[np.float64],
+    of_window: TargetPredictions,
+) -> Words:
+    """The difference between the predicted and the true crop box of view j; ``best`` follows from the true bins."""
     height, width = example.source.height, example.source.width
     pixels = np.array([width, height, width, height])
-    predicted, best = predictions.windows[0], predictions.best_windows[0]
     x, y = (predicted[:2] + predicted[2:] / 2 - true[:2] - true[2:] / 2) * pixels[:2]
     ratio = predicted[2:] / true[2:]
-    right = int((predictions.true_bins[0] == predictions.predicted_bins[0]).sum())
+    right = int((of_window.true_bins[0] == of_window.predicted_bins[0]).sum())
     words = [
         ("crop box", _window(*(predicted * pixels).round().tolist())),
         (
@@ -139,8 +163,7 @@ def _error_in_words(example: Example, true: NDArray[np.float64], flipped: bool, 
         ("size", f"width x {ratio[0]:.2f}, height x {ratio[1]:.2f} of the true one"),
         (
             "flip",
-            ("left to right" if predictions.flips[0] else "no")
-            + ("" if predictions.flips[0] == flipped else ", wrong"),
+            ("left to right" if predicted_flip else "no") + ("" if predicted_flip == flipped else ", wrong"),
         ),
         ("overlap", f"{overlap(predicted, true):.0%} of the union ({overlap(best, true):.0%} with all bins correct)"),
         ("bins", f"{right} of 6 correct"),

@@ -7,7 +7,7 @@ import html
 import importlib.resources
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from stec.config import rule_on_resume
+from stec.config import TargetName, rule_on_resume
+from stec.evaluation.predictions import TargetPredictions, confusion, r2
 from stec.evaluation.preview import Example, panels, png
-from stec.objectives.inverse import TARGET, bin_centers
-from stec.runs.run_folder import RESULTS
+from stec.objectives.inverse import bin_centers
+from stec.runs.run_folder import INVERSE_RESULTS, RESULTS
 from stec.runs.run_record import RunRecord
+from stec.targets import TARGETS, Target
 
 POINTS = 1000
 """A curve with more points is averaged over equal ranges."""
@@ -33,11 +35,22 @@ RUN_COLORS = ("#3b7dd8", "#e07a00", "#2a9d6f", "#c23bae", "#8a6d3b", "#d1495b", 
 
 LEARNING = {
     "loss": "Loss",
-    "contrastive_loss": "Contrastive loss (NT-Xent)",
+    "contrastive_loss": "Contrastive loss",
+    "byol_loss": "BYOL: squared distance of predictions and targets",
+    "divergence": "ReLIC: divergence of the two views' distributions",
+    "projection_spread": "Spread of the target network's projections (0 is collapsed)",
     "inverse_loss": "Inverse model: loss",
     "classifier_loss": "Online linear classifier: loss",
-    "contrastive_accuracy": "Contrastive accuracy, among all other views",
+    "contrastive_accuracy": "Contrastive accuracy",
     "inverse_accuracy": "Inverse model: accuracy per entry",
+    "inverse_loss_color": "Inverse model: squared error of colors",
+    "inverse_r2_color": "Inverse model: R2 of colors",
+    "inverse_loss_blur": "Inverse model: squared error of the blur's sigma",
+    "inverse_r2_blur": "Inverse model: R2 of the blur's sigma",
+    "inverse_loss_solarize": "Inverse model: loss of solarization",
+    "inverse_accuracy_solarize": "Inverse model: accuracy of solarization",
+    "inverse_loss_gray": "Inverse model: loss of gray",
+    "inverse_accuracy_gray": "Inverse model: accuracy of gray",
     "classifier_accuracy": "Online linear classifier: accuracy on training views",
     "cross_view_accuracy": "Contrastive accuracy, among the other views j",
     "cross_view_entropy": "Entropy of the contrastive prediction, nats",
@@ -63,8 +76,8 @@ class Look:
     """What is shown of a run's model and data."""
 
     examples: list[Example] = field(default_factory=list)
-    confusion: NDArray[np.int64] | None = None
-    """[2, 3, K, K], as ``stec.evaluation.predictions.confusion`` counts."""
+    predictions: Mapping[TargetName, TargetPredictions] = field(default_factory=dict)
+    """Of the targets that the run's inverse model predicts, for pairs that training includes."""
     neighbors: list[Neighbors] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     """What is missing and why, one sentence each."""
@@ -90,9 +103,10 @@ def report(records: Sequence[RunRecord], looks: Sequence[Look]) -> str:
         ),
         _section(
             "Predictions of the inverse model",
-            _by_run(names, [_confusion(n, look.confusion) for n, look in enumerate(looks)]),
-            "For each entry of the command from view i to view j: of the pairs whose true bin is a row, the fraction "
-            "that is predicted to be in each column. Crop boxes have no shear.",
+            _by_run(names, [_predictions(n, look.predictions) for n, look in enumerate(looks)]),
+            "For each entry of what is predicted about view j relative to view i: of the pairs whose true bin is a "
+            "row, the fraction that is predicted to be in each column, or predicted and true values. Crop boxes have "
+            "no shear.",
         ),
         _section(
             "kNN",
@@ -207,7 +221,8 @@ def _results(records: Sequence[RunRecord], names: Sequence[str]) -> str:
 
     for name, label in RESULTS.items():
         add(label, f"{name}_after", ".1%", f"{name}_before")
-    add("inverse model, accuracy per entry", "inverse_model_accuracy", ".1%")
+    for name, label in INVERSE_RESULTS.items():
+        add(label, name, ".1%")
     add("images/s, whole training", "images_per_second", ",.0f")
     add("fraction of time waiting for data", "wait_fraction", ".1%")
     return _table(names, rows) if rows else ""
@@ -288,7 +303,7 @@ def _curves(records: Sequence[RunRecord], names: Sequence[str], metrics: dict[st
             )
         if not figure.data:
             continue
-        is_fraction = metric.endswith(("accuracy", "fraction", "knn"))
+        is_fraction = "accuracy" in metric or metric.endswith(("fraction", "knn"))
         figure.update_xaxes(rangemode="tozero", title="epoch" if in_epochs else "step")
         figure.update_yaxes(hoverformat=".1%" if is_fraction else ".4g", tickformat="~%" if is_fraction else None)
         if metric not in PACE:
@@ -306,41 +321,67 @@ def _thinned(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[
     return means[:, 0], means[:, 1]
 
 
-def _confusion(run: int, counts: NDArray[np.int64] | None) -> str:
-    if counts is None:
-        return ""
-    n_bins = counts.shape[-1]
-    bins = torch.arange(n_bins)[:, None, None].expand(n_bins, 2, 3)
-    centers = bin_centers(bins, n_bins).numpy()
+def _predictions(run: int, by_target: Mapping[TargetName, TargetPredictions]) -> str:
+    """A chart for each entry of each target: true against predicted bins, classes or values."""
+    content = []
+    for name, predicted in by_target.items():
+        target = TARGETS[name]
+        chart = _scatter if target.loss == "regression" else _confusion
+        charts = "".join(chart(run, target, predicted, (row, column)) for row, column in np.ndindex(*target.shape))
+        content.append(f'<h3>{name}</h3><p>{len(predicted.true)} pairs.</p><div class="charts three">{charts}</div>')
+    return "".join(content)
+
+
+def _confusion(run: int, target: Target, predicted: TargetPredictions, entry: tuple[int, int]) -> str:
+    (row, column), n_bins = entry, predicted.n_bins
+    counts = confusion(predicted)[row, column]
+    bins = torch.arange(n_bins)[:, None, None].expand(n_bins, *target.shape)
+    names = target.classes or bin_centers(bins, n_bins, target)[:, row, column].tolist()
     gap = 2 if n_bins <= 16 else 0
     color = RUN_COLORS[run % len(RUN_COLORS)]
-    charts = []
-    for row, column in np.ndindex(2, 3):
-        of_entry = counts[row, column]
-        totals = of_entry.sum(axis=1, keepdims=True)
-        fractions = np.where(totals > 0, of_entry / np.maximum(totals, 1), np.nan)
-        figure = go.Figure(
-            go.Heatmap(
-                x=centers[:, row, column],
-                y=centers[:, row, column],
-                z=fractions,
-                customdata=of_entry,
-                zmin=0,
-                zmax=1,
-                colorscale=[[0, f"{color}26"], [1, color]],
-                showscale=False,
-                xgap=gap,
-                ygap=gap,
-                hovertemplate="true %{y:.3g}, predicted %{x:.3g}:<br>%{z:.0%} (%{customdata} pairs)<extra></extra>",
-                hoverlabel={"bgcolor": color},
-            )
+    totals = counts.sum(axis=1, keepdims=True)
+    number = "" if target.classes else ":.3g"
+    figure = go.Figure(
+        go.Heatmap(
+            x=names,
+            y=names,
+            z=np.where(totals > 0, counts / np.maximum(totals, 1), np.nan),
+            customdata=counts,
+            zmin=0,
+            zmax=1,
+            colorscale=[[0, f"{color}26"], [1, color]],
+            showscale=False,
+            xgap=gap,
+            ygap=gap,
+            hovertemplate=f"true %{{y{number}}}, predicted %{{x{number}}}:"
+            "<br>%{z:.0%} (%{customdata} pairs)<extra></extra>",
+            hoverlabel={"bgcolor": color},
         )
-        figure.update_xaxes(title="predicted", showgrid=False, ticks="outside", tickangle=0)
-        figure.update_yaxes(title="true", showgrid=False, ticks="outside")
-        right = np.trace(of_entry) / max(of_entry.sum(), 1)
-        charts.append(_chart(figure, f"{TARGET.entries[row][column]}: {right:.0%} correct"))
-    pairs = int(counts[0, 0].sum())
-    return f'<p>{pairs} pairs.</p><div class="charts three">{"".join(charts)}</div>'
+    )
+    figure.update_xaxes(title="predicted", showgrid=False, ticks="outside", tickangle=0)
+    figure.update_yaxes(title="true", showgrid=False, ticks="outside")
+    right = np.trace(counts) / max(counts.sum(), 1)
+    return _chart(figure, f"{target.entries[row][column]}: {right:.0%} correct")
+
+
+def _scatter(run: int, target: Target, predicted: TargetPredictions, entry: tuple[int, int]) -> str:
+    row, column = entry
+    true, values = (x[:POINTS, row, column] for x in (predicted.true, predicted.predicted))
+    color = RUN_COLORS[run % len(RUN_COLORS)]
+    figure = go.Figure(
+        go.Scatter(
+            x=values,
+            y=true,
+            mode="markers",
+            cliponaxis=False,
+            marker={"color": color, "size": 4, "opacity": 0.5},
+            hovertemplate="true %{y:.3g}, predicted %{x:.3g}<extra></extra>",
+            hoverlabel={"bgcolor": color},
+        )
+    )
+    figure.update_xaxes(title="predicted")
+    figure.update_yaxes(title="true")
+    return _chart(figure, f"{target.entries[row][column]}: R2 {r2(predicted)[row, column]:.2f}")
 
 
 # --- Pictures ---

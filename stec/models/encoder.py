@@ -57,6 +57,7 @@ class Encoder(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.feature_dim: int = channels
+        self.layer3_dim: int = channels // 2
         self._initialize()
         self.memory_format = torch.channels_last if width >= NARROW else torch.contiguous_format
         self.to(memory_format=self.memory_format)
@@ -70,11 +71,13 @@ class Encoder(nn.Module):
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, with_layer3: bool = False) -> Tensor:
+        """``with_layer3`` appends the pooled output of the third stage: [N, D + ``layer3_dim``]."""
         images = images.contiguous(memory_format=self.memory_format)
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return torch.flatten(self.avgpool(x), 1)
+        third = self.layer3(self.layer2(self.layer1(x)))
+        features = torch.flatten(self.avgpool(self.layer4(third)), 1)
+        return torch.cat([features, torch.flatten(self.avgpool(third), 1)], dim=1) if with_layer3 else features
 
 
 def _block(block: type[BasicBlock | Bottleneck], channels: int, planes: int, stride: int) -> nn.Module:

@@ -1,6 +1,9 @@
-"""The heads on top of the encoder: projection, inverse model, online linear classifier."""
+"""The heads on top of the encoder: projection, predictor, inverse model, online linear classifier."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +32,48 @@ class Projection(nn.Module):
         return F.normalize(self.bn_output(self.output(hidden)), dim=1)
 
 
-class InverseModel(nn.Module):
-    """Maps features of views i and j, each [N, D], to logits [N, K, 2, 3] over K bins of the command's entries."""
+class Mlp(nn.Module):
+    """Maps vectors [N, D] to vectors [N, F]: linear, batch norm, ReLU, linear without bias (BYOL's MLPs)."""
 
-    def __init__(self, feature_dim: int, hidden_dim: int, n_bins: int) -> None:
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
         super().__init__()
-        self.n_bins = n_bins
+        self.hidden = nn.Linear(input_dim, hidden_dim)
+        self.bn_hidden = nn.BatchNorm1d(hidden_dim)
+        self.output = nn.Linear(hidden_dim, output_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.output(torch.relu(self.bn_hidden(self.hidden(x))))
+        return y
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseHeads:
+    """The heads of a base objective, each made from its input, hidden and output dimensions."""
+
+    projection: Callable[[int, int, int], nn.Module] = Projection
+    predictor: Callable[[int, int, int], nn.Module] | None = None
+    """Maps projections to predictions of the target network's projections."""
+    has_target_network: bool = False
+
+
+class InverseModel(nn.Module):
+    """Maps features of two views, each [N, D], to K outputs [N, K, R, C] for each entry of a target.
+
+    They are logits of bins (``n_bins`` is K) or classes, or with K = 1 the value itself. By default the entries are
+    those of the command.
+    """
+
+    def __init__(self, feature_dim: int, hidden_dim: int, n_bins: int, shape: tuple[int, int] = COMMAND_SHAPE) -> None:
+        super().__init__()
+        self.n_bins, self.shape = n_bins, shape
         self.hidden = nn.Linear(2 * feature_dim, hidden_dim)
         self.bn_hidden = nn.BatchNorm1d(hidden_dim)
-        self.output = nn.Linear(hidden_dim, n_bins * COMMAND_SHAPE[0] * COMMAND_SHAPE[1])
+        self.output = nn.Linear(hidden_dim, n_bins * shape[0] * shape[1])
 
     def forward(self, features_i: Tensor, features_j: Tensor) -> Tensor:
         hidden = torch.relu(self.bn_hidden(self.hidden(torch.cat([features_i, features_j], dim=1))))
-        logits: Tensor = self.output(hidden)
-        return logits.view(-1, self.n_bins, *COMMAND_SHAPE)
+        outputs: Tensor = self.output(hidden)
+        return outputs.view(-1, self.n_bins, *self.shape)
 
 
 def make_classifier(feature_dim: int, classes: int) -> nn.Linear:

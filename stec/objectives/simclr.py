@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stec.config import ObjectiveSettings
 from stec.distributed.processes import gather, process_index
+from stec.models.heads import BaseHeads
+from stec.models.model import Outputs
+
+HEADS = BaseHeads()
 
 CHUNK_BYTES = 2**24
 """Size of the block of the similarity matrix that exists at a time; small, so that a CPU's caches hold it."""
@@ -129,3 +134,16 @@ def nt_xent(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tenso
     """
     with torch.autocast(z_i.device.type, enabled=False):
         return _NTXent.apply(z_i, z_j, temperature)
+
+
+def loss(outputs: Outputs, settings: ObjectiveSettings) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of this process's pairs, and the metrics."""
+    assert outputs.projections is not None
+    z_i, z_j = outputs.projections.unbind(1)
+    contrastive, accuracy, cross_view_accuracy, entropy = nt_xent(z_i, z_j, settings.temperature)
+    return contrastive, {
+        "contrastive_loss": contrastive,
+        "contrastive_accuracy": accuracy,
+        "cross_view_accuracy": cross_view_accuracy,
+        "cross_view_entropy": entropy,
+    }

@@ -23,6 +23,14 @@ RESULTS = {
     "online_classifier": "online linear classifier top-1",
 }
 """The accuracies on the test images in ``results.json`` (before and after training), with their titles."""
+INVERSE_RESULTS = {
+    "inverse_model_accuracy": "inverse model, accuracy per entry",
+    "inverse_model_r2_color": "inverse model, R2 of colors",
+    "inverse_model_r2_blur": "inverse model, R2 of the blur's sigma",
+    "inverse_model_accuracy_solarize": "inverse model, accuracy of solarization",
+    "inverse_model_accuracy_gray": "inverse model, accuracy of gray",
+}
+"""The metrics of the inverse model in the last epoch, in ``results.json`` as well, with their titles."""
 WRITING_METRICS = threading.Lock()
 """Training appends lines while a background thread flushes them to disk."""
 

@@ -11,6 +11,7 @@ from pipelines.errors import UserError
 from stec.config import TrainConfig
 from stec.models.encoder import Encoder
 from stec.models.model import Model
+from stec.objectives.registry import BASE_OBJECTIVES
 from stec.weights.export import load_weights, read_weights
 
 
@@ -24,14 +25,18 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
         config.model,
         stem=config.traits.stem,
         classes=classes,
+        base=BASE_OBJECTIVES[config.objective.objective].heads,
         with_inverse_model=config.objective.manip_lambda > 0,
         stop_gradient=config.objective.stop_gradient,
+        predict_both_ways=bool(config.objective.predict_both_ways),
     )
     if config.model.ckpt_path is not None:
         state = read_weights(config.model.ckpt_path)
         if config.model.reinitialize_supervised_head:
             state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
-        load_weights(model, state, config.model.ckpt_path, required=("encoder",))
+        loaded = load_weights(model, state, config.model.ckpt_path, required=("encoder",))
+        if "target_network" not in loaded:
+            model.reset_target_network()
     return model
 
 

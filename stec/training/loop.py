@@ -16,9 +16,11 @@ from stec.console import Console
 from stec.distributed.processes import on_main_process
 from stec.loaders import Data
 from stec.models.model import Model
+from stec.models.target_network import momentum_at
+from stec.objectives.inverse import EfferenceCopy
 from stec.objectives.objective import Objective
 from stec.profiling import StepProfile, part, start_profile
-from stec.runs.run_folder import RunFolder
+from stec.runs.run_folder import INVERSE_RESULTS, RunFolder
 from stec.training.checkpoint_writer import CheckpointWriter, TrainingState
 from stec.training.initial_model import compile_encoder
 from stec.training.metrics_log import MetricsLog
@@ -57,7 +59,16 @@ def train(
     if config.run.compile:
         compile_encoder(model.encoder, accelerator.device)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config.optimization))
-    compute_gradient = Step(model, Objective(config.objective), accelerator, affine=config.objective.affine)
+    if config.run.compile and model.target_network is not None:
+        compile_encoder(model.target_network.encoder, accelerator.device)
+    weights = config.target_weights
+    copy = EfferenceCopy(
+        weights=weights,
+        convention=config.objective.affine,
+        jitter_strength=config.traits.jitter_strength,
+        both_ways=bool(config.objective.predict_both_ways),
+    )
+    compute_gradient = Step(model, Objective(config.objective, weights), accelerator, copy)
     progress = Progress()
     state = TrainingState(model=model, optimizer=optimizer, scaler=accelerator.scaler, progress=progress)
     if resumed is not None:
@@ -102,6 +113,11 @@ def train(
                     group["lr"] = learning_rate
                 optimizer.step()
                 optimizer.zero_grad()
+            if model.target_network is not None:
+                with part("target network"):
+                    model.update_target_network(
+                        momentum_at(progress.step, schedule.total_steps, config.objective.target_momentum)
+                    )
             progress.step += 1
 
             log.add(metrics, learning_rate)
@@ -137,8 +153,10 @@ def train(
     on_main_process(accelerator, partial(export_weights, folder, model, metadata))
     with console.waiting("evaluating"):
         results = evaluate_before_and_after(config, data, model, accelerator)
-    if model.inverse_model is not None:
-        results["inverse_model_accuracy"] = progress.last_epoch["inverse_accuracy"]
+    for name in INVERSE_RESULTS:
+        metric = name.replace("inverse_model_", "inverse_")
+        if metric in progress.last_epoch:
+            results[name] = progress.last_epoch[metric]
     results["images_per_second"] = schedule.total_steps * schedule.global_batch_size / progress.train_seconds
     results["wait_fraction"] = progress.wait_seconds / progress.train_seconds
     if accelerator.is_main_process:

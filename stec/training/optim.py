@@ -105,8 +105,8 @@ def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.op
 
     LARS has the official groups: names that contain ``bias`` or ``bn`` get SGD without decay, the online classifier's
     weight SGD with decay, everything else LARS. (The scale of a shortcut's batch norm, ``downsample.1.weight``, is
-    therefore under LARS, as in the official code.) SGD and Adam treat all parameters equally, as the official code
-    does.
+    therefore under LARS, as in the official code.) With a target network, all biases and batch norms get SGD without
+    decay, as BYOL does it. SGD and Adam treat all parameters equally, as the official code does.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     learning_rate, weight_decay = settings.learning_rate, settings.weight_decay
@@ -121,7 +121,8 @@ def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.op
         )
     if settings.optimizer == "adam":
         return torch.optim.Adam([p for _, p in named], lr=learning_rate, weight_decay=weight_decay, foreach=True)
-    plain = [p for name, p in named if "bias" in name or "bn" in name]
+    by_shape = getattr(model, "target_network", None) is not None
+    plain = [p for name, p in named if (p.ndim == 1 if by_shape else "bias" in name or "bn" in name)]
     classifier = [p for name, p in named if name == "classifier.weight"]
     others = {id(p) for p in plain + classifier}
     groups: list[dict[str, Any]] = [

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from pipelines.batch import Batch
 from stec.models.batch_norm import synchronize, untracked
 from stec.models.model import Model, encode
-from stec.objectives.geometry import Convention
-from stec.objectives.inverse import inverse_targets
+from stec.objectives.inverse import EfferenceCopy
 from stec.objectives.objective import Objective
 from stec.profiling import part
 
@@ -31,14 +30,18 @@ class Step:
     moments.
     """
 
-    def __init__(self, model: Model, objective: Objective, accelerator: Accelerator, *, affine: Convention) -> None:
+    def __init__(self, model: Model, objective: Objective, accelerator: Accelerator, copy: EfferenceCopy) -> None:
         synchronize(model)
-        self.model, self.objective, self.accelerator, self.affine = model, objective, accelerator, affine
+        self.model, self.objective, self.accelerator, self.copy = model, objective, accelerator, copy
         # A module without trainable parameters must not be wrapped for training.
         self.encoder: nn.Module = accelerator.prepare_model(
             model.encoder, evaluation_mode=not model.views_train_encoder
         )
         self.heads: nn.Module = accelerator.prepare_model(model.heads)
+        if model.target_network is not None:
+            # In mixed precision as well.
+            for module in (model.target_network.encoder, model.target_network.projection):
+                accelerator.prepare_model(module, evaluation_mode=True)
 
     def __call__(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Compute the gradient; returns the metrics of the images of this process."""
@@ -50,19 +53,22 @@ class Step:
         ]
         cached = len(micro_batches) > 1
         with torch.set_grad_enabled(not cached), part("encoder"):
-            features = [encode(self.encoder, views, trained=trained) for views, trained in inputs]
+            features = [self._encode(views, trained) for views, trained in inputs]
         if cached:
             features = [f.requires_grad_(trained) for f, (_, trained) in zip(features, inputs, strict=True)]
 
         pairs, labeled = features[: len(micro_batches)], features[len(micro_batches) :]
         with part("heads"):
             outputs = self.heads(torch.cat(pairs), torch.cat(labeled or pairs))
-        targets: tuple[Tensor, ...] = ()
+        if self.model.target_network is not None:
+            with part("target network"):
+                outputs = outputs._replace(target_projections=self._target_projections(micro_batches))
+        values = None
         with part("commands and masks"):
-            if outputs.command_logits is not None:
-                commands = [batch.commands for batch in micro_batches]
-                targets = inverse_targets(commands, self.affine, micro_batches[0].views.device)
-        loss, metrics = self.objective(outputs, torch.cat([batch.labels for batch in micro_batches]), *targets)
+            if outputs.inverse:
+                views = micro_batches[0].views
+                values = self.copy.values([batch.commands for batch in micro_batches], views.shape[-1], views.device)
+        loss, metrics = self.objective(outputs, torch.cat([batch.labels for batch in micro_batches]), values)
         with part("backward"):
             self.accelerator.backward(loss)
             if cached:
@@ -71,6 +77,20 @@ class Step:
                 )
         return metrics
 
+    def _encode(self, views: Tensor, trained: bool) -> Tensor:
+        # Labeled images alone have one view and no inverse model.
+        with_layer3 = self.model.inverse_from_layer3 and views.shape[1] == 2
+        return encode(self.encoder, views, trained=trained, with_layer3=with_layer3)
+
+    @torch.no_grad()
+    def _target_projections(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """The target network's projections [N, 2, F] of all micro-batches."""
+        network = self.model.target_network
+        assert network is not None
+        features = torch.cat([encode(network.encoder, batch.views, trained=False) for batch in micro_batches])
+        projections: Tensor = network.projection(features.flatten(0, 1))
+        return projections.view(len(features), 2, -1)
+
     def _backward_through_encoder(self, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Propagate the gradients of features to the encoder's parameters, for one group of views after another."""
         # The first forward pass has updated the running statistics.
@@ -78,4 +98,4 @@ class Step:
             for n, (views, gradient) in enumerate(gradients):
                 last = n == len(gradients) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.encoder):
-                    encode(self.encoder, views, trained=True).backward(gradient)
+                    self._encode(views, True).backward(gradient)

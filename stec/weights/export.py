@@ -19,7 +19,7 @@ from stec.runs import checkpoint
 from stec.runs.checkpoint import FORMAT_VERSION
 from stec.weights.inert_pickle import read_torch_file
 
-PARTS = ("encoder", "projection", "inverse_model", "classifier")
+PARTS = ("encoder", "projection", "predictor", "inverse_models", "classifier", "target_network")
 
 PORTABLE = ("stec", "torch", "python", "training_images", "data_fingerprint")
 """The keys of a run's environment that are stored with its weights."""
@@ -29,9 +29,9 @@ OBJECTS = ("config", "environment", "encoder", "results")
 OFFICIAL_PREFIXES = {
     "encoder.": "encoder.",
     "projection.model.": "projection.",
-    "binned_prediction_model.model.linear_0.": "inverse_model.hidden.",
-    "binned_prediction_model.model.bn_0.": "inverse_model.bn_hidden.",
-    "binned_prediction_model.model.linear_final.": "inverse_model.output.",
+    "binned_prediction_model.model.linear_0.": "inverse_models.window.hidden.",
+    "binned_prediction_model.model.bn_0.": "inverse_models.window.bn_hidden.",
+    "binned_prediction_model.model.linear_final.": "inverse_models.window.output.",
     "supervised_head.linear_layer.": "classifier.",
 }
 """Prefixes of parameter names in an official state dict, and here."""

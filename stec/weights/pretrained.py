@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -17,13 +18,14 @@ from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from pipelines.files import read_object
 from stec.architectures import ARCHITECTURES
-from stec.config import ModelSettings
+from stec.config import ModelSettings, TargetName
+from stec.geometry import Convention
 from stec.models.encoder import STEMS, Encoder, Stem
-from stec.models.heads import COMMAND_SHAPE, InverseModel, make_classifier
+from stec.models.heads import InverseModel, make_classifier
 from stec.models.model import Model
-from stec.objectives.geometry import Convention
 from stec.runs import checkpoint
 from stec.runs.run_folder import RunFolder
+from stec.targets import TARGETS
 from stec.weights.export import load_weights, read_weights_and_metadata
 
 WEIGHTS = "model.safetensors"
@@ -55,12 +57,12 @@ class Trained:
         """In evaluation mode, on the CPU."""
         return self.model().encoder
 
-    def model(self, *heads: Literal["classifier", "inverse_model"]) -> Model:
+    def model(self, *heads: Literal["classifier", "inverse_models"]) -> Model:
         """The encoder and those of ``heads`` whose weights exist, in evaluation mode, on the CPU.
 
         Raises UserError if the weights do not fit.
         """
-        classifier, output = (self.state.get(name) for name in ("classifier.weight", "inverse_model.output.weight"))
+        classifier = self.state.get("classifier.weight")
         required = ["encoder"]
         # Not on a device: the initial weights are replaced, so initializing them would waste time and random numbers.
         with torch.device("meta"):
@@ -70,10 +72,17 @@ class Trained:
             if "classifier" in heads and classifier is not None:
                 model.classifier = make_classifier(feature_dim, len(classifier))
                 required.append("classifier")
-            if "inverse_model" in heads and output is not None:
-                n_bins = len(output) // (COMMAND_SHAPE[0] * COMMAND_SHAPE[1])
-                model.inverse_model = InverseModel(feature_dim, output.shape[-1], n_bins)
-                required.append("inverse_model")
+            if "inverse_models" in heads:
+                for name in self.targets:
+                    hidden, output = (
+                        self.state[f"inverse_models.{name}.{layer}.weight"] for layer in ("hidden", "output")
+                    )
+                    shape = TARGETS[name].shape
+                    n_bins = len(output) // (shape[0] * shape[1])
+                    model.inverse_models[name] = InverseModel(hidden.shape[-1] // 2, len(hidden), n_bins, shape)
+                    model.inverse_from_layer3 = hidden.shape[-1] == 2 * model.encoder.layer3_dim
+                if self.targets:
+                    required.append("inverse_models")
         model.to_empty(device="cpu")
         remedy = (
             f"it was read as a {self.arch} of width {self.width} with the {self.stem} stem, which {self.stem_set_by} "
@@ -81,6 +90,25 @@ class Trained:
         )
         load_weights(model, self.state, self.path, required=tuple(required), remedy=remedy)
         return model.eval()
+
+    def with_target_encoder(self) -> Trained:
+        """The same with the target network's encoder alone. Raises UserError if there is none."""
+        prefix = "target_network.encoder."
+        state = {f"encoder.{k.removeprefix(prefix)}": v for k, v in self.state.items() if k.startswith(prefix)}
+        if not state:
+            raise UserError(
+                f"{self.path} holds no target network; only model.safetensors and checkpoints of BYOL and ReLIC do."
+            )
+        return dataclasses.replace(self, state=state)
+
+    @property
+    def targets(self) -> list[TargetName]:
+        """What its inverse model predicts. Raises UserError for a target that this version does not know."""
+        found = {name.split(".")[1] for name in self.state if name.startswith("inverse_models.")}
+        unknown = sorted(found - TARGETS.keys())
+        if unknown:
+            raise UserError(f"{self.path} predicts {unknown[0]}, which this version does not know; {OTHER_VERSION}")
+        return [name for name in TARGETS if name in found]
 
     @property
     def trained_on(self) -> str | None:
