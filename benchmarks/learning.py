@@ -98,11 +98,7 @@ class Run:
     def arguments(self, options: Options) -> list[str]:
         """Of ``launch.py``."""
         of_data_set = CIFAR10.split() if options.dataset == "cifar10" else ["--recipe", RECIPES[self.objective]]
-        of_copy = {
-            "alone": [*AUGMENTED.split(), "--manip_lambda", "0"],
-            "window": AUGMENTED.split(),
-            "full": FULL.split(),
-        }
+        of_copy = {"alone": f"{AUGMENTED} --manip_lambda 0", "window": AUGMENTED, "full": FULL}
         where = [] if options.data_dir is None else ["--data_dir", str(options.data_dir)]
         of_run = ["--seed", str(self.seed), "--results_path", str(self.folder(options).path), "--resume", "auto"]
         return [*of_data_set, *shlex.split(options.flags), *of_copy[self.copy].split(), *where, *of_run]
