@@ -123,7 +123,7 @@ def measures_of(evaluation: dict[str, Any]) -> dict[str, float]:
     """The rows of the table, from what ``launch.py eval --json`` wrote. R2 are means over entries, by an MLP."""
     measures = evaluation["measures"]
     found = {
-        "kNN": measures["knn"]["accuracy"],
+        "kNN": measures["knn20"]["accuracy"],
         "linear probing": measures["linear_probing"]["accuracy"],
         "RankMe": measures["rankme"]["rankme"],
     }

@@ -21,6 +21,7 @@ from PIL import Image
 from benchmarks import (
     ablations,
     exactness,
+    learning,
     nt_xent,
     quality,
     report,
@@ -398,3 +399,36 @@ def test_agreement_is_judged_by_the_deviation() -> None:
     far = quality.Comparison.of("S-TEC", "online_classifier", [0.50, 0.51, 0.52], [0.60, 0.61, 0.62])
     assert near.agrees and not far.agrees and near.deviation == pytest.approx(0.02)
     assert quality.Comparison.of("S-TEC", "online_classifier", [0.5], [0.5]).agrees is None
+
+
+def test_learning_reads_what_runs_measured(tmp_path: Path) -> None:
+    """Runs that have ended are not made again; a cell is the mean and the deviation of the seeds."""
+    r2 = {"ridge": 0.1, "mlp": 0.2, "ridge_shuffled": 0.0, "mlp_shuffled": 0.0}
+    for seed, accuracy in enumerate((0.3, 0.4)):
+        for copy in ("alone", "full"):
+            folder = tmp_path / "demo" / f"byol-{copy}-{seed}"
+            folder.mkdir(parents=True)
+            (folder / "results.json").write_text("{}")
+            commands = {"x scale": r2, "hue": r2, "gray": {**r2, "mlp": 0.6}}
+            measures = {
+                "knn20": {"accuracy": accuracy},
+                "linear_probing": {"accuracy": accuracy + 0.1},
+                "rankme": {"rankme": 7.5},
+                "parameters": {"commands": commands, "factors": {"x": r2, "scale": {**r2, "mlp": 0.4}}},
+            }
+            (folder / "eval.json").write_text(json.dumps({"measures": measures}))
+    files = {name: tmp_path / f"table.{name}" for name in ("json", "markdown", "chart")}
+    flags = ["--runs", str(tmp_path), "--seeds", "2", "--objectives", "byol", "--copies", "alone", "full"]
+    assert learning.main([*flags, *(word for name, file in files.items() for word in (f"--{name}", str(file)))]) == 0
+    written = json.loads(files["json"].read_text())["measures"]
+    assert {kind: [one["kNN"] for one in of_kind] for kind, of_kind in written.items()} == {
+        "byol, alone": [0.3, 0.4],
+        "byol, full": [0.3, 0.4],
+    }
+    lines = files["markdown"].read_text().splitlines()
+    columns, cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[2], lines[4]))
+    row = dict(zip(columns, cells, strict=True))
+    assert row["kNN"] == "35.0 ± 7.1" and row["linear probing"] == "45.0 ± 7.1" and row["RankMe"] == "7.50 ± 0.00"
+    assert row["R2 of gray"] == "0.60 ± 0.00" and row["R2 of factors"] == "0.30 ± 0.00" and "R2 of blur" not in row
+    with Image.open(files["chart"]) as chart:
+        assert chart.format == "PNG" and chart.width > 800

@@ -21,7 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stec.runs import checkpoint
+from stec.runs.run_folder import INVERSE_RESULTS
 from stec.training.precision import resolve_precision
+from stec.weights.pretrained import load_encoder
 from tests.conftest import smooth_image
 from tests.runs import Run, SignalAtStep, together
 
@@ -144,6 +146,30 @@ def test_ctrl_c_saves_and_resuming_changes_nothing(finished: tuple[Path, str], t
     assert "Resuming after step" in out
     assert (interrupted / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert sum(line["steps"] for line in metrics(interrupted)) == 10
+
+
+@pytest.mark.parametrize("recipe", ["demo-byol", "demo-relic"])
+def test_a_killed_run_with_a_target_network_ends_with_the_same_bits(recipe: str, tmp_path: Path) -> None:
+    """With all that the inverse model can predict. The target network is exported on request, and differs."""
+    copy = "--predict window color blur solarize gray --use_gaussian_blur 1 --use_solarization 1".split()
+    options = ["--recipe", recipe, *SMALL, *copy, "--predict_both_ways", "1", "--inverse_from", "layer3"]
+    Run(*options, "--results_path", tmp_path / "whole").end()
+    killed = ["--results_path", tmp_path / "killed", "--checkpoint_every_steps", "2"]
+    Run(*options, *killed, prepare=SignalAtStep(4, signal.SIGKILL)).end(-signal.SIGKILL)
+    Run(*options, *killed, "--resume", "auto").end()
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert {name for name in results if name.startswith("inverse_model")} == set(INVERSE_RESULTS)
+
+    exported = []
+    for weights in ("online", "target"):
+        out = tmp_path / weights
+        Run("export", tmp_path / "whole", out, "--format", "huggingface", "--weights", weights).end()
+        exported.append(load_encoder(out).conv1.weight)
+    assert torch.equal(exported[0], whole["encoder.conv1.weight"])
+    assert torch.equal(exported[1], whole["target_network.encoder.conv1.weight"])
+    assert not torch.equal(*exported)
 
 
 def test_an_existing_run_is_not_overwritten(finished: tuple[Path, str]) -> None:
