@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import tyro
@@ -39,7 +40,7 @@ COPIES: dict[Copy, str] = {"alone": "alone", "window": "+ window", "full": "+ fu
 RECIPES: dict[BaseName, str] = {"simclr": "demo", "byol": "demo-byol", "relic": "demo-relic"}
 CIFAR10 = (
     "--dataset cifar10 --view_size 16 --width 16 --temperature 0.2 --feat_dim 64 --optimizer adam --learning_rate 3e-3 "
-    "--batch_size 64 --warmup_epochs 1 --max_epochs 10 --limit_train 20000 --manip_lambda 1"
+    "--batch_size 64 --warmup_epochs 1 --max_epochs 6 --limit_train 20000 --manip_lambda 1"
 )
 """The demo's recipe with real images: like it, a small encoder on small views."""
 FULL = "--predict window color blur solarize gray --use_gaussian_blur 1 --use_solarization 1"
@@ -65,8 +66,8 @@ class Options:
     """What the inverse model predicts."""
     flags: str = ""
     """Further flags of launch.py for all runs; write --flags="--max_epochs 12"."""
-    jobs: int = 1
-    """Runs at a time, which share the cores."""
+    jobs: int = available_cpus()
+    """Runs at a time, each on its part of the cores: a small encoder is not much faster on several."""
     json: Path | None = None
     """Also write the measures here."""
     markdown: Path | None = None
@@ -103,19 +104,18 @@ class Run:
         of_run = ["--seed", str(self.seed), "--results_path", str(self.folder(options).path), "--resume", "auto"]
         return [*of_data_set, *shlex.split(options.flags), *of_copy[self.copy].split(), *where, *of_run]
 
-    def measures(self, options: Options) -> dict[str, float]:
+    def measures(self, options: Options, cores: Sequence[int]) -> dict[str, float]:
         """By name; the run is made, or continued, if it has not ended. Raises UserError if it fails."""
         folder = self.folder(options)
-        evaluation = folder.path / "eval.json"
-        threads = {"OMP_NUM_THREADS": str(max(1, available_cpus() // options.jobs))}
+        evaluation, log = folder.path / "eval.json", folder.path.with_suffix(".log")
         if not folder.results.exists():
-            _launch(self.arguments(options), folder.path.with_suffix(".log"), threads)
+            _launch(self.arguments(options), log, cores)
         if not evaluation.exists():
             where = [] if options.data_dir is None else ["--data_dir", str(options.data_dir)]
             names = ["--measures", "knn", "linear_probing", "rankme", "parameters"]
             command = ["eval", "--dataset", options.dataset, *where, "--ckpt_path", str(folder.path), *names]
             command += ["--mixed_precision", "auto", "--json", str(evaluation)]
-            _launch(command, folder.path.with_suffix(".log"), threads)
+            _launch(command, log, cores)
         return measures_of(read_object(evaluation, f"remove {evaluation} to measure again"))
 
 
@@ -145,16 +145,18 @@ def measures_of(evaluation: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _launch(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> None:
-    """Run ``launch.py`` in a separate process, its output in ``log``. Raises UserError if it fails."""
+def _launch(arguments: Sequence[str], log: Path, cores: Sequence[int]) -> None:
+    """Run ``launch.py`` in a separate process on some cores, its output in ``log``. Raises UserError if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, launch.__file__, *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env={**os.environ, "OMP_NUM_THREADS": str(max(1, len(cores)))},
         )
+        if cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(process.pid, cores)
         try:
             code = process.wait()
         except KeyboardInterrupt:
@@ -224,9 +226,18 @@ def measure(options: Options, console: Console) -> None:
         for copy in options.copies
     ]
 
+    free: SimpleQueue[list[int]] = SimpleQueue()
+    every = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for job in range(options.jobs):
+        free.put(every[job :: options.jobs])
+
     def made(run: Run) -> dict[str, float]:
+        cores = free.get()
         console.say(f"{run.folder(options).path}")
-        return run.measures(options)
+        try:
+            return run.measures(options, cores)
+        finally:
+            free.put(cores)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         measures = list(pool.map(made, runs))
