@@ -1,4 +1,4 @@
-"""``launch.py export``: an encoder for torchvision, timm or Hugging Face, or the model as one file."""
+"""``launch.py export``: an encoder for another library or program, or the model as one file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from stec.cli.outputs import check_output
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export an encoder for torchvision, timm or Hugging Face, or the model as one file."""
+    """Export an encoder for torchvision, timm, Hugging Face, ONNX or torch.export, or the model as one file."""
 
     source: tyro.conf.Positional[Path]
     """The folder of a run, one of its safetensors files or checkpoints, an exported folder, or an official .ckpt."""
     out: tyro.conf.Positional[Path]
-    """File to write, ending in .safetensors or .pth; for huggingface, a folder."""
-    format: Literal["torchvision", "timm", "huggingface", "full"]
+    """File to write, ending in .safetensors or .pth, .onnx, or .pt2 (torch_export); for huggingface, a folder."""
+    format: Literal["torchvision", "timm", "huggingface", "full", "onnx", "torch_export"]
     """The library that loads it; full is encoder and heads with this project's names."""
     license: str = "unknown"
     """License of the weights in the short form of the Hub: mit, apache-2.0, cc-by-4.0, other."""

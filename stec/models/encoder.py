@@ -8,8 +8,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.transforms import v2
 
+from pipelines.errors import UserError
 from stec.architectures import ARCHITECTURES
+from stec.models.preprocessing import Preprocessing
 
 Stem = Literal["cifar", "stl10", "imagenet"]
 """``cifar``: 3x3 convolution, stride 1; ``stl10``: 7x7, stride 2; ``imagenet``: 7x7, stride 2, then max-pool."""
@@ -31,6 +34,9 @@ class Encoder(nn.Module):
     and, with the ``cifar`` stem, ``conv1``. Parameters and images are channels-last in memory, except of narrow
     encoders.
     """
+
+    preprocessing: Preprocessing | None = None
+    """How the images of its evaluation were made; known of loaded encoders."""
 
     def __init__(self, arch: str, stem: Stem, width: int = 64) -> None:
         super().__init__()
@@ -69,6 +75,16 @@ class Encoder(nn.Module):
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_in) / math.sqrt(2))
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
+
+    @property
+    def transform(self) -> v2.Compose:
+        """From an image of Pillow, or a uint8 tensor [C, H, W], to the encoder's input [3, H, W] as in its evaluation.
+
+        Raises UserError if that is unknown, as of an encoder that was not loaded.
+        """
+        if self.preprocessing is None:
+            raise UserError("The images of this encoder are unknown; load one by stec.load_encoder.")
+        return self.preprocessing.transform()
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=self.memory_format)

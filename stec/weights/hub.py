@@ -12,6 +12,7 @@ from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from stec.config import TrainConfig, with_settings
 from stec.models.encoder import Encoder, Stem
+from stec.models.preprocessing import Preprocessing
 from stec.recipes import RECIPES, flags
 from stec.runs.run_folder import RESULTS
 from stec.weights.export import write_safetensors
@@ -30,6 +31,8 @@ CARD = """\
 
 An image encoder: {arch}, width {width}, {stem} stem. It takes RGB images [N, 3, H, W] in [0, 1], from which no mean is
 subtracted, and gives features [N, {feature_dim}].{view_size} {method}
+
+{preprocessing}
 
 ## Load it
 
@@ -56,6 +59,8 @@ class HubEncoder(
         super().__init__(arch, stem, width)
         self.metadata = metadata or {}
         """As returned by ``stec.weights.formats.describe``."""
+        if "preprocessing" in self.metadata:
+            self.preprocessing = Preprocessing.from_json(self.metadata["preprocessing"])
         self.eval()  # older mixins load into training mode
 
     @classmethod
@@ -106,6 +111,7 @@ class HubEncoder(
             **{key: encoder[key] for key in ("arch", "width", "stem", "feature_dim")},
             view_size=f" It was trained on views of {encoder['view_size_px']} px." if encoder["view_size_px"] else "",
             method=how,
+            preprocessing=_preprocessing(self.preprocessing),
             loading=_loading(encoder),
             training=_training(self.metadata),
             results=_table(
@@ -132,6 +138,16 @@ def _method(config: Mapping[str, Any]) -> tuple[str, str]:
     return "S-TEC", (
         f'It was trained by S-TEC ("Self-supervised Learning Through Efference Copies", Scherr, Guo, Moraitis, NeurIPS '
         f"2022), which is SimCLR plus an inverse model that recovers the command between two views{with_labels}."
+    )
+
+
+def _preprocessing(preprocessing: Preprocessing | None) -> str:
+    """Sentences about the images of evaluation."""
+    if preprocessing is None:
+        return "The size of its images is unknown."
+    return (
+        f"For evaluation, the shorter side of an image is resized to {preprocessing.resize_px} px and the center of "
+        f"{preprocessing.size_px} px is cropped; `encoder.transform` of this project's code does both."
     )
 
 

@@ -21,6 +21,7 @@ from stec.config import ModelSettings
 from stec.models.encoder import STEMS, Encoder, Stem
 from stec.models.heads import COMMAND_SHAPE, InverseModel, make_classifier
 from stec.models.model import Model
+from stec.models.preprocessing import Preprocessing
 from stec.objectives.geometry import Convention
 from stec.runs import checkpoint
 from stec.runs.run_folder import RunFolder
@@ -52,8 +53,10 @@ class Trained:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """In evaluation mode, on the CPU."""
-        return self.model().encoder
+        """In evaluation mode, on the CPU, with its ``transform``."""
+        encoder = self.model().encoder
+        encoder.preprocessing = self.preprocessing
+        return encoder
 
     def model(self, *heads: Literal["classifier", "inverse_model"]) -> Model:
         """The encoder and those of ``heads`` whose weights exist, in evaluation mode, on the CPU.
@@ -83,6 +86,13 @@ class Trained:
         return model.eval()
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """That in the metadata, or that of the training's evaluation."""
+        if "preprocessing" in self.metadata:
+            return Preprocessing.from_json(self.metadata["preprocessing"])
+        return Preprocessing.of_training(self.metadata.get("config", {}), self.stem)
+
+    @property
     def trained_on(self) -> str | None:
         """The data set, or None if unknown."""
         return self.metadata.get("config", {}).get("dataset")
@@ -100,6 +110,7 @@ class Trained:
 def load_encoder(path_or_hub_id: str | Path, *, stem: Stem | None = None) -> Encoder:
     """A trained encoder in evaluation mode, on the CPU: images [N, 3, H, W] in [0, 1] to features [N, D].
 
+    Its ``transform`` makes such an image from one of Pillow or a uint8 tensor, as the evaluation loader does.
     ``path_or_hub_id``: a run's or an exported folder, a safetensors file or checkpoint of ours, an official ``.ckpt``,
     or ``owner/name`` on the Hugging Face Hub, which needs the extra ``export``. ``stem`` is needed for official
     checkpoints with a 7x7 convolution, which do not record whether a max-pool follows. No code in a file is executed.
