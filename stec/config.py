@@ -20,6 +20,7 @@ from pipelines.errors import UserError
 from pipelines.executors import SMALLEST_VIEW_PX, ExecutorName
 from stec.architectures import Arch
 from stec.compatibility import RENAMED_SETTINGS, with_current_names
+from stec.normalization import Normalization
 from stec.settings import OnResume, Switch, check_ranges, checked_value, setting, settings_of
 
 LARGEST_VIEW_PX = 4096
@@ -92,7 +93,9 @@ class ModelSettings:
     n_bins: int = setting(6, at_least=2, at_most=1000, on_resume="never")
     """Number of bins for each entry of the command."""
     ckpt_path: Path | None = setting(None)
-    """Initial weights: a checkpoint or safetensors file of this project, or an official .ckpt."""
+    """Initial weights: a checkpoint or safetensors file of this project, an official .ckpt, or another project's."""
+    normalize: Normalization | None = setting(None, on_resume="never")
+    """With --ckpt_path of another project: the mean and standard deviation by which its encoder normalizes images."""
     reinitialize_supervised_head: Switch = setting(0)
     """1: with --ckpt_path, reinitialize the online linear classifier."""
 

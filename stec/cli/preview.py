@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inverse = None
     if config.ckpt_path is not None:
-        trained = read_trained(config.ckpt_path, otherwise=settings.traits.stem)
+        trained = read_trained(config.ckpt_path, otherwise=settings.traits.stem, normalize=settings.model.normalize)
         inverse = trained.model("inverse_model").to(device), trained.convention or settings.objective.affine
         if inverse[0].inverse_model is None:
             raise UserError(

@@ -11,7 +11,8 @@ from pipelines.errors import UserError
 from stec.config import TrainConfig
 from stec.models.encoder import Encoder
 from stec.models.model import Model
-from stec.weights.export import load_weights, read_weights
+from stec.weights.export import load_weights, read_weights_and_metadata
+from stec.weights.pretrained import normalization_of
 
 
 def initial_model(config: TrainConfig, classes: int) -> Model:
@@ -28,7 +29,13 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
         stop_gradient=config.objective.stop_gradient,
     )
     if config.model.ckpt_path is not None:
-        state = read_weights(config.model.ckpt_path)
+        state, metadata = read_weights_and_metadata(config.model.ckpt_path)
+        normalize = normalization_of(metadata, config.model.ckpt_path, config.model.normalize)
+        if normalize != (config.model.normalize or "none"):
+            raise UserError(
+                f"{config.model.ckpt_path} holds an encoder that normalizes images by {normalize}; add --normalize "
+                f"{normalize}."
+            )
         if config.model.reinitialize_supervised_head:
             state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
         load_weights(model, state, config.model.ckpt_path, required=("encoder",))

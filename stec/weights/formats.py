@@ -96,6 +96,7 @@ def describe(trained: Trained, *, source: Path, license: str) -> dict[str, Any]:
             "width": trained.width,
             "feature_dim": trained.encoder.feature_dim,
             "view_size_px": view_size,
+            "normalize": trained.normalize,
         },
         "preprocessing": trained.preprocessing.to_json(),
         "exported_by": f"stec {__version__}",
