@@ -10,9 +10,10 @@ import tyro
 from pipelines.errors import UserError
 from stec.cli.flags import parse_some
 from stec.cli.outputs import check_output
-from stec.cli.train import parse_train, title
+from stec.cli.train import parse_train
 from stec.distributed.launcher import is_main_process
 from stec.settings import check_ranges, setting
+from stec.training.run import title
 
 
 @dataclass(frozen=True, kw_only=True)
