@@ -172,11 +172,10 @@ class Notebook:
 
         def collect(message: dict[str, Any]) -> None:
             kind, content = message["header"]["msg_type"], message["content"]
+            html = content.get("data", {}).get("text/html", "")
             if kind == "stream":
                 cell.printed += content["text"]
-            elif kind in ("display_data", "update_display_data") and "<progress" in content["data"].get(
-                "text/html", ""
-            ):
+            elif kind in ("display_data", "update_display_data") and "<progress" in html:
                 cell.bars.append(content["data"]["text/plain"])
                 if interrupt and len(cell.bars) == 3:
                     self.manager.interrupt_kernel()

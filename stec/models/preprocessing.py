@@ -66,4 +66,5 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Preprocessing:
-        return cls(resize_px=values["resize_shorter_side_px"], size_px=values["center_crop_px"])
+        """Raises KeyError, TypeError or ValueError if ``values`` are not of ``to_json``."""
+        return cls(resize_px=int(values["resize_shorter_side_px"]), size_px=int(values["center_crop_px"]))

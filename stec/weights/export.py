@@ -24,7 +24,7 @@ PARTS = ("encoder", "projection", "inverse_model", "classifier")
 
 PORTABLE = ("stec", "torch", "python", "training_images", "data_fingerprint")
 """The keys of a run's environment that are stored with its weights."""
-OBJECTS = ("config", "environment", "encoder", "results")
+OBJECTS = ("config", "environment", "encoder", "preprocessing", "results")
 """The keys of a file's metadata that are JSON objects, if present."""
 FOREIGN_PREFIX = "foreign_prefix"
 """The key of the metadata of an encoder from another project: with what the names of its parameters began."""

@@ -90,9 +90,14 @@ class Trained:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """That in the metadata, or that of the training's evaluation."""
+        """That in the metadata, or that of the training's evaluation. Raises UserError if this version lacks it."""
         if "preprocessing" in self.metadata:
-            return Preprocessing.from_json(self.metadata["preprocessing"])
+            try:
+                return Preprocessing.from_json(self.metadata["preprocessing"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{self.path} describes its images in another way than this version; {OTHER_VERSION}"
+                ) from error
         return Preprocessing.of_training(self.metadata.get("config", {}), self.stem)
 
     @property
@@ -242,7 +247,7 @@ def normalization_of(metadata: Mapping[str, Any], path: Path, given: Normalizati
             f"normalize (--normalize) to imagenet, as torchvision, timm, lightly and MoCo do, to none, as this project "
             f"does, or to {', '.join(list(NORMALIZATIONS)[2:])}, as solo-learn does for these data sets."
         )
-    if name is not None and name not in NORMALIZATIONS:
+    if name is not None and name not in tuple(NORMALIZATIONS):
         raise UserError(f"{path} has the normalization {name}, which this version does not know; {OTHER_VERSION}")
     known: Normalization = name or "none"
     return known
