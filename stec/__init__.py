@@ -7,7 +7,8 @@ For your programs (``examples/``; the loaders are in ``pipelines``):
   ``EfferenceCopy`` the values of all its targets;
 * ``nt_xent`` and ``inverse_loss`` are the two losses, ``Objective`` their sum, with ``ObjectiveSettings``;
 * ``Encoder``, ``Projection`` and ``InverseModel`` are networks, ``Model`` all of them together, with ``ModelSettings``;
-* ``load_encoder`` loads a trained encoder from a file, an exported folder or the Hugging Face Hub.
+* ``load_encoder`` loads a trained encoder from a file, an exported folder or the Hugging Face Hub;
+* ``fit`` trains as the command line does, with the ``TrainConfig`` of ``configure``, and returns a ``Run``.
 
 Each name is imported at first use.
 """
@@ -24,8 +25,12 @@ if TYPE_CHECKING:
     from pipelines.commands import Policy as Policy
     from pipelines.commands import draw as draw
     from pipelines.errors import UserError as UserError
+    from stec.api import Run as Run
+    from stec.api import configure as configure
+    from stec.api import fit as fit
     from stec.config import ModelSettings as ModelSettings
     from stec.config import ObjectiveSettings as ObjectiveSettings
+    from stec.config import TrainConfig as TrainConfig
     from stec.geometry import relative_windows as relative_windows
     from stec.models.encoder import Encoder as Encoder
     from stec.models.heads import InverseModel as InverseModel
@@ -43,7 +48,8 @@ else:
             "pipelines.batch": "Batch",
             "pipelines.commands": "Commands Policy draw",
             "pipelines.errors": "UserError",
-            "stec.config": "ModelSettings ObjectiveSettings",
+            "stec.api": "Run configure fit",
+            "stec.config": "ModelSettings ObjectiveSettings TrainConfig",
             "stec.models.encoder": "Encoder",
             "stec.models.heads": "InverseModel Projection",
             "stec.models.model": "Model",

@@ -20,6 +20,7 @@ from pipelines.errors import UserError
 from pipelines.executors import SMALLEST_VIEW_PX, ExecutorName
 from stec.architectures import Arch
 from stec.compatibility import RENAMED_SETTINGS, with_current_names
+from stec.normalization import Normalization
 from stec.settings import OnResume, Switch, check_ranges, checked_value, setting, settings_of
 
 LARGEST_VIEW_PX = 4096
@@ -99,7 +100,9 @@ class ModelSettings:
     inverse_from: Literal["layer4", "layer3"] = setting("layer4", on_resume="never")
     """Stage of the encoder whose pooled output the inverse model gets; layer4 is the features."""
     ckpt_path: Path | None = setting(None)
-    """Initial weights: a checkpoint or safetensors file of this project, or an official .ckpt."""
+    """Initial weights: a checkpoint or safetensors file of this project, an official .ckpt, or another project's."""
+    normalize: Normalization | None = setting(None, on_resume="never")
+    """With --ckpt_path of another project: the mean and standard deviation by which its encoder normalizes images."""
     reinitialize_supervised_head: Switch = setting(0)
     """1: with --ckpt_path, reinitialize the online linear classifier."""
 

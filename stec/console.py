@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ class Console:
         elif not self._rich.file.isatty() and not self._rich.is_jupyter:
             self._rich.width = UNLIMITED
         self._progress: _Progress | None = None
+        self._notebook_bar: _NotebookBar | None = None
         self._task = TaskID(0)
 
     def say(self, text: str) -> None:
@@ -116,9 +119,12 @@ class Console:
 
     @contextmanager
     def training(self, *, first_step: int, total_steps: int) -> Iterator[None]:
-        """While open, ``report`` updates a live display (terminal) or prints lines (elsewhere)."""
+        """While open, ``report`` updates a live display (terminal, notebook) or prints lines (elsewhere)."""
+        if self._rich.is_jupyter and not self._rich.quiet:
+            self._notebook_bar = _NotebookBar(first_step, total_steps)
         if not self._on_terminal:
             yield
+            self._notebook_bar = None
             return
         self._progress = _Progress(
             TextColumn("{task.description}"),
@@ -154,6 +160,8 @@ class Console:
         if self._progress is not None:
             self._progress.below = ["  ".join(pace), "  ".join(learning)]
             self._progress.update(self._task, completed=values["step"], description=epoch)
+        if self._notebook_bar is not None:
+            self._notebook_bar.update(int(values["step"]), [epoch, *pace, *learning], at_once=end_of_epoch)
         if end_of_epoch:
             self._in_lines([epoch, *learning, *pace])
 
@@ -188,6 +196,37 @@ class _Progress(Progress):
 
     def get_renderable(self) -> RenderableType:
         return _Narrower(super().get_renderable())
+
+
+class _NotebookBar:
+    """A progress bar with figures in the output of a notebook's cell, which is replaced in place.
+
+    Rich's own needs a widget, which not all notebooks have.
+    """
+
+    SECONDS = 0.2
+    """Least time between two updates, each of which is a message to the browser."""
+
+    def __init__(self, step: int, total_steps: int) -> None:
+        from IPython.display import display
+
+        self._total, self._updated = total_steps, time.monotonic()
+        self._handle = display(self._content(step, ["training"]), raw=True, display_id=True)
+
+    def update(self, step: int, figures: Sequence[str], *, at_once: bool) -> None:
+        """Show the step; ``at_once`` even if the last update was just before."""
+        now = time.monotonic()
+        if at_once or now - self._updated >= self.SECONDS:
+            self._updated = now
+            self._handle.update(self._content(step, figures), raw=True)
+
+    def _content(self, step: int, figures: Sequence[str]) -> dict[str, str]:
+        percentage, text = f"{step / self._total:.0%}", "  ".join(figures)
+        bar = f'<progress value="{step}" max="{self._total}" style="width: 50%"></progress>'
+        return {
+            "text/plain": f"{percentage}  {text}",
+            "text/html": f"<div>{bar} {percentage}</div><pre>{html.escape(text)}</pre>",
+        }
 
 
 @dataclass(frozen=True)

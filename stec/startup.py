@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from pipelines.errors import UserError
@@ -28,6 +29,8 @@ def start(
     precision = resolve_precision(requested, device)
     # Accelerate still passes this option by its old name.
     warnings.filterwarnings("ignore", message=r".*broadcast_buffers.*is deprecated", category=FutureWarning)
+    # Accelerate would keep the precision of the first of several trainings and evaluations in one program.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,

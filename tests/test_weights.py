@@ -138,63 +138,6 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
         read_weights(tmp_path / "list.ckpt")
 
 
-def foreign(prefix: str, others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A ResNet's names below a prefix, beside what else such files hold."""
-    encoder = {
-        f"{prefix}{name.removeprefix('encoder.')}": tensor
-        for name, tensor in small_model().state_dict().items()
-        if name.startswith("encoder.")
-    }
-    return {**others, **encoder}
-
-
-@pytest.mark.parametrize(
-    ("prefix", "others"),
-    [
-        ("module.", {}),
-        ("module.", {"module.fc.weight": torch.zeros(1)}),
-        ("_orig_mod.", {}),
-        ("_orig_mod.module.", {}),
-        ("backbone.", {"projection_head.layers.0.weight": torch.zeros(4, 32)}),
-        ("model.backbone.", {}),
-        ("module.encoder_q.", {"module.queue": torch.zeros(4, 4)}),
-        ("net.", {}),
-        ("model.", {"projector.0.weight": torch.zeros(4, 32)}),
-    ],
-)
-def test_a_prefix_of_another_trainer_is_named_and_can_be_removed(
-    prefix: str, others: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the line of Python that the refusal gives."""
-    state = foreign(prefix, others)
-    torch.save({"state_dict": state}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError) as raised:
-        read_weights(tmp_path / "other.ckpt")
-    output = str(raised.value)
-    assert f" {prefix}, " in output.replace(str(tmp_path), "")
-    monkeypatch.chdir(tmp_path)
-    line = output[output.index("torch.save(") :].rstrip(".")
-    eval(line, {"torch": torch, "state": state})
-    encoder = {name: tensor for name, tensor in small_model().state_dict().items() if name.startswith("encoder.")}
-    read = read_weights(tmp_path / "encoder.pth")
-    assert read.keys() == encoder.keys() and all(torch.equal(read[name], encoder[name]) for name in encoder)
-
-
-def test_models_of_ours_that_were_wrapped(tmp_path: Path) -> None:
-    for prefix in ("module.", "_orig_mod."):
-        wrapped = {f"{prefix}{name}": tensor for name, tensor in small_model().state_dict().items()}
-        torch.save(wrapped, tmp_path / "wrapped.pt")
-        with pytest.raises(UserError, match=f" {prefix}, "):
-            read_weights(tmp_path / "wrapped.pt")
-
-
-def test_two_encoders_are_both_named(tmp_path: Path) -> None:
-    state = foreign("module.encoder_q.", foreign("module.encoder_k.", {}))
-    torch.save({"state_dict": state}, tmp_path / "moco.pth")
-    with pytest.raises(UserError, match=r"module\.encoder_k\. or module\.encoder_q\."):
-        read_weights(tmp_path / "moco.pth")
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["encoder.conv1.weight", "encoder.bn1.running_var", "classifier.bias"])
 def test_weights_that_are_not_finite_are_refused(value: float, name: str, tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def embed_split(config: EmbedConfig) -> None:
             "batch_size": config.batch_size,
             "precision": precision,
         }
+        if trained.normalize != "none":
+            about["normalize"] = trained.normalize
         if processes.on_main_process(accelerator, lambda: is_complete(config.out, about)):
             console.say(f"{config.out} is already complete.")
             return

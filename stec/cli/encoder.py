@@ -10,6 +10,7 @@ from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.errors import UserError
 from stec.architectures import Arch
 from stec.config import LARGEST_VIEW_PX, SMALLEST_VIEW_PX
+from stec.normalization import Normalization
 from stec.settings import Switch, check_ranges, setting
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ class EncoderConfig:
     dataset: DataSetName
     """Data set to evaluate on."""
     ckpt_path: Path
-    """Weights: the folder of a finished run, a checkpoint or safetensors file of this project, or an official .ckpt."""
+    """Weights: the folder of a finished run, a checkpoint or safetensors file of this project, an official .ckpt, or a
+    ResNet of torchvision, timm, lightly, solo-learn or MoCo."""
     data_dir: Path | None = None
     """Folder that holds the data set."""
     download: Switch = 0
@@ -39,6 +41,8 @@ class EncoderConfig:
     trained_on: DataSetName | None = None
     """Data set that the encoder was trained on, which determines its stem, and whether its online classifier is used;
     default: that in the weights' metadata, otherwise --dataset."""
+    normalize: Normalization | None = None
+    """Mean and standard deviation by which the encoder normalizes images; needed for checkpoints of other projects."""
     arch: Arch | None = None
     """Architecture that the encoder must have; default: that of the weights."""
     width: int | None = setting(None, at_least=1)
@@ -73,6 +77,7 @@ def read_encoder(config: EncoderConfig) -> tuple[Trained, str]:
         config.ckpt_path,
         stem=None if config.trained_on is None else DATA_SETS[config.trained_on].stem,
         otherwise=config.traits.stem,
+        normalize=config.normalize,
         stem_set_by="--trained_on",
     )
     for flag in ("arch", "width"):

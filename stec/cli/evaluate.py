@@ -117,7 +117,8 @@ def run(arguments: list[str]) -> None:
 
     model.to(accelerator.device)
     kind = "test images" if has_labels else "images"
-    console.say(f"{config.ckpt_path} on the {len(test)} {kind} of {config.dataset}, precision {precision}")
+    normalized = "" if trained.normalize == "none" else f", normalized as {trained.normalize}"
+    console.say(f"{config.ckpt_path} on the {len(test)} {kind} of {config.dataset}, precision {precision}{normalized}")
     for measure, reason in omitted:
         console.say(f"Not measured: {measure}. {reason}")
     loader_of = partial(
@@ -165,7 +166,12 @@ def run(arguments: list[str]) -> None:
         else {name: getattr(classifier, name) for name in ("loss", "top5_accuracy", "accuracy")}
     )
     if config.json is not None and accelerator.is_main_process:
-        facts = {"dataset": config.dataset, "ckpt_path": str(config.ckpt_path), "trained_on": trained_on}
+        facts = {
+            "dataset": config.dataset,
+            "ckpt_path": str(config.ckpt_path),
+            "trained_on": trained_on,
+            "normalize": trained.normalize,
+        }
         written: dict[str, Any] = {
             name: {**dataclasses.asdict(of), "class_accuracies": by_name(of, classes)} for name, of in scores.items()
         }

@@ -1,4 +1,4 @@
-"""``launch.py export``: an encoder for torchvision, timm or Hugging Face, or the model as one file."""
+"""``launch.py export``: an encoder for another library or program, or the model as one file."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import tyro
 from pipelines.errors import UserError
 from stec.cli.flags import parse
 from stec.cli.outputs import check_output
+from stec.normalization import NORMALIZATIONS, Normalization
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export an encoder for torchvision, timm or Hugging Face, or the model as one file."""
+    """Export an encoder for torchvision, timm, Hugging Face, ONNX or torch.export, or the model as one file."""
 
     source: tyro.conf.Positional[Path]
-    """The folder of a run, one of its safetensors files or checkpoints, an exported folder, or an official .ckpt."""
+    """The folder of a run, one of its safetensors files or checkpoints, an exported folder, an official .ckpt,
+    or a ResNet of another project."""
     out: tyro.conf.Positional[Path]
-    """File to write, ending in .safetensors or .pth; for huggingface, a folder."""
-    format: Literal["torchvision", "timm", "huggingface", "full"]
+    """File to write, ending in .safetensors or .pth, .onnx, or .pt2 (torch_export); for huggingface, a folder."""
+    format: Literal["torchvision", "timm", "huggingface", "full", "onnx", "torch_export"]
     """The library that loads it; full is encoder and heads with this project's names."""
     weights: Literal["online", "target"] = "online"
     """Which encoder of BYOL or ReLIC: the trained one, or its moving average, the target network."""
@@ -30,6 +32,9 @@ class ExportConfig:
     """License of the weights in the short form of the Hub: mit, apache-2.0, cc-by-4.0, other."""
     stem: Literal["cifar", "stl10", "imagenet"] | None = None
     """Stem of the encoder, for official checkpoints, which do not record it."""
+
+    normalize: Normalization | None = None
+    """Mean and standard deviation by which the encoder normalizes images; needed for checkpoints of other projects."""
 
     def validate(self) -> None:
         """Raise UserError if the license is invalid, or flags contradict each other."""
@@ -51,10 +56,14 @@ def run(arguments: list[str]) -> None:
     from stec.weights.pretrained import read_trained
 
     check_output(config.out, suffixes=SUFFIXES[config.format], may_exist=False)
-    trained = read_trained(config.source, stem=config.stem, stem_set_by="--stem")
+    trained = read_trained(config.source, stem=config.stem, normalize=config.normalize, stem_set_by="--stem")
     if config.weights == "target":
         trained = trained.with_target_encoder()
     loading = export(trained, config.out, config.format, source=config.source, license=config.license)
     values = sum(tensor.numel() for tensor in trained.encoder.state_dict().values())
     print(f"{config.out}: {trained.arch}, width {trained.width}, {trained.stem} stem, {values} values in the encoder")
     print(f"Load it with: {loading}")
+    values_of_images = NORMALIZATIONS[trained.normalize]
+    if values_of_images is not None and config.format in ("torchvision", "timm"):
+        mean, deviation = values_of_images
+        print(f"It takes images that were normalized with mean={mean}, std={deviation}, which is not in the file.")

@@ -13,7 +13,7 @@ from stec.cli.outputs import check_output
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Convert a checkpoint, also an official .ckpt, to a safetensors file with this project's names."""
+    """Convert a checkpoint, also an official .ckpt or a ResNet of another project, to a safetensors file of ours."""
 
     checkpoint: tyro.conf.Positional[Path]
     """File to read; no code in it is executed."""
@@ -26,9 +26,10 @@ def run(arguments: list[str]) -> None:
     config = parse(ImportConfig, arguments, name="import")
     check_output(config.out, suffixes=(".safetensors",), inputs=(config.checkpoint,))
 
-    from stec.weights.export import read_weights, write_safetensors
+    from stec.weights.export import FOREIGN_PREFIX, read_weights_and_metadata, write_safetensors
 
-    state = read_weights(config.checkpoint)
-    write_safetensors(state, config.out, {"imported_from": config.checkpoint.name})
+    state, metadata = read_weights_and_metadata(config.checkpoint)
+    kept = {name: metadata[name] for name in (FOREIGN_PREFIX,) if name in metadata}
+    write_safetensors(state, config.out, {"imported_from": config.checkpoint.name, **kept})
     values = sum(tensor.numel() for tensor in state.values())
     print(f"{config.out}: {len(state)} tensors, {values} values")

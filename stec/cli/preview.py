@@ -10,9 +10,10 @@ import tyro
 from pipelines.errors import UserError
 from stec.cli.flags import parse_some
 from stec.cli.outputs import check_output
-from stec.cli.train import parse_train, title
+from stec.cli.train import parse_train
 from stec.distributed.launcher import is_main_process
 from stec.settings import check_ranges, setting
+from stec.training.run import title
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def run(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inverse = None
     if config.ckpt_path is not None:
-        trained = read_trained(config.ckpt_path, otherwise=settings.traits.stem)
+        trained = read_trained(config.ckpt_path, otherwise=settings.traits.stem, normalize=settings.model.normalize)
         model = trained.model("inverse_models").to(device)
         convention = trained.convention or settings.objective.affine
         inverse = model, efference_copy(model, convention, settings.traits.jitter_strength)

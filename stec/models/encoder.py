@@ -8,8 +8,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.transforms import v2
 
+from pipelines.errors import UserError
 from stec.architectures import ARCHITECTURES
+from stec.models.preprocessing import Preprocessing
+from stec.normalization import NORMALIZATIONS, Normalization
 
 Stem = Literal["cifar", "stl10", "imagenet"]
 """``cifar``: 3x3 convolution, stride 1; ``stl10``: 7x7, stride 2; ``imagenet``: 7x7, stride 2, then max-pool."""
@@ -30,10 +34,17 @@ class Encoder(nn.Module):
     parameters have the names and shapes of torchvision's ResNet of the same name, except for ``fc``, which is missing,
     and, with the ``cifar`` stem, ``conv1``. Parameters and images are channels-last in memory, except of narrow
     encoders.
+
+    ``normalize`` names the mean and standard deviation that are applied to the images first. They cannot be folded into
+    the first convolution: its padding is 0 after normalization, which no padding of the pixels before it is.
     """
 
-    def __init__(self, arch: str, stem: Stem, width: int = 64) -> None:
+    preprocessing: Preprocessing | None = None
+    """How the images of its evaluation were made; known of loaded encoders."""
+
+    def __init__(self, arch: str, stem: Stem, width: int = 64, normalize: Normalization = "none") -> None:
         super().__init__()
+        self.normalize = normalize
         architecture = ARCHITECTURES[arch]
         block = BLOCKS[architecture.block]
         if stem == "cifar":
@@ -71,13 +82,33 @@ class Encoder(nn.Module):
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
+    @property
+    def transform(self) -> v2.Compose:
+        """From an image of Pillow, or a uint8 tensor [C, H, W], to the encoder's input [3, H, W] as in its evaluation.
+
+        Raises UserError if that is unknown, as of an encoder that was not loaded.
+        """
+        if self.preprocessing is None:
+            raise UserError("The images of this encoder are unknown; load one by stec.load_encoder.")
+        return self.preprocessing.transform()
+
     def forward(self, images: Tensor, with_layer3: bool = False) -> Tensor:
         """``with_layer3`` appends the pooled output of the third stage: [N, D + ``layer3_dim``]."""
-        images = images.contiguous(memory_format=self.memory_format)
+        images = _normalized(images, self.normalize).contiguous(memory_format=self.memory_format)
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         third = self.layer3(self.layer2(self.layer1(x)))
         features = torch.flatten(self.avgpool(self.layer4(third)), 1)
         return torch.cat([features, torch.flatten(self.avgpool(third), 1)], dim=1) if with_layer3 else features
+
+
+def _normalized(images: Tensor, name: Normalization) -> Tensor:
+    """Images [N, 3, H, W] with the mean subtracted from each channel, divided by the standard deviation."""
+    values = NORMALIZATIONS[name]
+    if values is None:
+        return images
+    # Numbers, because tensors of three would have to be moved to the images' device.
+    channels = [(images[:, k] - mean) / deviation for k, (mean, deviation) in enumerate(zip(*values, strict=True))]
+    return torch.stack(channels, dim=1)
 
 
 def _block(block: type[BasicBlock | Bottleneck], channels: int, planes: int, stride: int) -> nn.Module:

@@ -115,7 +115,7 @@ class Model(nn.Module):
         self.predictor: nn.Module | None
         self.classifier: nn.Linear | None
         self.target_network: TargetNetwork | None
-        self.encoder = Encoder(settings.arch, stem, settings.width)
+        self.encoder = Encoder(settings.arch, stem, settings.width, settings.normalize or "none")
         feature_dim = self.encoder.feature_dim
         default_dim = ARCHITECTURES[settings.arch].hidden_mlp
         hidden_dim = default_dim if settings.hidden_mlp == -1 else settings.hidden_mlp

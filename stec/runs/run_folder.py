@@ -126,15 +126,18 @@ class Opened(NamedTuple):
     """The checkpoint to resume from, if any."""
     notes: list[str]
     """Notes for the user, one sentence each."""
+    held: int | None
+    """The descriptor that holds the lock, on the process that opened the folder; None if its file system has none."""
 
 
 def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Opened:
-    """Find or create the folder, lock it until this process exits, and load the checkpoint to resume from.
+    """Find or create the folder, lock it until ``held`` is closed, and load the checkpoint to resume from.
 
     Raises UserError, leaving the folder unchanged, if another process has locked it, it holds a run that ``config``
     does not resume or a run with other settings, all its checkpoints are damaged, it holds results but no checkpoint,
     or it cannot be written.
     """
+    held = None
     try:
         path = config.run.results_path or _default_path(config)
         path.mkdir(parents=True, exist_ok=True)
@@ -176,12 +179,16 @@ def open_run_folder(config: TrainConfig, environment: Mapping[str, Any]) -> Open
         # The permission is for this start only.
         write_json(folder.config, {**config.to_json(), "allow_changes": 0})
         folder.add_start({"after_step": step, **environment, "notes": notes})
-    except OSError as error:
+    except (OSError, UserError) as error:
+        if held is not None:
+            os.close(held)
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"The run folder {config.run.results_path or DEFAULT_PARENT} cannot be written ({error.strerror}); "
             f"choose another one with --results_path."
         ) from error
-    return Opened(folder, resumed, notes)
+    return Opened(folder, resumed, notes, held)
 
 
 def _default_path(config: TrainConfig) -> Path:

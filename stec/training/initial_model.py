@@ -12,7 +12,8 @@ from stec.config import TrainConfig
 from stec.models.encoder import Encoder
 from stec.models.model import Model
 from stec.objectives.registry import BASE_OBJECTIVES
-from stec.weights.export import load_weights, read_weights
+from stec.weights.export import load_weights, read_weights_and_metadata
+from stec.weights.pretrained import normalization_of
 
 
 def initial_model(config: TrainConfig, classes: int) -> Model:
@@ -31,7 +32,13 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
         predict_both_ways=bool(config.objective.predict_both_ways),
     )
     if config.model.ckpt_path is not None:
-        state = read_weights(config.model.ckpt_path)
+        state, metadata = read_weights_and_metadata(config.model.ckpt_path)
+        normalize = normalization_of(metadata, config.model.ckpt_path, config.model.normalize)
+        if normalize != (config.model.normalize or "none"):
+            raise UserError(
+                f"{config.model.ckpt_path} holds an encoder that normalizes images by {normalize}; add --normalize "
+                f"{normalize}."
+            )
         if config.model.reinitialize_supervised_head:
             state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
         loaded = load_weights(model, state, config.model.ckpt_path, required=("encoder",))

@@ -18,13 +18,16 @@ from stec.compatibility import with_current_parameter_names
 from stec.runs import checkpoint
 from stec.runs.checkpoint import FORMAT_VERSION
 from stec.weights.inert_pickle import read_torch_file
+from stec.weights.layouts import NESTED, find_resnets, find_state, without_wrappers
 
 PARTS = ("encoder", "projection", "predictor", "inverse_models", "classifier", "target_network")
 
 PORTABLE = ("stec", "torch", "python", "training_images", "data_fingerprint")
 """The keys of a run's environment that are stored with its weights."""
-OBJECTS = ("config", "environment", "encoder", "results")
+OBJECTS = ("config", "environment", "encoder", "preprocessing", "results")
 """The keys of a file's metadata that are JSON objects, if present."""
+FOREIGN_PREFIX = "foreign_prefix"
+"""The key of the metadata of an encoder from another project: with what the names of its parameters began."""
 
 OFFICIAL_PREFIXES = {
     "encoder.": "encoder.",
@@ -80,24 +83,32 @@ def on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Weights with this project's names from a safetensors file, a checkpoint, or an official ``.ckpt``.
 
-    A file of the encoder gives the encoder alone. No code in the file is executed. Raises UserError if it is missing,
-    damaged or none of these.
+    A file of the encoder, or of another project, gives the encoder alone. No code in the file is executed. Raises
+    UserError if it is missing, damaged or none of these.
     """
     return read_weights_and_metadata(path)[0]
 
 
 def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As ``read_weights``, and the metadata of a file of this project (empty for other files)."""
+    """As ``read_weights``, and the metadata of a file of this project; of another project's, ``FOREIGN_PREFIX``."""
     if path.suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
     else:
         content = read_torch_file(path)
-        found = content.get("state_dict", content.get("model", content))
-        if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-            raise UserError(f"{path} holds no weights under state_dict or model; give a checkpoint of a trained model.")
+        found = find_state(content)
+        if not all(isinstance(value, Tensor) for value in found.values()):
+            raise UserError(
+                f"{path} holds no weights under {' or '.join(NESTED)}, but {_listed(content)}; give a checkpoint of a "
+                f"trained model."
+            )
         state, metadata = dict(found), _checkpoint_metadata(content, path)
-    metadata = {name: value for name, value in metadata.items() if name not in OBJECTS or isinstance(value, dict)}
-    return _finite(_our_names(state, path), path), metadata
+    state, prefix = _our_names(state, path, ours=metadata is not None)
+    metadata = {
+        name: value for name, value in (metadata or {}).items() if name not in OBJECTS or isinstance(value, dict)
+    }
+    if prefix is not None:
+        metadata[FOREIGN_PREFIX] = prefix
+    return _finite(state, path), metadata
 
 
 def _finite(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -111,37 +122,54 @@ def _finite(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _our_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The weights with this project's names. Raises UserError if they are not of such a model."""
+def _our_names(state: dict[str, Tensor], path: Path, *, ours: bool) -> tuple[dict[str, Tensor], str | None]:
+    """The weights with this project's names, and the prefix of an encoder of another project, otherwise None.
+
+    ``ours``: the file is of this project. Raises UserError if no encoder is found, or several.
+    """
     if any(name.startswith(("supervised_head.", "projection.model.")) for name in state):
         try:
-            return from_official_names(state)
+            return from_official_names(state), None
         except ValueError as error:
             raise UserError(f"{path} is not a checkpoint of the official S-TEC model: {error}") from error
-    if "conv1.weight" in state:
-        return {f"encoder.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
-    if "encoder.conv1.weight" in state:
-        return with_current_parameter_names(state)
-    prefixes = _prefixes(state)
-    if prefixes:
+    unwrapped = with_current_parameter_names(without_wrappers(state))
+    foreign = (name for name in unwrapped if name.partition(".")[0] not in PARTS or name.startswith("encoder.fc."))
+    if "encoder.conv1.weight" in unwrapped and not any(foreign):
+        return unwrapped, None
+    resnets = find_resnets(state)
+    if not resnets:
         raise UserError(
-            f"{path} holds an encoder whose names begin with {' or '.join(prefixes)}, as other trainers write them; "
-            f"save it without the prefix: torch.save({{name.removeprefix('{prefixes[0]}'): tensor for "
-            f"name, tensor in state.items() if name.startswith('{prefixes[0]}')}}, 'encoder.pth')."
+            f"{path} holds no encoder: no ResNet (conv1, bn1, layer1 to layer4, or their numbers 0, 1, 4 to "
+            f"7) is among its tensors, which are "
+            f"{_listed(state)}; give a checkpoint of a trained ResNet."
         )
-    raise UserError(f"{path} holds no encoder (no encoder.conv1.weight); give a checkpoint of a trained model.")
+    prefix, *others = resnets
+    if others:
+        raise UserError(
+            f"{path} holds several encoders, whose names begin with {' and '.join(resnets)}; choose one and save it "
+            f"alone: torch.save({{name.removeprefix('{prefix}'): tensor for name, tensor in state.items() if "
+            f"name.startswith('{prefix}')}}, 'encoder.pth')."
+        )
+    encoder = {f"encoder.{name}": tensor for name, tensor in resnets[prefix].items()}
+    return encoder, None if ours and prefix == "" else prefix
 
 
-def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
-    """The prefixes of the parameter names of a ResNet, or of a model of this project, in a foreign state dict."""
-    stems = (name.removesuffix("conv1.weight") for name in state if name.endswith("conv1.weight"))
-    # Residual blocks also have a conv1, but no layer1.
-    networks = (stem for stem in stems if any(name.startswith(f"{stem}layer1.") for name in state))
-    return [stem.removesuffix("encoder.") for stem in networks]
+def _listed(values: Mapping[str, Any]) -> str:
+    """The first names in a file, tensors with their shapes."""
+    shown = [
+        f"{name} {list(value.shape)}" if isinstance(value, Tensor) else str(name)
+        for name, value in list(values.items())[:4]
+    ]
+    return (", ".join(shown) or "none") + (f" and {len(values) - 4} more" if len(values) > 4 else "")
 
 
-def _checkpoint_metadata(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The metadata of a checkpoint. Raises UserError if a newer version wrote it, or its checksum does not match."""
+def _checkpoint_metadata(content: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """The metadata of a checkpoint of this project, and None of another file.
+
+    Raises UserError if a newer version wrote it, or its checksum does not match.
+    """
+    if not {"format_version", "identity"} & content.keys():
+        return None
     version = content.get("format_version", 0)
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(f"{path} is a checkpoint of format {version}, but this version knows {FORMAT_VERSION}; update.")
@@ -164,11 +192,12 @@ def portable(environment: Mapping[str, Any]) -> dict[str, Any]:
     return {name: environment[name] for name in PORTABLE if name in environment}
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors, and the metadata of a file of this project, and None of another."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("stec", "{}"))
-        return load_file(path), metadata if isinstance(metadata, dict) else {}
+            metadata = json.loads((file.metadata() or {}).get("stec", "null"))
+        return load_file(path), metadata if isinstance(metadata, dict) else None
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}; give the path of a checkpoint.") from error
     except (SafetensorError, OSError, ValueError) as error:

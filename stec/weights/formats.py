@@ -1,4 +1,4 @@
-"""Exports of a trained encoder for torchvision, timm and Hugging Face, and of the model as one file."""
+"""Exports of a trained encoder for other libraries and programs, and of the model as one file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from stec import __version__
 from stec.config import group_of_settings
 from stec.weights.export import PARTS, on_cpu, write_safetensors
 from stec.weights.pretrained import Trained
+from stec.weights.programs import onnx_file, torch_export_file
 
-Format = Literal["torchvision", "timm", "huggingface", "full"]
+Format = Literal["torchvision", "timm", "huggingface", "full", "onnx", "torch_export"]
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "torchvision": (".safetensors", ".pt", ".pth"),
     "timm": (".safetensors", ".pt", ".pth"),
     "full": (".safetensors",),
     "huggingface": (),
+    "onnx": (".onnx",),
+    "torch_export": (".pt2",),
 }
 """The file suffixes of each format; that of Hugging Face is a folder."""
 
@@ -46,6 +49,12 @@ def export(trained: Trained, out: Path, kind: Format, *, source: Path, license: 
             )
         write_safetensors(trained.state, out, metadata)
         return f'safetensors.torch.load_file("{out}")'
+    if kind == "onnx":
+        atomic_write(out, onnx_file(trained.encoder, trained.preprocessing.size_px, metadata))
+        return f'onnxruntime.InferenceSession("{out}").run(None, {{"images": images}})'
+    if kind == "torch_export":
+        atomic_write(out, torch_export_file(trained.encoder, trained.preprocessing.size_px, metadata))
+        return f'torch.export.load("{out}").module()'
 
     _check_stem(trained, kind, source)
     state = on_cpu(trained.encoder.state_dict())
@@ -87,7 +96,9 @@ def describe(trained: Trained, *, source: Path, license: str) -> dict[str, Any]:
             "width": trained.width,
             "feature_dim": trained.encoder.feature_dim,
             "view_size_px": view_size,
+            "normalize": trained.normalize,
         },
+        "preprocessing": trained.preprocessing.to_json(),
         "exported_by": f"stec {__version__}",
         "license": license,
     }

@@ -12,6 +12,8 @@ from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from stec.config import TrainConfig, with_settings
 from stec.models.encoder import Encoder, Stem
+from stec.models.preprocessing import Preprocessing
+from stec.normalization import NORMALIZATIONS
 from stec.recipes import RECIPES, flags
 from stec.runs.run_folder import RESULTS
 from stec.weights.export import write_safetensors
@@ -28,8 +30,10 @@ except ImportError as error:
 CARD = """\
 # {name}
 
-An image encoder: {arch}, width {width}, {stem} stem. It takes RGB images [N, 3, H, W] in [0, 1], from which no mean is
-subtracted, and gives features [N, {feature_dim}].{view_size} {method}
+An image encoder: {arch}, width {width}, {stem} stem. It takes RGB images [N, 3, H, W] in [0, 1], {normalization},
+and gives features [N, {feature_dim}].{view_size} {method}
+
+{preprocessing}
 
 ## Load it
 
@@ -53,9 +57,11 @@ class HubEncoder(
     """An ``Encoder`` for ``save_pretrained`` and ``push_to_hub``, with its card."""
 
     def __init__(self, arch: str, stem: Stem, width: int = 64, metadata: dict[str, Any] | None = None) -> None:
-        super().__init__(arch, stem, width)
+        super().__init__(arch, stem, width, (metadata or {}).get("encoder", {}).get("normalize", "none"))
         self.metadata = metadata or {}
         """As returned by ``stec.weights.formats.describe``."""
+        if "preprocessing" in self.metadata:
+            self.preprocessing = Preprocessing.from_json(self.metadata["preprocessing"])
         self.eval()  # older mixins load into training mode
 
     @classmethod
@@ -106,6 +112,10 @@ class HubEncoder(
             **{key: encoder[key] for key in ("arch", "width", "stem", "feature_dim")},
             view_size=f" It was trained on views of {encoder['view_size_px']} px." if encoder["view_size_px"] else "",
             method=how,
+            normalization="from which no mean is subtracted"
+            if self.normalize == "none"
+            else f"which its first operation normalizes as {self.normalize}",
+            preprocessing=_preprocessing(self.preprocessing),
             loading=_loading(encoder),
             training=_training(self.metadata),
             results=_table(
@@ -135,6 +145,16 @@ def _method(config: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
+def _preprocessing(preprocessing: Preprocessing | None) -> str:
+    """Sentences about the images of evaluation."""
+    if preprocessing is None:
+        return "The size of its images is unknown."
+    return (
+        f"For evaluation, the shorter side of an image is resized to {preprocessing.resize_px} px and the center of "
+        f"{preprocessing.size_px} px is cropped; `encoder.transform` of this project's code does both."
+    )
+
+
 def _loading(encoder: Mapping[str, Any]) -> str:
     """Python that loads ``model.safetensors`` with torchvision, if possible, and with this project."""
     ours = "With this project's code: `encoder = stec.load_encoder(FOLDER)`, or the model's `owner/name` on the Hub.\n"
@@ -146,11 +166,14 @@ def _loading(encoder: Mapping[str, Any]) -> str:
         "cifar": "model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)\n"
         "model.maxpool = torch.nn.Identity()\n",
     }[encoder["stem"]]
+    values, normalize = NORMALIZATIONS[encoder.get("normalize", "none")], ""
+    if values is not None:
+        normalize = f"model = torch.nn.Sequential(torchvision.transforms.Normalize(*{values}), model)\n"
     return (
         "With torchvision alone:\n\n```python\n"
         "import torch\nimport torchvision\nfrom safetensors.torch import load_file\n\n"
         f"model = torchvision.models.{encoder['arch']}()\n{stem}model.fc = torch.nn.Identity()\n"
-        'model.load_state_dict(load_file("model.safetensors"))\nmodel.eval()\n```\n\n' + ours
+        f'model.load_state_dict(load_file("model.safetensors"))\n{normalize}model.eval()\n```\n\n' + ours
     )
 
 

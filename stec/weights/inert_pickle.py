@@ -1,8 +1,8 @@
 """Reads PyTorch files of other programs without executing code from them.
 
 A pickle names classes and functions to be called. Here only tensors, numbers, strings and containers are created. Any
-other class becomes an inert placeholder, so files with classes of PyTorch Lightning are read without Lightning; a file
-that requests any other call is rejected.
+other class becomes an inert placeholder, so files with classes of PyTorch Lightning are read without Lightning; so does
+the result of a few harmless calls, which are not made. A file that requests any other call is rejected.
 """
 
 from __future__ import annotations
@@ -55,6 +55,22 @@ def _reconstruct(cls: type, base: type, state: Any) -> Any:
     raise ForeignCall("copyreg._reconstructor")
 
 
+def _uncalled(*_arguments: Any) -> _Placeholder:
+    """Replaces a function: a placeholder instead of its result."""
+    return object.__new__(_Placeholder)
+
+
+_UNCALLED = {
+    "collections": ("Counter", "defaultdict"),
+    "numpy": ("dtype",),
+    "numpy.core.multiarray": ("scalar", "_reconstruct"),
+    "numpy._core.multiarray": ("scalar", "_reconstruct"),
+    "_codecs": ("encode",),
+    "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),
+}
+"""What checkpoints of Lightning and others call to make schedules, settings and measures, none of which is a weight."""
+
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("copyreg", "_reconstructor"): _reconstruct,
@@ -68,6 +84,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch", "device"): torch.device,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    **{(module, name): _uncalled for module, names in _UNCALLED.items() for name in names},
 }
 
 

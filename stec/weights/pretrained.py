@@ -23,10 +23,12 @@ from stec.geometry import Convention
 from stec.models.encoder import STEMS, Encoder, Stem
 from stec.models.heads import InverseModel, make_classifier
 from stec.models.model import Model
+from stec.models.preprocessing import Preprocessing
+from stec.normalization import NORMALIZATIONS, Normalization
 from stec.runs import checkpoint
 from stec.runs.run_folder import RunFolder
 from stec.targets import TARGETS
-from stec.weights.export import load_weights, read_weights_and_metadata
+from stec.weights.export import FOREIGN_PREFIX, load_weights, read_weights_and_metadata
 
 WEIGHTS = "model.safetensors"
 """The file of weights in the folder of a run or of the Hub."""
@@ -47,6 +49,8 @@ class Trained:
     width: int
     state: dict[str, Tensor]
     """Encoder and heads with this project's names, as far as the source holds them."""
+    normalize: Normalization
+    """How the encoder normalizes images."""
     metadata: dict[str, Any]
     """JSON values: ``config``, ``step``, ``environment`` and ``results``, as far as the source holds them."""
     stem_set_by: str
@@ -54,8 +58,10 @@ class Trained:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """In evaluation mode, on the CPU."""
-        return self.model().encoder
+        """In evaluation mode, on the CPU, with its ``transform``."""
+        encoder = self.model().encoder
+        encoder.preprocessing = self.preprocessing
+        return encoder
 
     def model(self, *heads: Literal["classifier", "inverse_models"]) -> Model:
         """The encoder and those of ``heads`` whose weights exist, in evaluation mode, on the CPU.
@@ -66,7 +72,7 @@ class Trained:
         required = ["encoder"]
         # Not on a device: the initial weights are replaced, so initializing them would waste time and random numbers.
         with torch.device("meta"):
-            settings = ModelSettings(arch=self.arch, width=self.width)
+            settings = ModelSettings(arch=self.arch, width=self.width, normalize=self.normalize)
             model = Model(settings, stem=self.stem, classes=0, stop_gradient=2)
             feature_dim = model.encoder.feature_dim
             if "classifier" in heads and classifier is not None:
@@ -111,6 +117,18 @@ class Trained:
         return [name for name in TARGETS if name in found]
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """That in the metadata, or that of the training's evaluation. Raises UserError if this version lacks it."""
+        if "preprocessing" in self.metadata:
+            try:
+                return Preprocessing.from_json(self.metadata["preprocessing"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{self.path} describes its images in another way than this version; {OTHER_VERSION}"
+                ) from error
+        return Preprocessing.of_training(self.metadata.get("config", {}), self.stem)
+
+    @property
     def trained_on(self) -> str | None:
         """The data set, or None if unknown."""
         return self.metadata.get("config", {}).get("dataset")
@@ -125,24 +143,33 @@ class Trained:
         return known
 
 
-def load_encoder(path_or_hub_id: str | Path, *, stem: Stem | None = None) -> Encoder:
+def load_encoder(
+    path_or_hub_id: str | Path, *, stem: Stem | None = None, normalize: Normalization | None = None
+) -> Encoder:
     """A trained encoder in evaluation mode, on the CPU: images [N, 3, H, W] in [0, 1] to features [N, D].
 
+    Its ``transform`` makes such an image from one of Pillow or a uint8 tensor, as the evaluation loader does.
     ``path_or_hub_id``: a run's or an exported folder, a safetensors file or checkpoint of ours, an official ``.ckpt``,
-    or ``owner/name`` on the Hugging Face Hub, which needs the extra ``export``. ``stem`` is needed for official
-    checkpoints with a 7x7 convolution, which do not record whether a max-pool follows. No code in a file is executed.
-    Raises UserError if there is no encoder.
+    a ResNet's checkpoint of another project, or ``owner/name`` on the Hugging Face Hub, which needs the extra
+    ``export``. ``stem`` is needed for official checkpoints with a 7x7 convolution, which do not record whether a
+    max-pool follows. ``normalize`` is needed for those of other projects: how they normalize images, which becomes the
+    first operation of the encoder. No code in a file is executed. Raises UserError if there is no encoder.
     """
     source = Path(path_or_hub_id)
     if HUB_ID.fullmatch(str(path_or_hub_id)) and source.suffix not in SUFFIXES and not source.exists():
         from stec.weights.hub import download
 
         source = download(str(path_or_hub_id), WEIGHTS)
-    return read_trained(source, stem=stem, stem_set_by="stem").encoder
+    return read_trained(source, stem=stem, normalize=normalize, stem_set_by="stem").encoder
 
 
 def read_trained(
-    source: Path, *, stem: Stem | None = None, otherwise: Stem | None = None, stem_set_by: str = "--dataset"
+    source: Path,
+    *,
+    stem: Stem | None = None,
+    otherwise: Stem | None = None,
+    normalize: Normalization | None = None,
+    stem_set_by: str = "--dataset",
 ) -> Trained:
     """The weights in a folder or file as for ``load_encoder``, heads included, and what is known of them.
 
@@ -161,6 +188,7 @@ def read_trained(
         stem=stem or _stem_of(first, metadata, path, otherwise, stem_set_by),
         width=len(first),
         state=state,
+        normalize=normalization_of(metadata, path, normalize),
         metadata=metadata,
         stem_set_by=stem_set_by,
     )
@@ -221,6 +249,8 @@ def _stem_of(conv1: Tensor, metadata: Mapping[str, Any], path: Path, otherwise: 
         name = DATA_SETS[data_set].stem
     if name is None and conv1.shape[-1] == 3:
         return "cifar"
+    if name is None and FOREIGN_PREFIX in metadata:
+        return "imagenet"  # of torchvision's ResNet, which the other projects train
     name = name or otherwise
     if name is None:
         raise UserError(
@@ -230,4 +260,22 @@ def _stem_of(conv1: Tensor, metadata: Mapping[str, Any], path: Path, otherwise: 
     if name not in STEMS:
         raise UserError(f"{path} has the stem {name}, which this version does not know; {OTHER_VERSION}")
     known: Stem = name
+    return known
+
+
+def normalization_of(metadata: Mapping[str, Any], path: Path, given: Normalization | None) -> Normalization:
+    """``given``, or that in the metadata, or none for encoders of this project.
+
+    Raises UserError if it is unknown, as that of other projects is.
+    """
+    name = given or metadata.get("encoder", {}).get("normalize") or metadata.get("config", {}).get("normalize")
+    if name is None and FOREIGN_PREFIX in metadata:
+        raise UserError(
+            f"{path} is a checkpoint of another project, which does not say how its images were normalized; set "
+            f"normalize (--normalize) to imagenet, as torchvision, timm, lightly and MoCo do, to none, as this project "
+            f"does, or to {', '.join(list(NORMALIZATIONS)[2:])}, as solo-learn does for these data sets."
+        )
+    if name is not None and name not in tuple(NORMALIZATIONS):
+        raise UserError(f"{path} has the normalization {name}, which this version does not know; {OTHER_VERSION}")
+    known: Normalization = name or "none"
     return known
