@@ -69,7 +69,6 @@ def test_it_trains_as_the_command_line(run: stec.Run, tmp_path: Path) -> None:
 
 
 def test_it_evaluates_as_the_command_line(run: stec.Run, tmp_path: Path) -> None:
-    """After a training in another precision."""
     out = tmp_path / "scores.json"
     assert launch.main(["eval", "--dataset", "demo", "--ckpt_path", str(run.path), "--json", str(out)]) == 0
     measured = json.loads(out.read_text())["measures"]
@@ -92,13 +91,13 @@ def test_the_encoder_is_the_trained_one(run: stec.Run) -> None:
 
 
 def test_the_folder_is_free_after_the_run(run: stec.Run) -> None:
-    """Another process may resume it, while this one goes on."""
+    """Another process may resume it while this one goes on; and so may this one, in another precision."""
     program = "import sys, pathlib, pipelines.files as f; f.lock(pathlib.Path(sys.argv[1]), str)"
     subprocess.run([sys.executable, "-c", program, run.path / ".lock"], check=True, cwd=ROOT)
     with pytest.raises(stec.UserError, match="already holds a run"):
         stec.fit(run.config)
     subprocess.run([sys.executable, "-c", program, run.path / ".lock"], check=True, cwd=ROOT)
-    longer = stec.fit(run.config.updated(max_epochs=3, resume="auto", allow_changes=1, mixed_precision="no"))
+    longer = stec.fit(run.config.updated(max_epochs=3, resume="auto", allow_changes=1, mixed_precision="bf16"))
     assert longer.path == run.path and longer.config.optimization.max_epochs == 3
 
 
