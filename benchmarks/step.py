@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import tyro
@@ -42,7 +42,7 @@ from pipelines.datasets.registry import DataSet, DataSetName, open_data_set
 from pipelines.loader import Loader
 from pipelines.sampler import Sampler
 from stec.architectures import Arch
-from stec.config import TrainConfig
+from stec.config import TargetName, TrainConfig
 from stec.console import Console
 from stec.loaders import Data, evaluation_loader, policy_of
 from stec.models.model import Model
@@ -54,11 +54,12 @@ from stec.training.initial_model import initial_model
 from stec.training.loop import train
 from stec.training.optim import MOMENTUM, learning_rate_at, make_optimizer
 
-Contender = Literal["baseline", "real", "synthetic", "bare"]
+Contender = Literal["baseline", "real", "synthetic", "copy", "bare"]
 NAMES: dict[Contender, str] = {
     "baseline": "plain loop, official style",
     "real": "training loop, real images",
     "synthetic": "training loop, views in memory",
+    "copy": "the same, predicting the full efference copy",
     "bare": "forward and backward alone",
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,6 +90,8 @@ class Options(Output):
     """Turns, after one for warming up."""
     baseline: bool = False
     """Measure the official-style loop as well; ratios are to it."""
+    copy: bool = False
+    """Measure a model that predicts the full efference copy as well, on views that are there already."""
     optimizers: bool = True
     """Measure LARS against SGD on ResNet-50's parameters as well."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
@@ -142,6 +145,8 @@ def data_set_of(name: Any, data_dir: Path | None) -> DataSet:
 def training_turn(contender: Contender, options: Options, profile: int = 0) -> dict[str, float]:
     """Metrics of the second half of a short training run; with ``profile``, milliseconds of the parts of a step."""
     config = options.config(profile=profile)
+    if contender == "copy":
+        config = config.updated(predict=get_args(TargetName), use_gaussian_blur=1, use_solarization=1)
     accelerator, _, precision = start(options.mixed_precision)
     data_set = data_set_of(options.dataset, options.data_dir)
     # The online linear classifier of a data set whose training images have no labels would need images of its own.
@@ -160,7 +165,7 @@ def training_turn(contender: Contender, options: Options, profile: int = 0) -> d
         train(
             config,
             Data(
-                training=Some(loader, steps, repeated=contender == "synthetic"),
+                training=Some(loader, steps, repeated=contender in ("synthetic", "copy")),
                 plain=evaluation_loader(
                     data_set.train,
                     config.data,
@@ -360,6 +365,8 @@ def measure(options: Options, console: Console) -> None:
         "synthetic": partial(loop_turn, "synthetic"),
         "bare": bare_turn,
     }
+    if options.copy:
+        turns["copy"] = partial(loop_turn, "copy")
     if options.baseline:
         turns = {"baseline": baseline_turn, **turns}
     title = f"{options.arch}, width {options.width}, {options.dataset}, batch {options.batch_size}, {DEVICE}"

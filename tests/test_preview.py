@@ -28,6 +28,7 @@ from stec.evaluation.predictions import (
     TargetPredictions,
     confusion,
     crop_boxes,
+    efference_copy,
     overlap,
     predictions,
     predictions_of_batches,
@@ -43,6 +44,7 @@ from stec.geometry import (
 from stec.loaders import training_loader
 from stec.models.model import Model
 from stec.objectives.inverse import EfferenceCopy, bin_centers, value_bins
+from stec.targets import TARGETS
 from stec.weights.pretrained import read_trained
 from tests.runs import SMALL_DEMO
 
@@ -290,6 +292,35 @@ def test_a_sheet_has_a_row_for_each_image() -> None:
     example = one_example(some_commands(1))
     one, two = (sheet("S-TEC", "here", [example] * count) for count in (1, 2))
     assert one.width == two.width and two.height - one.height > PANEL_PX
+
+
+def test_all_that_is_predicted_is_described_within_its_panel() -> None:
+    """Values of every target; no text reaches into the space between two panels, or beyond the picture."""
+    settings = ModelSettings(width=4, manip_hidden_mlp=8, predict=tuple(TARGETS))
+    model = Model(settings, stem="cifar", classes=0).eval()
+    rows = []
+    for seed in range(4):
+        commands = draw(
+            Policy(size=32, p_blur=1.0, p_solarize=0.5), seed=seed, epoch=0, first_position=0,
+            image_hw=np.array([[40, 60]]),
+        )  # fmt: skip
+        values = predictions(model, torch.rand(1, 2, 3, 32, 32), commands, efference_copy(model, "official", 1.0))
+        rows.append(replace(one_example(commands), predictions=values))
+        words = dict(panels(rows[-1])[-1].words)
+        assert {"color", "blur", "solarize", "gray", "bins"} <= words.keys()
+        sigma = (commands.sigma_px[0, 1] - commands.sigma_px[0, 0]) / 32 * 224
+        assert f"({sigma:+.2f})" in words["blur"]
+        said, _, true = words["solarize"].partition(", wrong: ")
+        solarized = commands.solarize[0].tolist()
+        expected = {(0, 0): "none", (1, 0): "i only", (0, 1): "j only", (1, 1): "both"}[tuple(map(int, solarized))]
+        assert (true or said) == expected
+    picture = np.asarray(sheet("S-TEC", "here", rows))
+    assert picture.shape[1] == 2 * 36 + 4 * PANEL_PX + 3 * 24
+    below_title = picture[116:]
+    for k in range(3):
+        gap = below_title[:, 36 + (k + 1) * (PANEL_PX + 24) - 22 : 36 + (k + 1) * (PANEL_PX + 24) - 2]
+        assert (gap == 255).all()
+    assert (below_title[:, -34:] == 255).all() and (below_title[-20:] == 255).all()
 
 
 # --- The command ---
