@@ -92,7 +92,8 @@ def splits_below(data_dir: Path) -> dict[str, tuple[Path, Kind]]:
 
 
 def _read_labeled(source: Source, name: str) -> SplitIndex:
-    root, kind = source.data_dir / name, cast(Kind, "class folders")
+    kind: Kind = "class folders"
+    root = source.data_dir / name
     if not root.is_dir() and source.data_dir.is_dir() and split_files(source.data_dir, name):
         root, kind = source.data_dir, cast(Kind, name)
     if not root.is_dir():

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.datasets.headers import FAULTY, ROW_DTYPE, ScanResult, read_header, reason
+from pipelines.datasets.headers import FAULTY, ROW_DTYPE, Header, ScanResult, read_header, reason
 from pipelines.datasets.images import UNLABELED, Names
 from pipelines.datasets.listing import Listing, image_files, is_hidden, is_regular, stamp
 from pipelines.datasets.row_groups import as_array, image_column, open_parquet, read_column
@@ -76,12 +76,13 @@ def read_row_group(place: tuple[Path, int]) -> ScanResult:
         raise _unreadable(path, error) from error
     rows, faults = [], {}
     for n, (image, label) in enumerate(zip(images, labels)):
+        content: bytes | memoryview = b""
+        header: Header | str
         try:
             content = as_array(image).data
-        except ValueError as error:
-            content, header = memoryview(b""), reason(error)
-        else:
             header = read_header(io.BytesIO(content))
+        except ValueError as error:
+            header = reason(error)
         if isinstance(header, str):
             faults[n] = header
             header = FAULTY

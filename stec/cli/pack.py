@@ -17,14 +17,10 @@ from stec.settings import check_ranges, setting
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """Write the images of a folder as tar shards in WebDataset's layout, and index them.
-
-    An interrupted call continues when it is repeated.
-    """
+    """Write the images of a folder as tar shards, and index them; a repeated call continues an interrupted one."""
 
     source: tyro.conf.Positional[Path]
-    """Folder of images, class folders, tar shards or Parquet files, or of train and val, or of an unpacked archive of
-    CIFAR or STL-10."""
+    """Folder of images, class folders, tar shards, Parquet files, or train and val; or of CIFAR or STL-10, unpacked."""
     dest: tyro.conf.Positional[Path]
     """New folder for the shards."""
     max_side: int = setting(0, at_least=0)
