@@ -8,6 +8,7 @@ written in any order and by any number of threads.
 from __future__ import annotations
 
 import io
+import os
 import pkgutil
 import tarfile
 import threading
@@ -32,7 +33,7 @@ from pipelines.datasets.listing import is_hidden
 from pipelines.datasets.registry import DATA_SETS, Progress, Source, no_progress
 from pipelines.datasets.shards import IMAGE_SUFFIXES, PACKED
 from pipelines.errors import BadImage, UserError
-from pipelines.files import atomic_write, lock, read_object, remove_leftovers, write_json
+from pipelines.files import atomic_write, lock, read_object, remove_leftovers, unwritable, write_json
 from pipelines.splits import Kind, read_split
 
 FORMAT_VERSION = 1
@@ -161,12 +162,12 @@ class Packer:
         else:
             try:
                 destination.mkdir(exist_ok=True)
+                remove_leftovers(destination)
                 if any(destination.iterdir()):
                     raise UserError(f"{destination} is not empty; name a new folder for the shards.")
             except OSError as error:
-                raise UserError(f"{destination} cannot be made ({error.strerror}); name another folder.") from error
+                raise unwritable(destination, error) from error
             write_json(file, manifest)
-        self._lock = lock(file, lambda _: f"{destination} is written by another process; wait until it has ended.")
 
     @property
     def missing(self) -> list[tuple[Part, Path, NDArray[np.int64]]]:
@@ -185,9 +186,15 @@ class Packer:
         """
         missing = self.missing
         folders = {path.parent for _, path, _ in missing}
-        for folder in folders:
-            folder.mkdir(exist_ok=True)
-            remove_leftovers(folder)
+        try:
+            held = lock(
+                self.destination / PACKED, lambda _: f"Another process writes to {self.destination}; wait for it."
+            )
+            for folder in folders:
+                folder.mkdir(exist_ok=True)
+                remove_leftovers(folder)
+        except OSError as error:
+            raise unwritable(self.destination, error) from error
         total = sum(len(part.images) for part in self.parts)
         before = total - sum(len(image_ids) for _, _, image_ids in missing)
         # Threads, as reading, decoding and encoding release Python's lock, and share decoded row groups.
@@ -204,6 +211,8 @@ class Packer:
                 pool.shutdown(cancel_futures=True)
                 for folder in folders:
                     remove_leftovers(folder)
+                if held is not None:
+                    os.close(held)
 
     def _write_shard(self, part: Part, path: Path, image_ids: NDArray[np.int64]) -> None:
         bad_images: list[BadImage] = []
