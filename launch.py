@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "evaluate",
     "embed": "embed",
     "index": "index",
+    "pack": "pack",
     "import": "import_checkpoint",
     "export": "export",
     "recipes": "recipes",

@@ -34,7 +34,8 @@ class Sampler:
     ``views`` commands drawn from ``policy`` in ``command_stream``. Images known to be bad are replaced.
 
     ``shuffle_window`` is for images in shards: this number of shards, in random order, is shuffled together, window by
-    window, so that an epoch reads long ranges of few files at a time. 0 shuffles all images.
+    window, so that an epoch reads long ranges of few files at a time. 0 shuffles all images. Of row groups of Parquet
+    files, a window has no more than fit in memory.
 
     ``epoch_length`` is for images that accompany a larger set: an epoch has this number of positions, and the images
     are repeated. (The labeled images of STL-10 accompany the unlabeled ones.)
@@ -67,6 +68,9 @@ class Sampler:
         self.view_size_at = view_size_at
         self.bad = BadImages(images) if bad is None else bad
         self.shuffle_window = shuffle_window if isinstance(images, ImageFiles) and images.in_shards else 0
+        if isinstance(images, ImageFiles) and (most := images.shards_in_memory) is not None:
+            all_fit = len(images.files) <= most
+            self.shuffle_window = shuffle_window if all_fit else min(shuffle_window or most, most)
         self.epoch_length = epoch_length or len(images)
         self.micro_batch_size = batch_size * num_processes
         self.global_batch_size = self.micro_batch_size * accumulate

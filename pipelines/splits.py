@@ -20,7 +20,7 @@ import numpy as np
 from pipelines.cpus import available_cpus
 from pipelines.datasets.bad_list import BadList
 from pipelines.datasets.cache import PartialIndex, SplitIndex, cache_file, read_cache, write_cache
-from pipelines.datasets.headers import ScanResult
+from pipelines.datasets.headers import ROW_DTYPE, ScanResult
 from pipelines.datasets.images import UNLABELED, ImageFiles
 from pipelines.datasets.listing import (
     Listing,
@@ -31,6 +31,7 @@ from pipelines.datasets.listing import (
     read_files,
     stamp,
 )
+from pipelines.datasets.parquet import list_parquet, places, read_row_group
 from pipelines.datasets.registry import Progress, no_progress
 from pipelines.datasets.shards import list_shards, read_shard
 from pipelines.errors import BadImage, UserError
@@ -39,8 +40,8 @@ from pipelines.worker_process import begin_work
 T = TypeVar("T")
 R = TypeVar("R")
 
-Kind = Literal["class folders", "loose images"]
-"""How to read a folder without shards."""
+Kind = Literal["class folders", "loose images", "train", "val"]
+"""How to read a folder without shards; ``train`` and ``val`` are a split among Parquet files by their names."""
 
 FILES_PER_CHUNK = 1024
 IMAGES_PER_CHUNK = 256
@@ -60,7 +61,7 @@ def read_split(root: Path, kind: Kind, progress: Progress = no_progress, *, chec
     index = read_cache(file, root)
     if index is None or (check_files and _files_changed(index)):
         try:
-            listing = list_shards(root)
+            listing = list_shards(root) or list_parquet(root, kind)
             if listing is None:
                 listing = list_class_folders(root) if kind == "class folders" else list_loose_images(root)
         except OSError as error:
@@ -118,15 +119,19 @@ def _with_faults(index: SplitIndex, more: Mapping[int, str]) -> SplitIndex:
 
 def _scan(root: Path, listing: Listing, partial_index: PartialIndex, progress: Progress) -> list[ScanResult]:
     """The results of the listing's chunks, in order: a shard each, or FILES_PER_CHUNK files."""
+    in_shards = listing.layout in ("shards", "Parquet")
     total = len(listing.files)
-    per_chunk = 1 if listing.layout == "shards" else FILES_PER_CHUNK
+    per_chunk = 1 if in_shards else FILES_PER_CHUNK
     chunks = range(0, total, per_chunk)
     missing = [k for k in range(len(chunks)) if k not in partial_index.done]
     scan: Callable[[Any], ScanResult]
-    if listing.layout == "shards":
+    if in_shards:
         noun, scan = "shards", read_shard
         in_process = sum(size for _, size in listing.watched.values()) < FEW_BYTES
         tasks: list[Any] = [root / os.fsdecode(listing.files[chunks[k]]) for k in missing]
+        if listing.layout == "Parquet":
+            row_groups = places(root, listing.files)
+            noun, scan, tasks = "row groups", read_row_group, [row_groups[k] for k in missing]
     else:
         noun, scan = "images", partial(read_files, root)
         in_process = total < FEW_FILES
@@ -140,11 +145,11 @@ def _scan(root: Path, listing: Listing, partial_index: PartialIndex, progress: P
 
 
 def _assemble(root: Path, listing: Listing, chunks: Sequence[ScanResult]) -> SplitIndex:
-    rows = np.concatenate([chunk.rows for chunk in chunks])
+    rows = np.concatenate([np.empty(0, ROW_DTYPE), *(chunk.rows for chunk in chunks)])
     lengths = [len(chunk.rows) for chunk in chunks]
     firsts = (np.cumsum(lengths) - lengths).tolist()
     faults = {first + n: fault for first, chunk in zip(firsts, chunks) for n, fault in chunk.faults.items()}
-    if listing.layout == "shards":
+    if listing.layout in ("shards", "Parquet"):
         labels = np.ascontiguousarray(rows["label"])
         file_of = np.repeat(np.arange(len(chunks), dtype=np.int32), lengths)
         classes = tuple(str(k) for k in range(int(labels.max(initial=UNLABELED)) + 1))

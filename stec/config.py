@@ -47,7 +47,8 @@ class DataSettings:
     limit_train: int | None = setting(None, at_least=1, on_resume="never")
     """Use only the first N training images (ImageNet: evenly spread over the classes)."""
     shuffle_window: int = setting(16, at_least=0)
-    """For images in tar shards: number of shards that are shuffled together, so that reads are long; 0: all images."""
+    """For images in tar shards or Parquet files: number of shards or row groups that are shuffled together, so that
+    reads are long; 0: all images."""
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1, on_resume="free")
     """Stop if more than this fraction of the training images is unusable; fewer are replaced by other images."""
     exif_orientation: Switch = setting(0)

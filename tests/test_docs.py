@@ -16,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+import pyarrow
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 from pip._internal.commands import create_command
+from pyarrow import parquet
 
 import launch
 import pipelines
@@ -44,9 +46,8 @@ PLACEHOLDERS = {
 }
 """Placeholders for values other than names of folders and files."""
 PROGRAMS = ("accelerate", "launch.py", "mypy", "pip", "pytest", "python", "ruff", "sbatch", "stec")
-COPIES = "python copies.py IMAGES COPIES"
-OTHERS = {"python train.py", "python eval.py", "accelerate launch", "launch.py", "stec", COPIES}
-"""Programs of the official repository, names without arguments, and a script with its own test."""
+OTHERS = {"python train.py", "python eval.py", "accelerate launch", "launch.py", "stec"}
+"""Programs of the official repository, and names without arguments."""
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text())
 
 
@@ -235,29 +236,26 @@ def test_training_on_a_folder(images: Path, tmp_path: Path, monkeypatch: pytest.
     )
     assert launch.main(index[2:]) == 0
     Run(*train[3:], *SMALL).end()
-    _, code = fenced(PAGES["docs/data.md"], "python")
+    (code,) = fenced(PAGES["docs/data.md"], "python")
     monkeypatch.chdir(tmp_path)
     exec(code.replace("RUN", "run"), {})
 
 
-def test_smaller_copies(tmp_path: Path) -> None:
-    """The script of the page: sizes of the copies, folders, EXIF; small images are not enlarged."""
-    script, _ = fenced(PAGES["docs/data.md"], "python")
-    assert COPIES in inline(PAGES["docs/data.md"])
-    (tmp_path / "copies.py").write_text(script)
-    (tmp_path / "images" / "a").mkdir(parents=True)
-    exif = Image.Exif()
-    exif[0x112] = 6
-    for name, size in {"a/wide.jpg": (1400, 1024), "high.PNG": (600, 900), "small.jpg": (50, 60)}.items():
-        Image.new("RGB", size).save(tmp_path / "images" / name, exif=exif)
-    _, *arguments = COPIES.lower().split()
-    subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True)
-    copies = {}
-    for path in (tmp_path / "copies").rglob("*.*"):
-        with Image.open(path) as image:
-            copies[str(path.relative_to(tmp_path / "copies"))] = image.size
-            assert image.getexif()[0x112] == 6
-    assert copies == {"a/wide.jpg": (700, 512), "high.PNG": (512, 768), "small.jpg": (50, 60)}
+def test_packing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's commands: packing, training on the shards, and training on Parquet files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    table = [{"image": {"bytes": path.read_bytes(), "path": path.name}, "label": 1} for path in images.iterdir()]
+    for split in ("train", "validation"):
+        parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / f"{split}-00000-of-00001.parquet")
+    blocks = "\n".join(fenced(PAGES["docs/data.md"]))
+    names = {"IMAGES": images, "SHARDS": tmp_path / "shards", "DATA": tmp_path}
+    names |= {name: tmp_path / name for name in ("PACKED_RUN", "PARQUET_RUN")}
+    for command in blocks.splitlines():
+        if command.startswith("python launch.py pack") or command.endswith(("PACKED_RUN", "PARQUET_RUN")):
+            words = [str(names.get(word, word)) for word in shlex.split(command)]
+            small = [*SMALL[2:], "--arch", "resnet18", "--width", "4"] if words[0] == "accelerate" else []
+            Run(*words[words.index("launch.py") + 1 :], *small).end()
+    assert (tmp_path / "PACKED_RUN/encoder.safetensors").exists() and (tmp_path / "PARQUET_RUN/results.json").exists()
 
 
 def test_slurm(images: Path, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Data sets of image files or tar shards: ``imagenet``, with labeled splits, and ``folder``, without labels."""
+"""Data sets of image files, tar shards or Parquet files: ``imagenet``, with labeled splits, and ``folder``, without."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from pipelines.datasets.cache import SplitIndex
 from pipelines.datasets.images import UNLABELED
 from pipelines.datasets.listing import is_hidden
 from pipelines.datasets.notes import count_empty_classes, largest_label, notes_on
+from pipelines.datasets.parquet import split_files
 from pipelines.datasets.registry import Source, Split
 from pipelines.errors import UserError
 from pipelines.splits import Kind, read_split
@@ -20,7 +22,7 @@ SPLITS = ("train", "val")
 
 
 def read_imagenet(source: Source, splits: Sequence[str]) -> list[Split]:
-    """The splits ``train`` and ``val``, each in class folders or shards with labels."""
+    """The splits ``train`` and ``val``, each in class folders or shards with labels, or in Parquet files."""
     indexes = [_read_labeled(source, name) for name in splits]
     if len(indexes) == 2:
         _check_same_classes(*indexes)
@@ -78,22 +80,30 @@ def splits_below(data_dir: Path) -> dict[str, tuple[Path, Kind]]:
             for name in SPLITS
             if (data_dir / name).is_dir()
             and any(
-                not is_hidden(path.name) and (path.is_dir() or path.suffix.lower() == ".tar")
+                not is_hidden(path.name) and (path.is_dir() or path.suffix.lower() in (".tar", ".parquet"))
                 for path in (data_dir / name).iterdir()
             )
         }
+        if not named and all(split_files(data_dir, name) for name in SPLITS):
+            named = {name: (data_dir, cast(Kind, name)) for name in SPLITS}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable.") from error
     return named or {"all images": (data_dir, "loose images")}
 
 
 def _read_labeled(source: Source, name: str) -> SplitIndex:
+    kind: Kind = "class folders"
     root = source.data_dir / name
+    if not root.is_dir() and source.data_dir.is_dir() and split_files(source.data_dir, name):
+        root, kind = source.data_dir, cast(Kind, name)
     if not root.is_dir():
         raise UserError(_missing_splits(source.data_dir))
-    index = apply_orientation(read_split(root, "class folders", source.progress), source.exif_orientation)
+    index = apply_orientation(read_split(root, kind, source.progress), source.exif_orientation)
     if not index.classes:
-        raise UserError(f"The shards in {root} hold no labels (.cls); use --dataset folder to train without labels.")
+        raise UserError(
+            f"The shards in {root} hold no labels (.cls, or the column label of Parquet files); use --dataset folder "
+            f"to train without labels."
+        )
     check_labels(index)
     if name == "train":
         check_classes(index)
@@ -122,4 +132,7 @@ def _missing_splits(data_dir: Path) -> str:
     for candidate in candidates:
         if all((candidate / split).is_dir() for split in SPLITS):
             return f"--data_dir {data_dir} does not hold {required}, but {candidate} does; use --data_dir {candidate}."
-    return f"--data_dir {data_dir} must hold the folders {required}, each with class folders or tar shards."
+    return (
+        f"--data_dir {data_dir} must hold the folders {required}, each with class folders or shards, or "
+        f"train-*.parquet and validation-*.parquet."
+    )

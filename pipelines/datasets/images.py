@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.datasets.headers import open_lazily, read_header, read_orientation, reason, to_rgb, upright
+from pipelines.datasets.row_groups import CACHE_BYTES, RowGroups, byte_range
 from pipelines.errors import BadImage, UserError
 
 UNLABELED = -1
@@ -96,18 +97,19 @@ class _OpenFile:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageFiles:
-    """N encoded images in files below ``root``: one per file, or many per file (a tar shard).
+    """N encoded images in files below ``root``: one per file, or many per file (a tar shard, or a Parquet file, each
+    of whose row groups is a shard).
 
     ``update`` corrects an image's entries if its file was replaced.
     """
 
     root: Path
     files: Names
-    """Names of the files relative to ``root``."""
+    """Names of the files relative to ``root``; that of a Parquet file once for each of its row groups."""
     file_of: NDArray[np.int32]
-    """[N] int32: the index in ``files`` of the file that holds an image."""
+    """[N] int32: the index in ``files`` of the file, or row group, that holds an image."""
     offset: NDArray[np.int64]
-    """[N] int64: an image's first byte in that file."""
+    """[N] int64: an image's first byte in that file, or its row in that row group."""
     size_bytes: NDArray[np.int64]
     """[N] int64: the number of encoded bytes."""
     sizes: NDArray[np.int64]
@@ -132,7 +134,7 @@ class ImageFiles:
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process opens its own files.
-        return {name: value for name, value in self.__dict__.items() if name != "_open_shards"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open_shards", "_row_groups")}
 
     def image_hw(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """[N, 2]: height and width in px of the images ``image_ids`` [N]."""
@@ -142,12 +144,26 @@ class ImageFiles:
     def in_shards(self) -> bool:
         """Whether files hold many images."""
         # A tar archive begins with a header: no image in one has offset 0.
-        return bool(self.offset.any())
+        return self.in_parquet or bool(self.offset.any())
+
+    @cached_property
+    def in_parquet(self) -> bool:
+        """Whether images are in row groups of Parquet files."""
+        return len(self.files) > 0 and self.files[0].lower().endswith(b".parquet")
 
     @property
     def shard_of(self) -> NDArray[np.int32]:
         """[N] int32: the shard that holds each image."""
         return self.file_of
+
+    @cached_property
+    def shards_in_memory(self) -> int | None:
+        """The number of shards that can be shuffled together, if a process keeps them in memory; None: any number."""
+        if not self.in_parquet:
+            return None
+        largest = int(np.bincount(self.file_of, self.size_bytes).max(initial=1))
+        # A half, as images of the next shards are read before the last ones of these.
+        return max(1, CACHE_BYTES // 2 // max(1, largest))
 
     def path(self, image_id: int) -> Path:
         """The file or shard that holds the image."""
@@ -159,8 +175,10 @@ class ImageFiles:
         return names.view(np.uint8).reshape(len(names), -1)
 
     def name(self, image_id: int) -> str:
-        """The image's name for the user: its path, or ``shard.tar: member``."""
+        """The image's name for the user: its path, ``shard.tar: member``, or its row of a Parquet file."""
         path = self.path(image_id)
+        if self.in_parquet:
+            return f"{path}: row {self.offset[image_id]} of row group {self._row_group(self.file_of.item(image_id))}"
         if not self.in_shards:
             return str(path)
         end = int(self.offset[image_id])
@@ -179,6 +197,9 @@ class ImageFiles:
             if not self.in_shards:
                 return np.fromfile(os.fsdecode(self._path(image_id)), np.uint8)
             first, size = int(self.offset[image_id]), int(self.size_bytes[image_id])
+            if self.in_parquet:
+                group = self._row_group(self.file_of.item(image_id))
+                return self._row_groups.image(self.path(image_id), group, first)
             content = self._read(image_id, first, size)
         except (OSError, ValueError) as error:
             path = self.path(image_id)
@@ -245,10 +266,13 @@ class ImageFiles:
         """Ask the system to read a shard into its page cache, without waiting for it."""
         if hasattr(os, "posix_fadvise"):
             # A missing shard is reported when its images are needed.
-            with suppress(OSError):
-                descriptor = os.open(self._prefix + self.files[shard], os.O_RDONLY)
+            with suppress(OSError, ValueError):
+                path = self._prefix + self.files[shard]
+                # 0 bytes are all up to the file's end.
+                extent = byte_range(Path(os.fsdecode(path)), self._row_group(shard)) if self.in_parquet else (0, 0)
+                descriptor = os.open(path, os.O_RDONLY)
                 try:
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(descriptor, *extent, os.POSIX_FADV_WILLNEED)
                 finally:
                     os.close(descriptor)
 
@@ -276,6 +300,17 @@ class ImageFiles:
 
     def _path(self, image_id: int) -> bytes:
         return self._prefix + self.files[self.file_of.item(image_id)]
+
+    def _row_group(self, shard: int) -> int:
+        """The number of a row group in its Parquet file."""
+        first, name = shard, self.files[shard]
+        while first > 0 and self.files[first - 1] == name:
+            first -= 1
+        return shard - first
+
+    @cached_property
+    def _row_groups(self) -> RowGroups:
+        return RowGroups()
 
     @cached_property
     def _open_shards(self) -> dict[int, _OpenFile]:

@@ -35,7 +35,7 @@ NO_SUFFIX = "without a usual suffix"
 """Kinds of skipped files, besides suffixes."""
 KINDS_SHOWN = 10
 
-Layout = Literal["class folders", "loose images", "shards"]
+Layout = Literal["class folders", "loose images", "shards", "Parquet"]
 Stamp = tuple[int, int]
 """When a file or directory was changed, in ns, and a file's size in bytes; it changes with the content."""
 MISSING: Stamp = (0, -1)
@@ -47,7 +47,7 @@ class Listing:
 
     layout: Layout
     files: Names
-    """Image files or shards, relative to the root."""
+    """Image files or shards, relative to the root; a Parquet file once for each of its row groups."""
     labels: NDArray[np.int64]
     """[files] int64; UNLABELED for shards, which hold their labels."""
     classes: tuple[str, ...]
@@ -81,8 +81,8 @@ def list_class_folders(root: Path) -> Listing:
     if not classes:
         _check_archives(root)
         raise UserError(
-            f"{root} holds neither class folders nor shards (*.tar){_but(skipped)}; make a folder for each class's "
-            f"images."
+            f"{root} holds neither class folders nor shards (*.tar, *.parquet){_but(skipped)}; make a folder for "
+            f"each class's images."
         )
     names: list[str] = []
     labels: list[int] = []
@@ -115,8 +115,8 @@ def list_loose_images(root: Path) -> Listing:
     if not names:
         _check_archives(root)
         raise UserError(
-            f"{root} holds neither images ({', '.join(EXTENSIONS)}) nor shards (*.tar){_but(skipped)}; convert images "
-            f"of other formats, for example to .png, or name another folder."
+            f"{root} holds neither images ({', '.join(EXTENSIONS)}) nor shards (*.tar, *.parquet){_but(skipped)}; "
+            f"convert images of other formats, for example to .png, or name another folder."
         )
     return Listing(
         layout="loose images",

@@ -33,7 +33,7 @@ def notes_on(index: SplitIndex) -> tuple[str, ...]:
     if median > LARGE_PIXELS:
         notes.append(
             f"The images in {images.root} are large (median {median / 1e6:.0f} megapixels), so decoding them takes "
-            f"most of the time; train on smaller copies (docs/data.md)."
+            f"most of the time; launch.py pack --max_side 512 makes smaller copies (docs/data.md)."
         )
     return tuple(notes)
 

@@ -45,6 +45,8 @@ PART = re.compile(r"[a-z_][\w-]*")
 PARTS = "image(s) named KEY.PART.jpg, parts of a sample KEY without an image KEY.jpg"
 LINKS = "link(s) in shards"
 """Kinds of skipped members, besides those of listed files."""
+PACKED = "pack.json"
+"""What ``launch.py pack`` writes next to shards: how they were made."""
 MAX_LABEL = 10**6
 """A larger label is refused: the online linear classifier has a row of weights for each class."""
 
@@ -73,6 +75,7 @@ def list_shards(root: Path) -> Listing | None:
             f".tar, move it elsewhere, else move them to another folder."
         )
     skipped[".tar"] -= len(shards)
+    skipped[".json"] -= (root / PACKED).is_file()
     watched |= {name: stamp(root / name) for name in shards}
     return Listing(
         layout="shards",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """Index a data set of image files or tar shards, and print its facts and its bad images."""
+    """Index a data set of image files, tar shards or Parquet files, and print its facts and its bad images."""
 
     data_dir: tyro.conf.Positional[Path]
     """Folder that holds train and val, or images."""
