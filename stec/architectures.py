@@ -17,12 +17,14 @@ class Architecture:
     depths: tuple[int, int, int, int]
     """Number of blocks in each stage."""
     hidden_mlp: int
-    """Default width of the projection's hidden layer, as in the official code."""
+    """Default width of the projection's hidden layer, for resnet18 and resnet50 as in the official code."""
 
 
 ARCHITECTURES = {
     "resnet18": Architecture(block="basic", depths=(2, 2, 2, 2), hidden_mlp=512),
+    "resnet34": Architecture(block="basic", depths=(3, 4, 6, 3), hidden_mlp=512),
     "resnet50": Architecture(block="bottleneck", depths=(3, 4, 6, 3), hidden_mlp=2048),
+    "resnet101": Architecture(block="bottleneck", depths=(3, 4, 23, 3), hidden_mlp=2048),
 }
 
 if TYPE_CHECKING:

@@ -88,8 +88,8 @@ class ModelSettings:
     width: int = setting(64, at_least=1, on_resume="never")
     """Channels of the encoder's first stage; 16 is a narrow encoder for CPUs."""
     hidden_mlp: int = setting(-1, on_resume="never")
-    """Width of the projection's hidden layer; -1: the default of the architecture (512 for resnet18, 2048 for
-    resnet50)."""
+    """Width of the projection's hidden layer; -1: the default of the architecture (512 for resnet18 and resnet34, 2048
+    for resnet50 and resnet101)."""
     feat_dim: int = setting(128, at_least=1, on_resume="never")
     """Dimension of the projected features that the contrastive loss compares."""
     manip_hidden_mlp: int = setting(512, at_least=1, on_resume="never")
@@ -141,8 +141,8 @@ class ObjectiveSettings:
 class OptimizationSettings:
     """The optimizer, its schedule and the batch."""
 
-    optimizer: Literal["lars", "sgd", "adam"] = setting("lars", on_resume="never")
-    """Optimizer."""
+    optimizer: Literal["lars", "sgd", "adam", "adamw"] = setting("lars", on_resume="never")
+    """Optimizer; adamw decays neither biases nor batch norms."""
     learning_rate: float = setting(1e-3, at_least=0)
     """Peak learning rate for the batch size as given (no scaling rule is applied)."""
     weight_decay: float = setting(1e-6, at_least=0)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 # As launch.py does, before PyTorch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Files are tested side by side, one per core; threads of one test would wait for those of another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -349,7 +349,10 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: below("backbone.", children(for_cifar(), "conv1 bn1 layer1 layer2 layer3 layer4")),
         r"or their numbers 0, 1, 4 to 7\) .* which are backbone\.0\.weight \[64, 3, 3, 3\]",
     ),
-    "other depths": (lambda: without_weights("resnet34"), r"basic blocks and depths \(3, 4, 6, 3\), which is none of"),
+    "other depths": (
+        lambda: without_weights("resnet152"),
+        r"bottleneck blocks and depths \(3, 8, 36, 3\), which is none of",
+    ),
     "more operators": (
         lambda: without_weights("seresnet18"),
         r"does not fit the model \(encoder\.layer1\.0\.se\.fc1\.bias is unknown here;",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stec.config import ModelSettings, OptimizationSettings
 from stec.models.model import Model
+from stec.objectives.registry import BASE_OBJECTIVES
 from stec.training.optim import Lars, learning_rate_at, make_optimizer
 
 
@@ -101,3 +102,29 @@ def test_schedule_ends() -> None:
     assert rates[30] == pytest.approx(1) and rates[50] == pytest.approx(0)
     without = OptimizationSettings(learning_rate=2.0, warmup_epochs=0, lr_scheduler="none")
     assert learning_rate_at(0, without, steps_per_epoch=5) == learning_rate_at(999, without, steps_per_epoch=5) == 2
+
+
+def test_with_a_target_network_no_bias_or_norm_is_adapted_or_decayed() -> None:
+    """Also the shortcut's, which the official groups adapt; the target network is in no group."""
+    model = Model(ModelSettings(width=4), stem="cifar", classes=10, base=BASE_OBJECTIVES["byol"].heads)
+    optimizer = make_optimizer(model, OptimizationSettings(weight_decay=1e-6))
+    by_id = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if name.startswith("target_network."):
+            assert id(p) not in by_id
+        elif p.requires_grad:
+            adapted = by_id[id(p)]["adapt"] and by_id[id(p)]["weight_decay"] > 0
+            assert adapted == (p.ndim > 1 and name != "classifier.weight"), name
+
+
+def test_adamw_decays_matrices_and_kernels_alone() -> None:
+    """Without gradient a step multiplies what decays by 1 - rate * decay, and leaves the rest."""
+    model = Model(ModelSettings(width=4), stem="cifar", classes=10)
+    settings = OptimizationSettings(optimizer="adamw", learning_rate=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(model, settings)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5 if p.ndim > 1 else 1), msg=name)

@@ -106,10 +106,12 @@ def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.op
     LARS has the official groups: names that contain ``bias`` or ``bn`` get SGD without decay, the online classifier's
     weight SGD with decay, everything else LARS. (The scale of a shortcut's batch norm, ``downsample.1.weight``, is
     therefore under LARS, as in the official code.) With a target network, all biases and batch norms get SGD without
-    decay, as BYOL does it. SGD and Adam treat all parameters equally, as the official code does.
+    decay, as BYOL does it. SGD and Adam treat all parameters equally, as the official code
+    does; AdamW decays neither biases nor batch norms.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     learning_rate, weight_decay = settings.learning_rate, settings.weight_decay
+    groups: list[dict[str, Any]]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
             [p for _, p in named],
@@ -122,10 +124,16 @@ def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.op
     if settings.optimizer == "adam":
         return torch.optim.Adam([p for _, p in named], lr=learning_rate, weight_decay=weight_decay, foreach=True)
     by_shape = getattr(model, "target_network", None) is not None
+    if settings.optimizer == "adamw":
+        groups = [
+            {"params": [p for _, p in named if p.ndim > 1]},
+            {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, foreach=True)
     plain = [p for name, p in named if (p.ndim == 1 if by_shape else "bias" in name or "bn" in name)]
     classifier = [p for name, p in named if name == "classifier.weight"]
     others = {id(p) for p in plain + classifier}
-    groups: list[dict[str, Any]] = [
+    groups = [
         {"params": [p for _, p in named if id(p) not in others]},
         {"params": plain, "adapt": False, "weight_decay": 0.0},
         {"params": classifier, "adapt": False},
