@@ -40,7 +40,7 @@ COPIES: dict[Copy, str] = {"alone": "alone", "window": "+ window", "full": "+ fu
 RECIPES: dict[BaseName, str] = {"simclr": "demo", "byol": "demo-byol", "relic": "demo-relic"}
 CIFAR10 = (
     "--dataset cifar10 --view_size 16 --width 16 --temperature 0.2 --feat_dim 64 --optimizer adam --learning_rate 3e-3 "
-    "--batch_size 64 --warmup_epochs 1 --max_epochs 6 --limit_train 20000 --manip_lambda 1"
+    "--batch_size 64 --warmup_epochs 1 --max_epochs 4 --limit_train 20000 --manip_lambda 1"
 )
 """The demo's recipe with real images: like it, a small encoder on small views."""
 FULL = "--predict window color blur solarize gray --use_gaussian_blur 1 --use_solarization 1"
