@@ -363,10 +363,11 @@ def measure(options: Options, console: Console) -> None:
     turns: dict[Contender, Callable[..., float]] = {
         "real": partial(loop_turn, "real"),
         "synthetic": partial(loop_turn, "synthetic"),
+        "copy": partial(loop_turn, "copy"),
         "bare": bare_turn,
     }
-    if options.copy:
-        turns["copy"] = partial(loop_turn, "copy")
+    if not options.copy:
+        del turns["copy"]
     if options.baseline:
         turns = {"baseline": baseline_turn, **turns}
     title = f"{options.arch}, width {options.width}, {options.dataset}, batch {options.batch_size}, {DEVICE}"

@@ -307,6 +307,7 @@ def test_the_step(cifar10: list[str], tmp_path: Path) -> None:
         "--workers",
         "1",
         "--baseline",
+        "--copy",
     ]
     speeds, memory, parts, optimizers = figures(run(step.main, flags, tmp_path))
     assert list(speeds) == list(memory) == list(step.NAMES.values())

@@ -48,7 +48,9 @@ def start(
         try:
             tracker = _make(name, folder, after_step)
             tracker.start()
-            tracker.store_init_configuration(dict(settings))
+            # Not all of them store lists.
+            values = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in settings.items()}
+            tracker.store_init_configuration(values)
         except Exception as error:
             finish(accelerator, report)
             raise UserError(
