@@ -32,7 +32,8 @@ from stec.objectives.inverse import EfferenceCopy, bin_centers, inverse_loss
 from stec.targets import TARGETS, Target
 from stec.weights.pretrained import read_trained
 
-HIDDEN, EPOCHS, BATCH_SIZE, LEARNING_RATE = 512, 30, 256, 1e-3
+HIDDEN, EPOCHS, BATCH_SIZE, LEARNING_RATE = 512, 3, 256, 1e-3
+"""Few epochs: in training no pair comes twice, so an inverse model does not overfit."""
 COMPARED: tuple[TargetName, ...] = ("color", "blur")
 
 
