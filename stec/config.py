@@ -256,12 +256,12 @@ class TrainConfig:
         if not predict or len(set(predict)) < len(predict):
             known = ", ".join(typing.get_args(TargetName))
             raise UserError(f"{flag.rstrip()} is no set of targets; give some of {known}, each once.")
+        if weights is not None and len(weights) != len(predict):
+            raise UserError(f"--manip_weights has {len(weights)} weights for {flag}; give one for each target.")
         if self.objective.manip_lambda == 0:
             if predict != ("window",):
                 raise UserError(f"{flag} needs an inverse model; add --manip_lambda 1, or another weight above 0.")
             return
-        if weights is not None and len(weights) != len(predict):
-            raise UserError(f"--manip_weights has {len(weights)} weights for {flag}; give one for each target.")
         for name, never, remedy in (
             ("color", augmentation.p_color_jitter <= 0, "--p_color_jitter above 0"),
             ("gray", augmentation.p_grayscale <= 0, "--p_grayscale above 0"),

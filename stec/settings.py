@@ -87,18 +87,19 @@ def checked_value(value: Any, declared: Any, where: str) -> Any:
     Raises UserError, beginning with ``where``, if it has another type or is none of the choices.
     """
     options = typing.get_args(declared)
+    if type(None) in options:
+        if value is None:
+            return None
+        (declared,) = (option for option in options if option is not type(None))
+        return checked_value(value, declared, where)
     if typing.get_origin(declared) is Literal:
         if value in options and not isinstance(value, bool):
             return value
         raise UserError(f"{where} is {value!r}; give one of {', '.join(map(repr, options))}.")
-    if type(None) in options:
-        if value is None:
-            return None
-        declared = next(option for option in options if option is not type(None))
     if typing.get_origin(declared) is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{where} is {value!r}; give a list.")
-        return tuple(checked_value(one, typing.get_args(declared)[0], where) for one in value)
+        return tuple(checked_value(one, options[0], where) for one in value)
     if declared is Path and isinstance(value, str):
         try:
             return as_path(value)

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,9 @@ def test_invalid_input_ends_in_one_sentence(case: str, capsys: pytest.CaptureFix
         ({"batch_size": "many"}, "batch_size is 'many'; give a value of type int"),
         ({"use_solarization": 2}, "use_solarization is 2; give one of 0, 1"),
         ({"arch": None}, "arch is None; give one of 'resnet18', "),
+        ({"normalize": "mean"}, "normalize is 'mean'; give one of 'none', "),
+        ({"predict": "window"}, "predict is 'window'; give a list"),
+        ({"manip_weights": ["1"]}, "manip_weights is '1'; give a value of type float"),
         ([], "holds no JSON object"),
     ],
 )
@@ -154,6 +159,20 @@ def test_wrong_config_files(content: object, sentence: str, tmp_path: Path, caps
     (tmp_path / "c.json").write_text(json.dumps(content))
     assert launch.main(["--config", str(tmp_path / "c.json"), "--print_config"]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_every_choice_of_a_setting_is_read_from_a_file() -> None:
+    """Also of one that may have no value."""
+    read = 0
+    for group in dataclasses.fields(TrainConfig):
+        for name, declared in typing.get_type_hints(type(group.default)).items():
+            is_union = types.NoneType in typing.get_args(declared)
+            for kind in typing.get_args(declared) if is_union else (declared,):
+                for value in typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ():
+                    config = with_settings(TrainConfig(), {name: value}, "c.json")
+                    assert value_of(config, name) == config.to_json()[name] == value
+                    read += 1
+    assert read > 60
 
 
 def test_broken_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

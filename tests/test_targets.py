@@ -188,6 +188,7 @@ def test_settings_of_targets_survive_json() -> None:
         ("--predict gray --manip_lambda 0", "--manip_lambda"),
         ("--predict window gray --manip_weights 1", "1 weights"),
         ("--predict window --manip_weights -1", "-1"),
+        ("--manip_weights 1 2 --manip_lambda 0", "2 weights"),
     ],
 )
 def test_mistakes(flags: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
