@@ -65,10 +65,11 @@ def predictions(
     From view i to view j, also if the model was trained both ways.
     """
     pairs = encode(model.encoder, views.float(), trained=False, with_layer3=model.inverse_from_layer3)
-    features = pairs[..., model.encoder.feature_dim :] if model.inverse_from_layer3 else pairs
+    # With both ways, those from view j to view i follow.
+    all_outputs = {name: outputs[: len(pairs)].cpu() for name, outputs in model.heads(pairs, pairs).inverse.items()}
     by_target = {}
     for name, (true, valid) in copy.values([commands], views.shape[-1], torch.device("cpu")).items():
-        target, outputs = TARGETS[name], model.inverse_models[name](*features.unbind(1)).cpu()
+        target, outputs = TARGETS[name], all_outputs[name]
         n_bins, bins = outputs.shape[1], outputs.argmax(1)
         if target.loss == "bins":
             true_bins, predicted = value_bins(true, n_bins, target), bin_centers(bins, n_bins, target)

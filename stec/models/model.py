@@ -160,12 +160,9 @@ class Model(nn.Module):
         if labeled_views is not None:
             classified = encode(self.encoder, labeled_views, trained=self.classifier_trains_encoder)
         outputs: Outputs = self.heads(pairs, classified)
-        if self.target_network is None:
-            return outputs
-        with torch.no_grad():
-            features = encode(self.target_network.encoder, views, trained=False)
-            projections = self.target_network.projection(features.flatten(0, 1))
-        return outputs._replace(target_projections=projections.view(len(views), 2, -1))
+        if self.target_network is not None:
+            outputs = outputs._replace(target_projections=self.target_network([views]))
+        return outputs
 
     @property
     def heads(self) -> Heads:

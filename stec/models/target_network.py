@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,16 @@ class TargetNetwork(nn.Module):
         super().__init__()
         self.encoder, self.projection = copy.deepcopy(encoder), copy.deepcopy(projection)
         self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, views: Sequence[Tensor]) -> Tensor:
+        """The projections [N, 2, F] of micro-batches of views [n, 2, 3, H, W] with N images in total.
+
+        Only the encoder works in micro-batches.
+        """
+        features = torch.cat([self.encoder(of_batch.flatten(0, 1)) for of_batch in views])
+        projections: Tensor = self.projection(features)
+        return projections.unflatten(0, (-1, 2))
 
     @torch.no_grad()
     def update(self, encoder: nn.Module, projection: nn.Module, momentum: float) -> None:

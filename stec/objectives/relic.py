@@ -20,7 +20,7 @@ HEADS = BaseHeads(has_target_network=True)
 
 
 def relic_loss(projections: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The contrastive term, the divergence, and the fraction of rows whose own image is the most similar.
+    """The contrastive term, the divergence, and the fraction of rows to which the same image is the most similar.
 
     ``projections`` and ``targets`` are [N, 2, F]. With z the normalized ``projections`` and t the normalized
     ``targets`` of all images of all processes, the distribution over instances of row n is
@@ -28,8 +28,8 @@ def relic_loss(projections: Tensor, targets: Tensor, temperature: float) -> tupl
         p_ij = softmax over m of z_i[n] t_j[m] / temperature
 
     and p_ji the same with the views exchanged. The contrastive term is the mean of -log p[n] over rows and both
-    directions; the divergence is the mean over rows of ``KL(p_ij, p_ji) + KL(p_ji, p_ij)``, half of the sum over both
-    orders. Gradients flow through both distributions (eq. 3 of the paper, without its sums over more than two views).
+    directions; the divergence is the mean over rows and both orders, ``(KL(p_ij, p_ji) + KL(p_ji, p_ij)) / 2``.
+    Gradients flow through both distributions (eq. 3 of the paper, without its sums over more than two views).
     Each process returns its mean; the mean over processes is the loss of the global batch.
     """
     z_i, z_j = F.normalize(projections.float(), dim=-1).unbind(1)

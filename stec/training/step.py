@@ -62,7 +62,8 @@ class Step:
             outputs = self.heads(torch.cat(pairs), torch.cat(labeled or pairs))
         if self.model.target_network is not None:
             with part("target network"):
-                outputs = outputs._replace(target_projections=self._target_projections(micro_batches))
+                projections = self.model.target_network([batch.views for batch in micro_batches])
+                outputs = outputs._replace(target_projections=projections)
         values = None
         with part("commands and masks"):
             if outputs.inverse:
@@ -78,18 +79,7 @@ class Step:
         return metrics
 
     def _encode(self, views: Tensor, trained: bool) -> Tensor:
-        # Labeled images alone have one view and no inverse model.
-        with_layer3 = self.model.inverse_from_layer3 and views.shape[1] == 2
-        return encode(self.encoder, views, trained=trained, with_layer3=with_layer3)
-
-    @torch.no_grad()
-    def _target_projections(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """The target network's projections [N, 2, F] of all micro-batches."""
-        network = self.model.target_network
-        assert network is not None
-        features = torch.cat([encode(network.encoder, batch.views, trained=False) for batch in micro_batches])
-        projections: Tensor = network.projection(features.flatten(0, 1))
-        return projections.view(len(features), 2, -1)
+        return encode(self.encoder, views, trained=trained, with_layer3=self.model.inverse_from_layer3)
 
     def _backward_through_encoder(self, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Propagate the gradients of features to the encoder's parameters, for one group of views after another."""
