@@ -31,8 +31,9 @@ from pipelines.datasets.listing import (
     read_files,
     stamp,
 )
-from pipelines.datasets.parquet import list_parquet, places, read_row_group
+from pipelines.datasets.parquet import list_parquet, read_row_group
 from pipelines.datasets.registry import Progress, no_progress
+from pipelines.datasets.row_groups import row_group_numbers
 from pipelines.datasets.shards import list_shards, read_shard
 from pipelines.errors import BadImage, UserError
 from pipelines.worker_process import begin_work
@@ -119,19 +120,18 @@ def _with_faults(index: SplitIndex, more: Mapping[int, str]) -> SplitIndex:
 
 def _scan(root: Path, listing: Listing, partial_index: PartialIndex, progress: Progress) -> list[ScanResult]:
     """The results of the listing's chunks, in order: a shard each, or FILES_PER_CHUNK files."""
-    in_shards = listing.layout in ("shards", "Parquet")
     total = len(listing.files)
-    per_chunk = 1 if in_shards else FILES_PER_CHUNK
+    per_chunk = 1 if listing.in_shards else FILES_PER_CHUNK
     chunks = range(0, total, per_chunk)
     missing = [k for k in range(len(chunks)) if k not in partial_index.done]
     scan: Callable[[Any], ScanResult]
-    if in_shards:
+    if listing.in_shards:
         noun, scan = "shards", read_shard
         in_process = sum(size for _, size in listing.watched.values()) < FEW_BYTES
-        tasks: list[Any] = [root / os.fsdecode(listing.files[chunks[k]]) for k in missing]
+        tasks: list[Any] = [root / os.fsdecode(listing.files[k]) for k in missing]
         if listing.layout == "Parquet":
-            row_groups = places(root, listing.files)
-            noun, scan, tasks = "row groups", read_row_group, [row_groups[k] for k in missing]
+            numbers = row_group_numbers(listing.files)
+            noun, scan, tasks = "row groups", read_row_group, [(tasks[n], numbers[k]) for n, k in enumerate(missing)]
     else:
         noun, scan = "images", partial(read_files, root)
         in_process = total < FEW_FILES
@@ -149,7 +149,7 @@ def _assemble(root: Path, listing: Listing, chunks: Sequence[ScanResult]) -> Spl
     lengths = [len(chunk.rows) for chunk in chunks]
     firsts = (np.cumsum(lengths) - lengths).tolist()
     faults = {first + n: fault for first, chunk in zip(firsts, chunks) for n, fault in chunk.faults.items()}
-    if listing.layout in ("shards", "Parquet"):
+    if listing.in_shards:
         labels = np.ascontiguousarray(rows["label"])
         file_of = np.repeat(np.arange(len(chunks), dtype=np.int32), lengths)
         classes = tuple(str(k) for k in range(int(labels.max(initial=UNLABELED)) + 1))

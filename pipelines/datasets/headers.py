@@ -65,6 +65,14 @@ Header = tuple[int, int, bool, int]
 FAULTY: Header = (1, 1, True, 1)
 
 
+def row_of(
+    header: Header | str, *, offset: int = 0, size_bytes: int, changed_ns: int = 0, label: int
+) -> tuple[int, int, int, int, int, int, bool, int]:
+    """The values of ROW_DTYPE; ``header`` is as returned by ``read_header``."""
+    height, width, needs_pillow, orientation = FAULTY if isinstance(header, str) else header
+    return offset, size_bytes, changed_ns, height, width, label, needs_pillow, orientation
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScanResult:
     """What a scan of N images recorded, in their order."""

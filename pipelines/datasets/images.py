@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.datasets.headers import open_lazily, read_header, read_orientation, reason, to_rgb, upright
-from pipelines.datasets.row_groups import CACHE_BYTES, RowGroups, byte_range
+from pipelines.datasets.row_groups import CACHE_BYTES, RowGroups, byte_range, row_group_numbers
 from pipelines.errors import BadImage, UserError
 
 UNLABELED = -1
@@ -178,7 +178,9 @@ class ImageFiles:
         """The image's name for the user: its path, ``shard.tar: member``, or its row of a Parquet file."""
         path = self.path(image_id)
         if self.in_parquet:
-            return f"{path}: row {self.offset[image_id]} of row group {self._row_group(self.file_of.item(image_id))}"
+            return (
+                f"{path}: row {self.offset[image_id]} of row group {self._numbers_in_file[self.file_of.item(image_id)]}"
+            )
         if not self.in_shards:
             return str(path)
         end = int(self.offset[image_id])
@@ -198,7 +200,7 @@ class ImageFiles:
                 return np.fromfile(os.fsdecode(self._path(image_id)), np.uint8)
             first, size = int(self.offset[image_id]), int(self.size_bytes[image_id])
             if self.in_parquet:
-                group = self._row_group(self.file_of.item(image_id))
+                group = self._numbers_in_file[self.file_of.item(image_id)]
                 return self._row_groups.image(self.path(image_id), group, first)
             content = self._read(image_id, first, size)
         except (OSError, ValueError) as error:
@@ -269,7 +271,9 @@ class ImageFiles:
             with suppress(OSError, ValueError):
                 path = self._prefix + self.files[shard]
                 # 0 bytes are all up to the file's end.
-                extent = byte_range(Path(os.fsdecode(path)), self._row_group(shard)) if self.in_parquet else (0, 0)
+                extent = (
+                    byte_range(Path(os.fsdecode(path)), self._numbers_in_file[shard]) if self.in_parquet else (0, 0)
+                )
                 descriptor = os.open(path, os.O_RDONLY)
                 try:
                     os.posix_fadvise(descriptor, *extent, os.POSIX_FADV_WILLNEED)
@@ -301,12 +305,10 @@ class ImageFiles:
     def _path(self, image_id: int) -> bytes:
         return self._prefix + self.files[self.file_of.item(image_id)]
 
-    def _row_group(self, shard: int) -> int:
-        """The number of a row group in its Parquet file."""
-        first, name = shard, self.files[shard]
-        while first > 0 and self.files[first - 1] == name:
-            first -= 1
-        return shard - first
+    @cached_property
+    def _numbers_in_file(self) -> list[int]:
+        """The number in its Parquet file of each row group."""
+        return row_group_numbers(self.files)
 
     @cached_property
     def _row_groups(self) -> RowGroups:

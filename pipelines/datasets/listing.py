@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.datasets.headers import FAULTY, ROW_DTYPE, ScanResult, read_header, reason
+from pipelines.datasets.headers import ROW_DTYPE, ScanResult, read_header, reason, row_of
 from pipelines.datasets.images import UNLABELED, Names
 from pipelines.errors import UserError
 
@@ -55,6 +55,11 @@ class Listing:
     """Stamps of directories and shards, relative to the root: if one changes, the listing is outdated."""
     skipped: Mapping[str, int]
     """How many files and folders are not listed, by kind."""
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether a file, or each of its row groups, holds many images with their labels."""
+        return self.layout in ("shards", "Parquet")
 
 
 def list_class_folders(root: Path) -> Listing:
@@ -278,7 +283,5 @@ def read_files(root: Path, names: Sequence[bytes]) -> ScanResult:
             header = reason(error)
         if isinstance(header, str):
             faults[n] = header
-            header = FAULTY
-        height, width, needs_pillow, orientation = header
-        rows.append((0, size_bytes, changed_ns, height, width, UNLABELED, needs_pillow, orientation))
+        rows.append(row_of(header, size_bytes=size_bytes, changed_ns=changed_ns, label=UNLABELED))
     return ScanResult(rows=np.array(rows, ROW_DTYPE), faults=faults)

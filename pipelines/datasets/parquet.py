@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.datasets.headers import FAULTY, ROW_DTYPE, Header, ScanResult, read_header, reason
+from pipelines.datasets.headers import ROW_DTYPE, Header, ScanResult, read_header, reason, row_of
 from pipelines.datasets.images import UNLABELED, Names
 from pipelines.datasets.listing import Listing, image_files, is_hidden, is_regular, stamp
 from pipelines.datasets.row_groups import as_array, image_column, open_parquet, read_column
@@ -85,19 +85,8 @@ def read_row_group(place: tuple[Path, int]) -> ScanResult:
             header = reason(error)
         if isinstance(header, str):
             faults[n] = header
-            header = FAULTY
-        height, width, needs_pillow, orientation = header
-        rows.append((n, len(content), 0, height, width, label, needs_pillow, orientation))
+        rows.append(row_of(header, offset=n, size_bytes=len(content), label=label))
     return ScanResult(rows=np.array(rows, ROW_DTYPE), faults=faults)
-
-
-def places(root: Path, files: Names) -> list[tuple[Path, int]]:
-    """The file and the number of each listed row group."""
-    result: list[tuple[Path, int]] = []
-    for n in range(len(files)):
-        path = root / os.fsdecode(files[n])
-        result.append((path, result[-1][1] + 1 if result and result[-1][0] == path else 0))
-    return result
 
 
 def _names(folder: Path) -> list[str]:

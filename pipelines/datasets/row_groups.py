@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.datasets.images import Names
 
 CACHE_BYTES = 2**30
 """The most bytes of decoded row groups that a process keeps; at least the row group in use is kept."""
@@ -62,6 +65,14 @@ def encoded_images(path: Path, group: int) -> Any:
         if column is None or group >= file.num_row_groups:
             raise ValueError("its Parquet file was replaced since it was indexed")
         return read_column(file, group, f"{column}.bytes")
+
+
+def row_group_numbers(files: Names) -> list[int]:
+    """The number of each row group in its Parquet file, of which ``files`` are the names, in order."""
+    numbers: list[int] = []
+    for n in range(len(files)):
+        numbers.append(numbers[-1] + 1 if n > 0 and files[n - 1] == files[n] else 0)
+    return numbers
 
 
 def as_array(value: Any) -> NDArray[np.uint8]:

@@ -21,7 +21,7 @@ from typing import IO
 
 import numpy as np
 
-from pipelines.datasets.headers import FAULTY, ROW_DTYPE, Header, ScanResult, read_header
+from pipelines.datasets.headers import ROW_DTYPE, Header, ScanResult, read_header, row_of
 from pipelines.datasets.images import UNLABELED, Names
 from pipelines.datasets.listing import (
     COMPRESSED_TAR,
@@ -149,10 +149,9 @@ class _Sample:
     def row(self, shard_bytes: int) -> tuple[int, int, int, int, int, int, bool, int]:
         """The values of ROW_DTYPE."""
         assert self.member is not None
-        height, width, needs_pillow, orientation = FAULTY if isinstance(self.header, str) else self.header
         first = self.member.offset_data
         size = min(self.member.size, max(0, shard_bytes - first))
-        return first, size, 0, height, width, self.label, needs_pillow, orientation
+        return row_of(self.header, offset=first, size_bytes=size, label=self.label)
 
 
 _Run = list[tuple[tarfile.TarInfo, str]]
