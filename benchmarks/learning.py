@@ -10,10 +10,10 @@ again by the same command.
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 import tyro
 
-import launch
 from benchmarks import report
+from benchmarks.runs import markdown_table, require_finished, run_launch
 from pipelines.cpus import available_cpus
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, read_object, write_json, write_text
@@ -105,17 +105,22 @@ class Run:
         return [*of_data_set, *shlex.split(options.flags), *of_copy[self.copy].split(), *where, *of_run]
 
     def measures(self, options: Options, cores: Sequence[int]) -> dict[str, float]:
-        """By name; the run is made, or continued, if it has not ended. Raises UserError if it fails."""
+        """By name; the run is made, or continued, if it has not ended.
+
+        Raises UserError if it fails, or its folder holds a run with other settings.
+        """
         folder = self.folder(options)
         evaluation, log = folder.path / "eval.json", folder.path.with_suffix(".log")
+        arguments = self.arguments(options)
         if not folder.results.exists():
-            _launch(self.arguments(options), log, cores)
+            run_launch(arguments, log=log, cores=cores)
+        require_finished(folder, arguments)
         if not evaluation.exists():
             where = [] if options.data_dir is None else ["--data_dir", str(options.data_dir)]
             names = ["--measures", "knn", "linear_probing", "rankme", "parameters"]
             command = ["eval", "--dataset", options.dataset, *where, "--ckpt_path", str(folder.path), *names]
             command += ["--mixed_precision", "auto", "--json", str(evaluation)]
-            _launch(command, log, cores)
+            run_launch(command, log=log, cores=cores)
         return measures_of(read_object(evaluation, f"remove {evaluation} to measure again"))
 
 
@@ -145,28 +150,6 @@ def measures_of(evaluation: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _launch(arguments: Sequence[str], log: Path, cores: Sequence[int]) -> None:
-    """Run ``launch.py`` in a separate process on some cores, its output in ``log``. Raises UserError if it fails."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, launch.__file__, *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(max(1, len(cores)))},
-        )
-        if cores and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(process.pid, cores)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            # It has received Ctrl-C as well, and saves.
-            process.wait()
-            raise
-    if code:
-        raise UserError(f"launch.py {shlex.join(arguments)} ended with exit code {code}; its output is in {log}.")
-
-
 Kind = tuple[BaseName, Copy]
 
 
@@ -192,8 +175,6 @@ def table(found: dict[Kind, list[dict[str, float]]]) -> tuple[list[str], list[li
 
 def draw(found: dict[Kind, list[dict[str, float]]], title: str, file: Path) -> None:
     """kNN and linear probing of each kind, every seed as a point beside the mean."""
-    import io
-
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -254,8 +235,7 @@ def measure(options: Options, console: Console) -> None:
         values = {f"{objective}, {copy}": of_kind for (objective, copy), of_kind in found.items()}
         write_json(options.json, {"machine": about, "measures": values})
     if options.markdown is not None:
-        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-        content = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        content = markdown_table(columns, rows)
         write_text(options.markdown, f"{title}:\n\n{content}\n" + "".join(f"- {k}: {v}\n" for k, v in about.items()))
     if options.chart is not None:
         draw(found, title, options.chart)

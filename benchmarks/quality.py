@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,11 +19,10 @@ from typing import Any, Literal
 
 import tyro
 
-import launch
 from benchmarks import report
+from benchmarks.runs import markdown_table, require_finished, run_launch
 from pipelines.errors import UserError
 from pipelines.files import read_object, write_json, write_text
-from stec.config import TrainConfig, with_settings
 from stec.console import Console
 from stec.runs.run_folder import RunFolder
 
@@ -121,39 +119,13 @@ class Run:
         folder = self.folder(options)
         arguments = self.arguments(options)
         if not folder.results.exists():
-            _launch(arguments)
-        if not folder.results.exists():
-            raise UserError(f"The run in {folder.path} was stopped; the same command goes on with it.")
-        remedy = f"remove {folder.path} to make the run again"
-        made = with_settings(TrainConfig(), read_object(folder.config, remedy), str(folder.config))
-        ours, theirs = _config(arguments).identity(), made.identity()
-        differing = [f"--{name} {theirs[name]}" for name in ours if ours[name] != theirs[name]]
-        if differing:
-            raise UserError(
-                f"{folder.path} holds a run with {', '.join(differing)}; name another folder by --runs, or remove it."
-            )
+            run_launch(arguments)
+        require_finished(folder, arguments)
         start = json.loads(folder.starts.read_text().splitlines()[-1])
-        return {"precision": start["precision"], **read_object(folder.results, remedy)}
-
-
-def _config(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration that these flags result in."""
-    command = [sys.executable, launch.__file__, *arguments, "--print_config"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return with_settings(TrainConfig(), json.loads(printed), "--print_config")
-
-
-def _launch(arguments: Sequence[str]) -> None:
-    """Train in a separate process. Raises UserError if that fails."""
-    process = subprocess.Popen([sys.executable, launch.__file__, *arguments])
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        # It has got Ctrl-C, too, and saves.
-        process.wait()
-        raise
-    if code:
-        raise UserError(f"launch.py {shlex.join(arguments)} ended with exit code {code}; its output is above.")
+        return {
+            "precision": start["precision"],
+            **read_object(folder.results, f"remove {folder.path} to make the run again"),
+        }
 
 
 Accuracies = dict[str, list[float]]
@@ -194,11 +166,6 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     """In per cent."""
     percent = [100 * value for value in values]
     return f"{statistics.mean(percent):.2f}" + (f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else "")
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def measure(options: Options, console: Console) -> None:

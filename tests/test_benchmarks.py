@@ -35,6 +35,7 @@ from benchmarks import (
 from pipelines.datasets.images import ImageFiles
 from pipelines.executors import EXECUTORS
 from pipelines.executors import torchvision as reference
+from stec.cli.train import parse_train
 from stec.console import Console
 from stec.training.optim import Lars
 from tests.runs import Run
@@ -370,7 +371,7 @@ def test_quality(cifar10: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyP
         made.append(list(arguments))
         Run(*arguments).end()
 
-    monkeypatch.setattr(quality, "_launch", launched)
+    monkeypatch.setattr(quality, "run_launch", launched)
     flags = ["--data_dir", cifar10[-1], "--runs", str(tmp_path / "runs"), "--images", "40", "--seeds", "2"]
     flags += [
         "--objectives",
@@ -405,10 +406,15 @@ def test_agreement_is_judged_by_the_deviation() -> None:
 def test_learning_reads_what_runs_measured(tmp_path: Path) -> None:
     """Runs that have ended are not made again; a cell is the mean and the deviation of the seeds."""
     r2 = {"ridge": 0.1, "mlp": 0.2, "ridge_shuffled": 0.0, "mlp_shuffled": 0.0}
+    options = learning.Options(runs=tmp_path)
+    copies: tuple[learning.Copy, ...] = ("alone", "full")
     for seed, accuracy in enumerate((0.3, 0.4)):
-        for copy in ("alone", "full"):
-            folder = tmp_path / "demo" / f"byol-{copy}-{seed}"
+        for copy in copies:
+            of_run = learning.Run(objective="byol", copy=copy, seed=seed)
+            folder = of_run.folder(options).path
             folder.mkdir(parents=True)
+            config, _ = parse_train(of_run.arguments(options))
+            (folder / "config.json").write_text(json.dumps(config.to_json()))
             (folder / "results.json").write_text("{}")
             commands = {"x scale": r2, "hue": r2, "gray": {**r2, "mlp": 0.6}}
             measures = {
@@ -433,3 +439,4 @@ def test_learning_reads_what_runs_measured(tmp_path: Path) -> None:
     assert row["R2 of gray"] == "0.60 ± 0.00" and row["R2 of factors"] == "0.30 ± 0.00" and "R2 of blur" not in row
     with Image.open(files["chart"]) as chart:
         assert chart.format == "PNG" and chart.width > 800
+    assert learning.main([*flags, "--flags=--learning_rate 0.1"]) == 2
