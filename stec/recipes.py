@@ -128,9 +128,9 @@ def demo_relic() -> TrainConfig:
 def byol(config: TrainConfig, batch_size: int, processes: int) -> TrainConfig:
     """``config`` with BYOL alone, as for 1,000 epochs with a ResNet-50 on ImageNet.
 
-    Grill et al. 2020, section 3.3 and appendix J: two MLPs 4096-256, momentum .996, LARS with weight decay 1.5e-6 and
-    the learning rate .2 times the global batch size / 256. (The official configurations for fewer epochs are: 300
-    epochs .3, 1e-6 and momentum .99; 100 epochs .45, 1e-6 and .99.) The paper blurs all first views and a tenth of the
+    Grill et al. 2020, section 3.3: two MLPs 4096-256, momentum .996, LARS with weight decay 1.5e-6 and the learning
+    rate .2 times the global batch size / 256. (The official configurations for fewer epochs are: 300 epochs .3, 1e-6
+    and momentum .99; 100 epochs .45, 1e-6 and .99.) The paper blurs all first views and a tenth of the
     second, and solarizes a fifth of the second; here both views are alike.
     """
     return config.updated(

@@ -29,7 +29,7 @@ def relic_loss(projections: Tensor, targets: Tensor, temperature: float) -> tupl
 
     and p_ji the same with the views exchanged. The contrastive term is the mean of -log p[n] over rows and both
     directions; the divergence is the mean over rows and both orders, ``(KL(p_ij, p_ji) + KL(p_ji, p_ij)) / 2``.
-    Gradients flow through both distributions (eq. 3 of the paper, without its sums over more than two views).
+    Gradients flow through both distributions (the paper's objective, for two views).
     Each process returns its mean; the mean over processes is the loss of the global batch.
     """
     z_i, z_j = F.normalize(projections.float(), dim=-1).unbind(1)
