@@ -50,7 +50,6 @@ static void launch(int blocks, Kernel kernel) {
 }
 
 #define NO_DATA nullptr, nullptr, 0, 0
-#define OF1(data) NO_DATA, data, 0, 0
 #define OF2(data) NO_DATA, data, 0, 0, 0, 0
 #define OF3(data, height, width) NO_DATA, data, height, width, 3, 0, 0, 0
 #define OF4(data, count, size) NO_DATA, data, count, size, size, 3, 0, 0, 0, 0
@@ -60,10 +59,10 @@ extern "C" void run_crop_of_memory(int blocks, i64 count, i64 size, u8 *views, i
   launch(blocks, [&] { crop_of_memory(OF4(views, count, size), OF2(sums), OF2(where), OF2(commands)); });
 }
 
-extern "C" void run_crop_of_decoded(int blocks, i64 count, i64 size, u8 *views, int *sums, const u8 *part, i64 height,
-                                    i64 width, const int *origin, const float *commands) {
+extern "C" void run_crop_of_decoded(int blocks, i64 count, i64 size, u8 *views, int *sums, const u8 *image, i64 height,
+                                    i64 width, const float *commands) {
   launch(blocks, [&] {
-    crop_of_decoded(OF4(views, count, size), OF2(sums), OF3(part, height, width), OF1(origin), OF2(commands));
+    crop_of_decoded(OF4(views, count, size), OF2(sums), OF3(image, height, width), OF2(commands));
   });
 }
 

@@ -78,7 +78,7 @@ class GpuExecutor:
         numbers, pixels, sums = (types.FLOAT, 2), (types.UINT8, 4), (types.INT32, 2)
         crop, source = "crop_of_memory", [(types.INT64, 2)]
         if self.files is not None:
-            crop, source = "crop_of_decoded", [(types.UINT8, 3), (types.INT32, 1)]
+            crop, source = "crop_of_decoded", [(types.UINT8, 3)]
         color, output = ("color_to_half", types.FLOAT16) if half else ("color_to_float", types.FLOAT)
         self.crop = Kernel(kernels[crop], shapes, [*source, numbers], [pixels, sums])
         self.color = Kernel(kernels[color], shapes, [pixels, sums, numbers, numbers], [(output, 4)])
@@ -103,6 +103,6 @@ class GpuExecutor:
         if self.files is None:
             cropped, luma_sums = self.crop(nodes["where"].gpu(), on_gpu)
         else:
-            part, *stored_shape = self.files.decode(nodes)
-            cropped, luma_sums = self.crop(part, nodes["origin"].gpu(), on_gpu)
+            image, *stored_shape = self.files.decode(nodes)
+            cropped, luma_sums = self.crop(image, on_gpu)
         return self.color(cropped, luma_sums, on_gpu, nodes["blur_weights"].gpu()), *stored_shape

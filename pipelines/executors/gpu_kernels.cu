@@ -24,7 +24,6 @@ typedef long long i64;
 // An array of DALI is a sequence of kernel parameters: meminfo, parent, number of items, bytes of an item, data, the
 // shape and the strides. Only the data and parts of the shape are used.
 #define DATA(type, name) void *, void *, i64, i64, type *name
-#define ARRAY1(type, name) DATA(type, name), i64, i64
 #define ARRAY2(type, name) DATA(type, name), i64 name##_rows, i64, i64, i64
 #define ARRAY3(type, name) DATA(type, name), i64 name##_height, i64 name##_width, i64, i64, i64, i64
 #define ARRAY4(type, name) DATA(type, name), i64 name##_count, i64 name##_size, i64, i64, i64, i64, i64, i64
@@ -43,8 +42,7 @@ DEVICE float most(float a, float b) { return a > b ? a : b; }
 struct Image {
   const u8 *pixels;
   i64 stride_y, stride_x, stride_c;
-  int height, width;  // of the part of the source that is in memory
-  int top, left;      // where this part starts in the source
+  int height, width;
 };
 
 // Pillow's triangle filter of one column or row of the view.
@@ -160,8 +158,8 @@ DEVICE void crop_tile(const Image &image, const float *command, int size, int ti
   __shared__ int luma_sum;
   const int x0 = tile % tiles_of(size).columns * TILE_WIDTH, y0 = tile / tiles_of(size).columns * TILE_HEIGHT;
   // The file may have changed since its command was drawn: never read out of bounds. The change is detected later.
-  const int top = least(most((int)command[TOP] - image.top, 0), image.height - 1);
-  const int left = least(most((int)command[LEFT] - image.left, 0), image.width - 1);
+  const int top = least(most((int)command[TOP], 0), image.height - 1);
+  const int left = least(most((int)command[LEFT], 0), image.width - 1);
   const int height = least((int)command[HEIGHT], image.height - top);
   const int width = least((int)command[WIDTH], image.width - left);
   const u8 *crop = image.pixels + top * image.stride_y + left * image.stride_x;
@@ -220,16 +218,15 @@ KERNEL crop_of_memory(ARRAY4(u8, views), ARRAY2(int, sums), ARRAY2(const i64, wh
     const i64 v = n / tiles, *at = where + 4 * v;
     const float *command = commands + COLUMNS * v;
     const Image image = {(const u8 *)at[0], at[1], at[2], at[3], (int)command[SOURCE_HEIGHT],
-                         (int)command[SOURCE_WIDTH], 0, 0};
+                         (int)command[SOURCE_WIDTH]};
     crop_tile(image, command, size, (int)(n % tiles), views + 3 * size * size * v, sums + n);
   }
 }
 
-// part [height, width, 3]: the decoded part of an image, which starts at origin [2] in the source.
-KERNEL crop_of_decoded(ARRAY4(u8, views), ARRAY2(int, sums), ARRAY3(const u8, part), ARRAY1(const int, origin),
-                       ARRAY2(const float, commands)) {
+// pixels [height, width, 3]: a decoded image.
+KERNEL crop_of_decoded(ARRAY4(u8, views), ARRAY2(int, sums), ARRAY3(const u8, pixels), ARRAY2(const float, commands)) {
   const int size = (int)views_size, tiles = tiles_of(size).count;
-  const Image image = {part, 3 * part_width, 3, 1, (int)part_height, (int)part_width, origin[0], origin[1]};
+  const Image image = {pixels, 3 * pixels_width, 3, 1, (int)pixels_height, (int)pixels_width};
   for (i64 n = blockIdx.x; n < views_count * tiles; n += gridDim.x) {
     const i64 v = n / tiles;
     crop_tile(image, commands + COLUMNS * v, size, (int)(n % tiles), views + 3 * size * size * v, sums + n);

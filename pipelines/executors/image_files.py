@@ -1,4 +1,4 @@
-"""How image files enter a DALI graph: they are read, and the part that the views need is decoded."""
+"""How image files enter a DALI graph: they are read and decoded, on a CPU only the part that the views need."""
 
 from __future__ import annotations
 
@@ -84,50 +84,45 @@ def gpu_decoder_options() -> dict[str, Any]:
 
 
 class Files:
-    """Images in files, of which a graph decodes the part that their views need."""
+    """Images in files, which a graph decodes.
+
+    A GPU decodes whole images. nvImageCodec 0.9 leaves parts of JPEGs to the CPU if nvJPEG is older than 13.2, since that
+    decodes their borders wrongly, and crashes on H100 if it is newer (github.com/NVIDIA/nvImageCodec/issues/55).
+    """
 
     def __init__(self, images: ImageFiles, device: str) -> None:
         self.images, self.device, self.form = images, device, file_form(images)
-        self.names = (*FORM_INPUTS[self.form], "origin", "extent")
+        self.names = FORM_INPUTS[self.form] if device == "gpu" else (*FORM_INPUTS[self.form], "origin", "extent")
 
     def inputs(self, image_ids: NDArray[np.int64], commands: Commands) -> dict[str, Any]:
-        """The inputs of ``decode``: the files, and the part to decode. Raises BadImage for one that cannot be read."""
-        origin, extent = needed_part(commands)
-        return {**encoded_inputs(self.images, image_ids, self.form), "origin": origin, "extent": extent}
+        """The inputs of ``decode``: the files, and on a CPU the part to decode.
+
+        Raises BadImage for an image that cannot be read.
+        """
+        inputs = encoded_inputs(self.images, image_ids, self.form)
+        if self.device != "gpu":
+            inputs["origin"], inputs["extent"] = needed_part(commands)
+        return inputs
 
     def decode(self, nodes: Mapping[str, DataNode]) -> tuple[DataNode, DataNode]:
-        """The part [h, w, 3] uint8 on the device, and the shape [3] that the whole image has now.
+        """The image, or the part of it, [h, w, 3] uint8 on the device, and the shape [3] that the whole image has now.
 
         The commands rely on the size that it had when they were drawn.
         """
         encoded = encoded_image(nodes, self.form)
+        # DALI 2.4's image_slice crashes the process if a sample is no image. Reading the header first is an error then.
         stored_shape = fn.peek_image_shape(encoded, adjust_orientation=self.images.exif_orientation)
-        # DALI 2.4's image_slice crashes the process if a sample is no image or smaller than its slice. Reading the
-        # header first turns the former into an error, and this makes the latter detectable afterwards.
-        origin = math.min(nodes["origin"], stored_shape[:2] - 1)
-        extent = math.min(nodes["extent"], stored_shape[:2] - origin)
-        hints: dict[str, Any] = {}
+        options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": self.images.exif_orientation}
         if self.device == "gpu":
             # Not the largest: one huge image would determine the memory of every thread. Larger ones are decoded too.
             height, width = np.ceil(np.quantile(self.images.sizes, HINT_QUANTILE, axis=0)).astype(int).tolist()
-            hints = {
-                **gpu_decoder_options(),
-                "preallocate_height_hint": height,
-                "preallocate_width_hint": width,
-            }
-        part = fn.decoders.image_slice(
-            encoded,
-            origin,
-            extent,
-            axes=[0, 1],
-            normalized_anchor=False,
-            normalized_shape=False,
-            device="mixed" if self.device == "gpu" else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=self.images.exif_orientation,
-            **hints,
-        )
-        return part, stored_shape
+            hints = {"preallocate_height_hint": height, "preallocate_width_hint": width}
+            return fn.decoders.image(encoded, device="mixed", **options, **hints, **gpu_decoder_options()), stored_shape
+        # It also crashes if a sample is smaller than its slice; a smaller slice makes that detectable afterwards.
+        origin = math.min(nodes["origin"], stored_shape[:2] - 1)
+        extent = math.min(nodes["extent"], stored_shape[:2] - origin)
+        pixels = {"normalized_anchor": False, "normalized_shape": False}
+        return fn.decoders.image_slice(encoded, origin, extent, axes=[0, 1], **pixels, **options), stored_shape
 
 
 def evaluation_pipeline(

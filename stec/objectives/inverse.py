@@ -73,8 +73,9 @@ def value_bins(values: Tensor, n_bins: int, target: Target = WINDOW) -> Tensor:
     The bins of a column are equal from -limit to limit (for ``window`` 2, and 0.5 for the translation); values outside
     are in the outermost.
     """
-    limits = values.new_tensor(target.limits)
-    fraction = (values + limits) / (2 * limits)
+    # Column by column: a tensor of the limits would be copied to a GPU, for which the host waits.
+    columns = zip(values.unbind(-1), target.limits, strict=True)
+    fraction = torch.stack([(column + limit) / (2 * limit) for column, limit in columns], dim=-1)
     return torch.clamp(torch.round(fraction * n_bins - 0.5), 0, n_bins - 1).long()
 
 
