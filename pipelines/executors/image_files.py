@@ -86,8 +86,8 @@ def gpu_decoder_options() -> dict[str, Any]:
 class Files:
     """Images in files, which a graph decodes.
 
-    A GPU decodes whole images. nvImageCodec 0.9 leaves parts of JPEGs to the CPU if nvJPEG is older than 13.2, since that
-    decodes their borders wrongly, and crashes on H100 if it is newer (github.com/NVIDIA/nvImageCodec/issues/55).
+    A GPU decodes whole images. Of parts, nvImageCodec 0.9 leaves the decoding to the CPU if nvJPEG is older than 13.2,
+    which decodes their borders wrongly, and crashes on H100 if it is newer (github.com/NVIDIA/nvImageCodec/issues/55).
     """
 
     def __init__(self, images: ImageFiles, device: str) -> None:
