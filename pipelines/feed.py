@@ -61,7 +61,7 @@ class Feed(ABC):
 
     @abstractmethod
     def changed_files(self, image_ids: NDArray[np.int64], outputs: Sequence[Any]) -> NDArray[np.int64]:
-        """Those of a step's images whose files have another size than when they were indexed."""
+        """Those of a step's images whose files have another size, in px or bytes, than when they were indexed."""
 
     @abstractmethod
     def exclude(self, images: Sequence[BadImage]) -> None:
@@ -224,12 +224,12 @@ class TrainingFeed(Feed):
         self.plan.cache_clear()
 
     def changed_files(self, image_ids: NDArray[np.int64], outputs: Sequence[Any]) -> NDArray[np.int64]:
-        _, packed, _, *stored_shape = outputs
-        if not stored_shape:
+        _, packed, _, *stored_size = outputs
+        if not isinstance(self.images, ImageFiles):
             return image_ids[:0]
         # Not the sizes that are known now: the commands in flight were drawn for earlier ones.
         drawn_for = packed.as_array()[:, 0, [PACKED_COLUMNS["source_height"], PACKED_COLUMNS["source_width"]]]
-        changed = (stored_shape[0].as_array()[:, :2] != drawn_for).any(axis=1)
+        changed = _have_changed(self.images, image_ids, stored_size[0].as_array(), drawn_for)
         if changed.any():
             self.plan.cache_clear()
         return image_ids[changed]
@@ -281,8 +281,16 @@ class EvaluationFeed(Feed):
         raise images[0]
 
     def changed_files(self, image_ids: NDArray[np.int64], outputs: Sequence[Any]) -> NDArray[np.int64]:
-        stored: NDArray[np.int64] = outputs[1].as_array()
-        return image_ids[(stored[:, :2] != self.image_files.image_hw(image_ids)).any(axis=1)]
+        image_hw = self.image_files.image_hw(image_ids)
+        return image_ids[_have_changed(self.image_files, image_ids, outputs[1].as_array(), image_hw)]
+
+
+def _have_changed(
+    images: ImageFiles, image_ids: NDArray[np.int64], stored_size: NDArray[np.int64], expected_hw: NDArray[Any]
+) -> NDArray[np.bool_]:
+    """Whether the size of each file, in px or bytes, is another one. What Pillow decoded enters the graph as pixels."""
+    other_bytes = (stored_size[:, 2] != images.size_bytes[image_ids]) & ~images.needs_pillow[image_ids]
+    return (stored_size[:, :2] != expected_hw).any(axis=1) | other_bytes
 
 
 def center_of_resized(

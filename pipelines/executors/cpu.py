@@ -73,10 +73,10 @@ class CpuExecutor:
 
     def views(self, nodes: Mapping[str, DataNode], commands: DataNode) -> tuple[DataNode, ...]:
         execute = CompiledViews(self.num_views, self.policy.size, in_memory=self.files is None)
-        stored_shape: list[DataNode] = []
+        stored_size: list[DataNode] = []
         if self.files is None:
             views = execute(nodes["addresses"], commands)
         else:
-            part, *stored_shape = self.files.decode(nodes)
+            part, *stored_size = self.files.decode(nodes)
             views = execute(part, nodes["placement"], commands)
-        return (fn.cast(views, dtype=types.FLOAT16) if self.half else views), *stored_shape
+        return (fn.cast(views, dtype=types.FLOAT16) if self.half else views), *stored_size

@@ -98,11 +98,11 @@ class GpuExecutor:
 
     def views(self, nodes: Mapping[str, DataNode], commands: DataNode) -> tuple[DataNode, ...]:
         """Of images in memory, the sample of a batch is [N * V, size, size, 3]."""
-        stored_shape: list[DataNode] = []
+        stored_size: list[DataNode] = []
         on_gpu = commands.gpu()
         if self.files is None:
             cropped, luma_sums = self.crop(nodes["where"].gpu(), on_gpu)
         else:
-            image, *stored_shape = self.files.decode(nodes)
+            image, *stored_size = self.files.decode(nodes)
             cropped, luma_sums = self.crop(image, on_gpu)
-        return self.color(cropped, luma_sums, on_gpu, nodes["blur_weights"].gpu()), *stored_shape
+        return self.color(cropped, luma_sums, on_gpu, nodes["blur_weights"].gpu()), *stored_size

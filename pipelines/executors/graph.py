@@ -43,7 +43,7 @@ class Executor(Protocol):
         """
 
     def views(self, nodes: Mapping[str, DataNode], commands: DataNode) -> tuple[DataNode, ...]:
-        """Views [N, V, size, size, 3] in [0, 1]; for files also the shapes [N, 3] that the images have now.
+        """Views [N, V, size, size, 3] in [0, 1]; for files also their ``stored_size`` [N, 3].
 
         ``nodes`` are the inputs by name, ``commands`` the packed commands [N, V, 20].
         """
@@ -65,7 +65,7 @@ def training_pipeline(
 
     ``host_source`` returns the host inputs of the executor, the packed commands [N, V, 20] and the record [N, 4]
     (epoch, position, image id, label); ``device_source`` its inputs on the GPU. The pipeline returns the views [N, V,
-    size, size, 3] in [0, 1]; the commands and the record; and, for files, the shapes [N, 3] of the images.
+    size, size, 3] in [0, 1]; the commands and the record; and, for files, their ``stored_size`` [N, 3].
     """
     names = (*executor.host_inputs, "commands", "record")
 
@@ -78,7 +78,7 @@ def training_pipeline(
                 device_source, num_outputs=len(executor.device_inputs), batch=True, no_copy=False, device="gpu"
             )
             nodes.update(zip(executor.device_inputs, on_device))
-        views, *stored_shape = executor.views(nodes, nodes["commands"])
-        return views, nodes["commands"], nodes["record"], *stored_shape
+        views, *stored_size = executor.views(nodes, nodes["commands"])
+        return views, nodes["commands"], nodes["record"], *stored_size
 
     return pipeline()

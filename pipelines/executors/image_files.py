@@ -73,6 +73,15 @@ def encoded_image(nodes: Mapping[str, DataNode], form: FileForm) -> DataNode:
     return encoded
 
 
+def stored_size(encoded: DataNode, images: ImageFiles) -> DataNode:
+    """[3] int64: height and width in px, and bytes, that an image's file has now.
+
+    Commands rely on the size that it had when they were drawn, and GPUs decode truncated JPEGs without an error.
+    """
+    shape = fn.peek_image_shape(encoded, adjust_orientation=images.exif_orientation)
+    return fn.cat(shape[:2], fn.shapes(encoded))  # type: ignore[attr-defined]  # the stubs lack it
+
+
 def gpu_decoder_options() -> dict[str, Any]:
     """Options of DALI's decoders on a GPU."""
     # As libjpeg decodes; nvJPEG's default differs by up to 9 levels where the color is subsampled.
@@ -105,24 +114,21 @@ class Files:
         return inputs
 
     def decode(self, nodes: Mapping[str, DataNode]) -> tuple[DataNode, DataNode]:
-        """The image, or the part of it, [h, w, 3] uint8 on the device, and the shape [3] that the whole image has now.
-
-        The commands rely on the size that it had when they were drawn.
-        """
+        """The image, or the part of it, [h, w, 3] uint8 on the device, and its ``stored_size``."""
         encoded = encoded_image(nodes, self.form)
         # DALI 2.4's image_slice crashes the process if a sample is no image. Reading the header first is an error then.
-        stored_shape = fn.peek_image_shape(encoded, adjust_orientation=self.images.exif_orientation)
-        options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": self.images.exif_orientation}
+        size = stored_size(encoded, self.images)
+        options: Any = {"output_type": types.RGB, "adjust_orientation": self.images.exif_orientation}
         if self.device == "gpu":
             # Not the largest: one huge image would determine the memory of every thread. Larger ones are decoded too.
             height, width = np.ceil(np.quantile(self.images.sizes, HINT_QUANTILE, axis=0)).astype(int).tolist()
-            hints = {"preallocate_height_hint": height, "preallocate_width_hint": width}
-            return fn.decoders.image(encoded, device="mixed", **options, **hints, **gpu_decoder_options()), stored_shape
+            options |= {"preallocate_height_hint": height, "preallocate_width_hint": width, **gpu_decoder_options()}
+            return fn.decoders.image(encoded, device="mixed", **options), size
         # It also crashes if a sample is smaller than its slice; a smaller slice makes that detectable afterwards.
-        origin = math.min(nodes["origin"], stored_shape[:2] - 1)
-        extent = math.min(nodes["extent"], stored_shape[:2] - origin)
-        pixels = {"normalized_anchor": False, "normalized_shape": False}
-        return fn.decoders.image_slice(encoded, origin, extent, axes=[0, 1], **pixels, **options), stored_shape
+        origin = math.min(nodes["origin"], size[:2] - 1)
+        extent = math.min(nodes["extent"], size[:2] - origin)
+        options |= {"normalized_anchor": False, "normalized_shape": False}
+        return fn.decoders.image_slice(encoded, origin, extent, axes=[0, 1], **options), size
 
 
 def evaluation_pipeline(
@@ -131,8 +137,8 @@ def evaluation_pipeline(
     """A pipeline that resizes images and crops a square.
 
     ``source`` returns the inputs of ``encoded_image``, the sizes to resize to [N, 2] and the top-left corners of the
-    squares [N, 2]. The pipeline returns images [N, size, size, 3] uint8 on ``device``, and the shapes [N, 3] that the
-    images have now.
+    squares [N, 2]. The pipeline returns images [N, size, size, 3] uint8 on ``device``, and their ``stored_size``
+    [N, 3].
     """
     names = evaluation_inputs(form)
 
@@ -140,7 +146,7 @@ def evaluation_pipeline(
     def pipeline() -> tuple[DataNode, ...]:
         nodes = dict(zip(names, fn.external_source(source, num_outputs=len(names), batch=True, no_copy=True)))
         encoded = encoded_image(nodes, form)
-        stored_shape = fn.peek_image_shape(encoded, adjust_orientation=images.exif_orientation)
+        size_now = stored_size(encoded, images)
         image = fn.decoders.image(
             encoded,
             device="mixed" if device == "gpu" else "cpu",
@@ -156,7 +162,7 @@ def evaluation_pipeline(
             minibatch_size=Pipeline.current().max_batch_size,
         )
         # As keywords, which stay on the host; positional ones would be copied to the GPU and back.
-        return fn.slice(resized, start=nodes["corner"], shape=[size, size], axes=[0, 1]), stored_shape
+        return fn.slice(resized, start=nodes["corner"], shape=[size, size], axes=[0, 1]), size_now
 
     return pipeline()
 
