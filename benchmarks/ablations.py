@@ -42,7 +42,7 @@ class GatheringExecutor(CpuExecutor):
     def __init__(self, images: ImageArray, policy: Policy, views: int) -> None:
         super().__init__(images, policy, views, CPU)
         self.array = images
-        self.host_inputs = ("pixels", "placement")
+        self.input_names = ("pixels", "placement")
 
     def inputs(self, plan: BatchPlan) -> dict[str, Any]:
         placement = np.zeros((len(plan.image_ids), 3), np.int64)
@@ -64,7 +64,7 @@ def by_gathering(sampler: Sampler, threads: int) -> Iterator[Tensor]:
     executor = GatheringExecutor(sampler.images, sampler.policy, sampler.views)
     source = feed.TrainingFeed(sampler, executor, 0)
     options = loader.pipeline_options(sampler.batch_size, threads, CPU)
-    pipeline = training_pipeline(executor, source.host_inputs, source.device_inputs, **options)
+    pipeline = training_pipeline(executor, source.next_inputs, **options)
     pipeline.build()
     while True:
         views, *_ = pipeline.run()

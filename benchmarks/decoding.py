@@ -32,14 +32,14 @@ class DecodingExecutor(CpuExecutor):
         decoded = self.decode(nodes, commands)
         if not self.execute:
             # DALI warns about unused inputs.
-            return *(image for image, _ in decoded), *(nodes[name] for name in self.host_inputs)
+            return *(image for image, _ in decoded), *(nodes[name] for name in self.input_names)
         views = []
         for v, (image, origin) in enumerate(decoded):
             placement = fn.cat(fn.cast(origin, dtype=types.INT64), nodes["placement"][2:3])
             of_view = commands if len(decoded) == 1 else commands[v : v + 1]
             execute = CompiledViews(self.num_views // len(decoded), self.policy.size, in_memory=False)
             views.append(execute(image, placement, of_view))
-        return (views[0] if len(views) == 1 else fn.cat(*views)), *(nodes[name] for name in self.host_inputs)
+        return (views[0] if len(views) == 1 else fn.cat(*views)), *(nodes[name] for name in self.input_names)
 
     def decode(self, nodes: Mapping[str, Any], commands: Any) -> list[tuple[Any, Any]]:
         """Images [H, W, 3] uint8 for all views, or one for each, and the top-left of each in the source."""
@@ -67,7 +67,7 @@ def batches(sampler: Sampler, part: Part, *, threads: int, execute: bool) -> Ite
     executor = DecodingExecutor(sampler.images, sampler.policy, sampler.views, part, execute=execute)
     feed = TrainingFeed(sampler, executor, 0)
     options = pipeline_options(sampler.batch_size, threads, CPU)
-    pipeline = training_pipeline(executor, feed.host_inputs, feed.device_inputs, **options)
+    pipeline = training_pipeline(executor, feed.next_inputs, **options)
     pipeline.build()
     while True:
         yield pipeline.run()

@@ -41,7 +41,7 @@ from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray, Images
 from pipelines.datasets.registry import open_data_set
 from pipelines.errors import UserError
-from pipelines.executors import ExecutorName, image_files
+from pipelines.executors import image_files
 from pipelines.executors.gpu_compiler import compile_kernels, load_kernels
 from pipelines.executors.self_check import differing_views
 from pipelines.files import atomic_write, read_object, write_json
@@ -143,7 +143,7 @@ def hardware_decoder() -> tuple[str, Rows]:
 
 
 def kernels() -> tuple[str, Rows]:
-    """Registers and memory of the fused kernels; on a GPU also the blocks that it executes at the same time."""
+    """Registers and memory of the kernels; on a GPU also the blocks that it executes at the same time."""
     architecture = "sm_90"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(GPU)
@@ -158,7 +158,7 @@ def kernels() -> tuple[str, Rows]:
 
 
 def equal_views() -> tuple[str, Rows]:
-    """The fused kernels make the views of the CPU, bit by bit."""
+    """The kernels make the views of the CPU, bit by bit."""
     differing, views = differing_views(GPU)
     assert differing == 0, f"{differing} of {views} views differ"
     return f"{views} views are equal", []
@@ -171,21 +171,17 @@ def order() -> tuple[str, Rows]:
     images = ImageArray(pixels=np.broadcast_to(colors[:, None, None], (4096, 32, 32, 3)).copy(), labels=ids % 10)
     identity = Policy(area=(1.0, 1.0), aspect_ratio=(1.0, 1.0), p_color_jitter=-1, p_grayscale=-1)
     busy = torch.randn(BUSY_SIZE, BUSY_SIZE, device=GPU)
-    rows: Rows = []
-    for executor in ("fused", "dali"):
-        sampler = Sampler(images, identity, seed=1, batch_size=ORDER_BATCH_SIZE)
-        wrong = 0
-        batches = _batches(sampler, executor, threads=4)
-        for _ in range(ORDER_STEPS):
-            # About 20 ms of work on the stream of PyTorch, behind which its other work waits.
-            for _ in range(10):
-                busy @ busy
-            batch = next(batches)
-            pixels = (batch.views.amax(dim=(1, 3, 4)) * 255).round().long().cpu().numpy()
-            wrong += int((pixels[:, 0] + 256 * pixels[:, 1] != batch.image_ids).sum())
-        rows.append({"executor": executor, "images": ORDER_STEPS * ORDER_BATCH_SIZE, "in the wrong place": wrong})
-    assert not any(row["in the wrong place"] for row in rows), f"images are in the wrong place: {rows}"
-    return f"{ORDER_STEPS} batches of each executor", rows
+    batches = _batches(Sampler(images, identity, seed=1, batch_size=ORDER_BATCH_SIZE), threads=4)
+    wrong = 0
+    for _ in range(ORDER_STEPS):
+        # About 20 ms of work on the stream of PyTorch, behind which its other work waits.
+        for _ in range(10):
+            busy @ busy
+        batch = next(batches)
+        pixels = (batch.views.amax(dim=(1, 3, 4)) * 255).round().long().cpu().numpy()
+        wrong += int((pixels[:, 0] + 256 * pixels[:, 1] != batch.image_ids).sum())
+    assert wrong == 0, f"{wrong} of {ORDER_STEPS * ORDER_BATCH_SIZE} images are in the wrong place"
+    return f"{ORDER_STEPS * ORDER_BATCH_SIZE} images are in their place", []
 
 
 def tests() -> tuple[str, Rows]:
@@ -256,7 +252,7 @@ def bad_images() -> tuple[str, Rows]:
             bad, listed = BadImages(images, max_fraction=1.0), Path(folder) / "bad-images.tsv"
             bad.list_in(listed, report=lambda line: None)
             sampler = Sampler(images, PHOTOGRAPHS, seed=0, batch_size=16, bad=bad)
-            list(itertools.islice(_batches(sampler, "fused", threads=4), 8))
+            list(itertools.islice(_batches(sampler, threads=4), 8))
             found = sorted(int(n) for n in re.findall(r"(\d{5})\.jpg", listed.read_text()))
         rows.append({"kind": kind, "damaged": str(damaged), "found": str(found)})
     assert all(row["damaged"] == row["found"] for row in rows), f"{rows}"
@@ -273,7 +269,7 @@ def memory() -> tuple[str, Rows]:
             images = open_data_set("folder", root).train
             before = torch.cuda.mem_get_info(GPU)[0]
             with patch.object(image_files, "HINT_QUANTILE", quantile):
-                batches = _batches(Sampler(images, PHOTOGRAPHS, seed=0, batch_size=128), "fused", threads=16)
+                batches = _batches(Sampler(images, PHOTOGRAPHS, seed=0, batch_size=128), threads=16)
                 list(itertools.islice(batches, 4))
             held = before - torch.cuda.mem_get_info(GPU)[0]
             del batches
@@ -288,22 +284,17 @@ def throughput() -> tuple[str, Rows]:
     array = ImageArray(
         pixels=generator.integers(0, 256, (50_000, 32, 32, 3), np.uint8), labels=np.zeros(50_000, np.int64)
     )
-    for executor in ("fused", "dali"):
-        sampler = Sampler(array, SMALL, seed=0, batch_size=1024)
-        speed = _images_per_second(_batches(sampler, executor, threads=8), 1024)
-        rows.append({"images": "in memory, 32 px", "executor": executor, "threads": 8, "images/s": speed})
+    sampler = Sampler(array, SMALL, seed=0, batch_size=1024)
+    speed = _images_per_second(_batches(sampler, threads=8), 1024)
+    rows.append({"images": "in memory, 32 px", "threads": 8, "images/s": speed})
     with tempfile.TemporaryDirectory() as folder:
         _, images = _folder_of(NUM_PHOTOGRAPHS, folder)
         sampler = Sampler(images, PHOTOGRAPHS, seed=0, batch_size=PHOTOGRAPHS_PER_BATCH)
-        for executor, threads, load in [
-            *(("fused", threads, 0.65) for threads in THREADS),
-            *(("fused", 16, load) for load in HARDWARE_LOADS),
-            ("dali", 16, 0.65),
-        ]:
+        for threads, load in [*((threads, 0.65) for threads in THREADS), *((16, load) for load in HARDWARE_LOADS)]:
             options = {**image_files.gpu_decoder_options(), "hw_decoder_load": load}
             with patch.object(image_files, "gpu_decoder_options", lambda options=options: options):
-                speed = _images_per_second(_batches(sampler, executor, threads=threads), PHOTOGRAPHS_PER_BATCH)
-            row = {"images": "JPEG, 224 px", "executor": executor, "threads": threads, "hw_decoder_load": load}
+                speed = _images_per_second(_batches(sampler, threads=threads), PHOTOGRAPHS_PER_BATCH)
+            row = {"images": "JPEG, 224 px", "threads": threads, "hw_decoder_load": load}
             rows.append({**row, "images/s": speed})
     best = max(rows, key=lambda row: row["images/s"] if row["images"].startswith("JPEG") else 0)
     return f"JPEG: {best['images/s']:,} images/s at best", rows
@@ -331,7 +322,7 @@ def step_profile() -> tuple[str, Rows]:
     pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 256, 3), np.uint8)
     images = ImageArray(pixels=pixels, labels=np.zeros(256, np.int64))
     sampler = Sampler(images, policy_of(config), seed=0, batch_size=PROFILED_BATCH_SIZE)
-    batches = _batches(sampler, "fused", threads=4, half=True)
+    batches = _batches(sampler, threads=4, half=True)
 
     def once() -> None:
         step([next(batches)])
@@ -372,7 +363,7 @@ def rebuilds() -> tuple[str, Rows]:
         batch_size=128,
         view_size_at=lambda epoch: sizes[min(epoch, 2)],
     )
-    batches = _batches(sampler, "fused", threads=4)
+    batches = _batches(sampler, threads=4)
     rows: Rows = []
     for size in sizes:
         list(itertools.islice(batches, REBUILD_STEPS // len(sizes)))
@@ -385,9 +376,8 @@ def rebuilds() -> tuple[str, Rows]:
     return f"{REBUILD_STEPS} steps, two rebuilds", rows
 
 
-def _batches(sampler: Sampler, executor: ExecutorName | str, *, threads: int, half: bool = False) -> Iterator[Batch]:
-    name: Any = executor
-    return dali_batches(sampler, name, GPU, threads=threads, half=half)
+def _batches(sampler: Sampler, *, threads: int, half: bool = False) -> Iterator[Batch]:
+    return dali_batches(sampler, GPU, threads=threads, half=half)
 
 
 def _images_per_second(batches: Iterator[Batch], batch_size: int) -> int:

@@ -7,8 +7,7 @@ convolution, batch norm, ReLU and pooling reads its input and writes its output 
 writes one, all in bf16; the backward pass moves ``BACKWARD_BYTES`` times as much. Weights stay out, as a batch shares
 them.
 
-Of views, launches and bytes are counted without decoding: DALI's operators in a graph that is defined but not built,
-each of which reads and writes all pixels of a view, and the fused kernels on crop boxes drawn from the recipe's policy.
+Of views, launches and bytes are counted without decoding, on crop boxes drawn from the recipe's policy.
 """
 
 from __future__ import annotations
@@ -30,12 +29,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from benchmarks import report, step_model
 from benchmarks.step_model import CLASSES, FLOAT, SIMILARITY_PASSES
-from pipelines.commands import VIEWS, Policy, draw
-from pipelines.datasets.images import ImageArray
+from pipelines.commands import VIEWS, draw
 from pipelines.errors import UserError
-from pipelines.executors.dali_operators import DaliExecutor
 from pipelines.executors.gpu_compiler import TILE_HEIGHT, TILE_WIDTH, largest_reach
-from pipelines.executors.graph import training_pipeline
 from stec.console import Console
 from stec.loaders import policy_of
 from stec.recipes import recipe
@@ -215,8 +211,8 @@ class ViewCost:
         return images / max(self.moved / (1e12 * gpu.memory_tb_per_s), 1e-6 * launch_us * self.launches)
 
 
-def view_costs(name: str, batch_size: int) -> dict[str, ViewCost]:
-    """What the executors on a GPU need for the float16 views of a batch."""
+def view_cost(name: str, batch_size: int) -> ViewCost:
+    """What the kernels on a GPU need for the float16 views of a batch."""
     config = recipe(name)
     policy, in_files = policy_of(config), config.traits.resize_px is not None
     source_hw = PHOTOGRAPH_PX if in_files else (policy.size, policy.size)
@@ -228,38 +224,8 @@ def view_costs(name: str, batch_size: int) -> dict[str, ViewCost]:
     reach = largest_reach(policy)
     tile = (TILE_WIDTH + 2 * reach) * (TILE_HEIGHT + 2 * reach) / (TILE_WIDTH * TILE_HEIGHT)
     read_again = view * (1 + max(policy.p_blur, 0) * (tile - 1))
-    operators = len(gpu_operators(policy))
-    views = batch_size * VIEWS
-    return {
-        "fused": ViewCost(
-            launches=2 * batch_size if in_files else 2, moved=views * (crop + view + read_again + HALF * view)
-        ),
-        "dali": ViewCost(launches=operators, moved=views * (crop + 2 * FLOAT * view * operators / VIEWS)),
-    }
-
-
-def gpu_operators(policy: Policy) -> list[Any]:
-    """The operators on the GPU in the graph of ``DaliExecutor``, each of which is one launch or more per batch."""
-    images = ImageArray(pixels=np.zeros((1, 8, 8, 3), np.uint8), labels=np.zeros(1, np.int64))
-    executor = DaliExecutor(images, policy, VIEWS, torch.device("cuda", 0), half=True)
-    pipeline = training_pipeline(executor, lambda: [], lambda: [], batch_size=1, num_threads=1, device_id=0)
-    return [
-        operator
-        for operator in operators_of(pipeline)
-        if operator.outputs[0].device == "gpu" and "ExternalSource" not in operator.name
-    ]
-
-
-def operators_of(pipeline: Any) -> list[Any]:
-    """Every operator of a defined graph."""
-    operators: dict[int, Any] = {}
-    waiting = [node.source for node in pipeline._graph_out]
-    while waiting:
-        operator = waiting.pop()
-        if id(operator) not in operators:
-            operators[id(operator)] = operator
-            waiting += [node.source for node in operator.inputs]
-    return list(operators.values())
+    moved = batch_size * VIEWS * (crop + view + read_again + HALF * view)
+    return ViewCost(launches=2 * batch_size if in_files else 2, moved=moved)
 
 
 def batch_norm_collectives_ms(name: str, batch_size: int, step_ms: float) -> float:
@@ -281,19 +247,13 @@ def show(options: Options, console: Console) -> None:
 
 
 def show_views(name: str, batch_size: int, options: Options, console: Console) -> None:
-    rows = [
-        [
-            executor,
-            f"{cost.launches:,}",
-            f"{cost.moved / batch_size / 1e6:,.3f}",
-            *(f"{cost.images_per_s(batch_size, gpu, options.launch_us):,.0f}" for gpu in GPUS.values()),
-        ]
-        for executor, cost in view_costs(name, batch_size).items()
-    ]
+    cost = view_cost(name, batch_size)
+    speeds = [f"{cost.images_per_s(batch_size, gpu, options.launch_us):,.0f}" for gpu in GPUS.values()]
+    rows = [["kernels", f"{cost.launches:,}", f"{cost.moved / batch_size / 1e6:,.3f}", *speeds]]
     if recipe(name).traits.resize_px is not None:
         decoding = f"{options.decoded_images_per_s:,.0f}"
         rows.append(["decoding alone, as given", "", "", *(decoding for _ in GPUS)])
-    columns = ["--executor", "launches a batch", "MB an image", *(f"images/s, {gpu}" for gpu in GPUS)]
+    columns = ["", "launches a batch", "MB an image", *(f"images/s, {gpu}" for gpu in GPUS)]
     console.table(f"{name}: the two views of {batch_size:,} images, at most", columns, rows)
 
 

@@ -13,7 +13,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from benchmarks import decoding, report
 from benchmarks.throughput import PipelineOptions
 from pipelines.commands import Policy
 from pipelines.datasets.images import ImageArray, ImageFiles
-from pipelines.executors import ExecutorName, cpu_kernels
+from pipelines.executors import cpu_kernels
 from pipelines.executors.image_arrays import addresses
 from pipelines.loader import Loader
 from pipelines.sampler import BatchPlan, Sampler
@@ -40,14 +40,6 @@ JITTER = ("brightness", "contrast", "saturation", "hue")
 VIEWS_ALONE = 32
 CALLS_ALONE = 20
 """In a row on a view, so that the way from Python into a compiled function does not count."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(PipelineOptions):
-    """Measure where the time of a view goes."""
-
-    executor: ExecutorName = "fused"
-    """What executes the commands."""
 
 
 class OneStepFourTimes(Sampler):
@@ -77,17 +69,17 @@ def cpu_us_per_view(
     return 1e6 * spent / count
 
 
-def pipeline_turn(sampler: Sampler, options: Options, clock: Callable[[], float] = time.process_time) -> float:
-    loader = Loader(sampler, backend="dali", device=CPU, workers=options.workers, executor=options.executor)
+def pipeline_turn(sampler: Sampler, options: PipelineOptions, clock: Callable[[], float] = time.process_time) -> float:
+    loader = Loader(sampler, backend="dali", device=CPU, workers=options.workers)
     return cpu_us_per_view(loader.batches(0), sampler.batch_size * sampler.views, options.seconds, clock)
 
 
-def decoding_turn(sampler: Sampler, options: Options) -> float:
+def decoding_turn(sampler: Sampler, options: PipelineOptions) -> float:
     batches = decoding.batches(sampler, "the union of both crop boxes", threads=options.workers, execute=False)
     return cpu_us_per_view(batches, sampler.batch_size * sampler.views, options.seconds)
 
 
-def through_the_pipeline(sampler: Sampler, options: Options, console: Console) -> tuple[report.Figures, str]:
+def through_the_pipeline(sampler: Sampler, options: PipelineOptions, console: Console) -> tuple[report.Figures, str]:
     """Time per view of each stage where it happens, and how their sum compares with the time of the whole policy."""
     full = sampler.policy
     plain = replace(full, p_color_jitter=0.0, p_grayscale=0.0, p_blur=0.0, p_solarize=0.0)
@@ -98,16 +90,12 @@ def through_the_pipeline(sampler: Sampler, options: Options, console: Console) -
 
     # Orders, and how often their stage comes about in the whole policy.
     stages: dict[str, tuple[Sampler, float]] = {}
-    if options.executor == "fused":
-        for number, name in enumerate(JITTER):
-            one_step = with_policy(OneStepFourTimes, p_color_jitter=1.0)
-            assert isinstance(one_step, OneStepFourTimes)
-            one_step.jitter_step = number
-            stages[name] = one_step, full.p_color_jitter
-        stages["gray"] = with_policy(p_grayscale=1.0), full.p_grayscale
-    else:
-        # DALI's operators execute the same maps whether a view is jittered, gray or neither.
-        stages["jitter and gray"] = with_policy(p_color_jitter=1.0), float(full.p_color_jitter > 0)
+    for number, name in enumerate(JITTER):
+        one_step = with_policy(OneStepFourTimes, p_color_jitter=1.0)
+        assert isinstance(one_step, OneStepFourTimes)
+        one_step.jitter_step = number
+        stages[name] = one_step, full.p_color_jitter
+    stages["gray"] = with_policy(p_grayscale=1.0), full.p_grayscale
     stages["blur"] = with_policy(p_blur=1.0), full.p_blur
     stages["solarize"] = with_policy(p_solarize=1.0), full.p_solarize
     stages = {name: (stage, probability) for name, (stage, probability) in stages.items() if probability > 0}
@@ -131,7 +119,7 @@ def through_the_pipeline(sampler: Sampler, options: Options, console: Console) -
     taken["crop, resize and output"] = without - taken.get("reading and decoding", taken.get("main thread", 0.0))
     explained += sum(probability * float(np.median(taken[name])) for name, (_, probability) in stages.items())
     figures = report.Figures(
-        title=f"{options.dataset}, {full.size} px, executor {options.executor}, {options.workers} thread(s)",
+        title=f"{options.dataset}, {full.size} px, {options.workers} thread(s)",
         unit="CPU us per view that has the stage",
         turns={name: values.tolist() for name, values in taken.items()},
     )
@@ -203,7 +191,7 @@ def alone_turn(loop: Any, calls: Sequence[tuple[Any, ...]], seconds: float) -> f
     return 1e6 * (time.thread_time() - cpu) / count
 
 
-def alone(sampler: Sampler, options: Options, console: Console) -> report.Figures:
+def alone(sampler: Sampler, options: PipelineOptions, console: Console) -> report.Figures:
     """Time of each compiled function, in a thread of its own."""
     turns = {
         name: partial(alone_turn, in_a_loop(function), calls, options.seconds / 4)
@@ -216,18 +204,15 @@ def alone(sampler: Sampler, options: Options, console: Console) -> report.Figure
     )
 
 
-def measure(options: Options, console: Console) -> None:
+def measure(options: PipelineOptions, console: Console) -> None:
     options.check()
     sampler = options.sampler()
     through, remark = through_the_pipeline(sampler, options, console)
-    figures = [through]
-    if options.executor == "fused":
-        figures.append(alone(sampler, options, console))
-    report.publish(figures, options, console, [remark])
+    report.publish([through, alone(sampler, options, console)], options, console, [remark])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, prog="python -m benchmarks.stages", args=arguments, use_underscores=True)
+    options = tyro.cli(PipelineOptions, prog="python -m benchmarks.stages", args=arguments, use_underscores=True)
     return report.run(lambda: measure(options, Console(enabled=True)))
 
 

@@ -34,19 +34,17 @@ from pipelines.cpus import available_cpus
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.datasets.registry import DATA_SETS, DataSetName, open_data_set
 from pipelines.errors import UserError
-from pipelines.executors import ExecutorName
 from pipelines.loader import Loader, resolve_backend
 from pipelines.sampler import Sampler
 from stec.config import TrainConfig
 from stec.console import Console
 from stec.loaders import policy_of
 
-Contender = Literal["official", "v2", "torchvision", "dali", "compiled", "gpu"]
+Contender = Literal["official", "v2", "torchvision", "compiled", "gpu"]
 NAMES: dict[Contender, str] = {
     "official": "official-style: torchvision on Pillow images",
     "v2": "official-style: torchvision v2 on tensors",
     "torchvision": "our commands, by torchvision",
-    "dali": "our commands, by DALI's operators",
     "compiled": "our commands, by compiled operators in DALI",
     "gpu": "our commands, by compiled kernels in DALI on the GPU",
 }
@@ -98,7 +96,7 @@ class Options(PipelineOptions):
     contenders: tuple[Contender, ...] = tuple(name for name in get_args(Contender) if name != "gpu")
     """Which to measure; ratios are to the first."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where views are wanted. On cuda all but "dali" and "gpu" are made on the CPU and copied."""
+    """Where views are wanted. On cuda all but "gpu" are made on the CPU and copied."""
 
     def check(self) -> None:
         super().check()
@@ -108,7 +106,7 @@ class Options(PipelineOptions):
             raise UserError("--device cuda needs a GPU that torch can use, and there is none; use --device cpu.")
         if "gpu" in self.contenders and self.device == "cpu":
             raise UserError("--contenders gpu needs --device cuda.")
-        if {"dali", "compiled", "gpu"} & set(self.contenders):
+        if {"compiled", "gpu"} & set(self.contenders):
             resolve_backend("dali", torch.device(self.device))
 
 
@@ -172,9 +170,8 @@ def views_of(contender: Contender, options: Options) -> Iterator[Sequence[Tensor
     else:
         backend: Any = "torchvision" if contender == "torchvision" else "dali"
         # Compiled operators leave the GPU to others.
-        on = device if contender in ("dali", "gpu") else torch.device("cpu")
-        executor: ExecutorName = "dali" if contender == "dali" else "fused"
-        ours = Loader(sampler, backend=backend, device=on, workers=options.workers, executor=executor)
+        on = device if contender == "gpu" else torch.device("cpu")
+        ours = Loader(sampler, backend=backend, device=on, workers=options.workers)
         batches = ([batch.views] for batch in ours.batches(0))
     return ([views.to(device, non_blocking=True) for views in batch] for batch in batches)
 
@@ -241,8 +238,8 @@ def main_thread_ms(options: Options) -> dict[str, float]:
         values: Sequence[Any] = timed_inputs(source)
         return values
 
-    untimed_run, timed_inputs = feed.run_pipeline, timed("source", feed.TrainingFeed.host_inputs)
-    with patch.object(feed, "run_pipeline", timed_run), patch.object(feed.TrainingFeed, "host_inputs", inputs):
+    untimed_run, timed_inputs = feed.run_pipeline, timed("source", feed.TrainingFeed.next_inputs)
+    with patch.object(feed, "run_pipeline", timed_run), patch.object(feed.TrainingFeed, "next_inputs", inputs):
         ours = Loader(sampler, backend="dali", device=torch.device(options.device), workers=options.workers)
         step = timed("step", partial(next, ours.batches(0)))
         started = time.perf_counter()
@@ -270,7 +267,7 @@ def measure(options: Options, console: Console) -> None:
 
         for contender in options.contenders:
             add(NAMES[contender], views_turn, contender)
-        ours = {"dali", "compiled"} & set(options.contenders)
+        ours = "compiled" in options.contenders
         decoding = ("whole images, Pillow, one core", "whole images, DALI", "the needed part, DALI")
         if in_files:
             add(decoding[0], pillow_decoding_turn)
@@ -290,10 +287,9 @@ def measure(options: Options, console: Console) -> None:
         if in_files:
             alone = {name: values for name, values in taken.items() if name in decoding}
             figures.append(report.Figures(title=f"{title}, decoding alone", unit="images/s", turns=alone))
-            fastest = NAMES["compiled" if "compiled" in ours else "dali"]
             if ours and options.device == "cpu":
-                share = np.median(taken[fastest]) / np.median(taken[decoding[2]])
-                remarks.append(f"Decoding's share of the time of {fastest}: {share:.0%}.")
+                share = np.median(taken[NAMES["compiled"]]) / np.median(taken[decoding[2]])
+                remarks.append(f"Decoding's share of the time of {NAMES['compiled']}: {share:.0%}.")
         if ours:
             call = start()
             with console.waiting("main thread"):

@@ -39,8 +39,6 @@ class Feed(ABC):
         self._in_flight: deque[tuple[int, NDArray[np.int64]]] = deque()
         self._repeated: deque[int] = deque()
         self._kept: deque[Sequence[Any]] = deque(maxlen=4 * PREFETCH_DEPTH)
-        self._host: deque[Sequence[Any]] = deque()
-        self._device: deque[Sequence[Any]] = deque()
 
     @property
     def outdated(self) -> bool:
@@ -56,8 +54,8 @@ class Feed(ABC):
         """The images of a step."""
 
     @abstractmethod
-    def inputs(self, step: int) -> tuple[Sequence[Any], Sequence[Any]]:
-        """The inputs of a step on the host and on the GPU. Raises BadImage for an image that cannot be read."""
+    def inputs(self, step: int) -> Sequence[Any]:
+        """The inputs of a step. Raises BadImage for an image that cannot be read."""
 
     @abstractmethod
     def changed_files(self, image_ids: NDArray[np.int64], outputs: Sequence[Any]) -> NDArray[np.int64]:
@@ -67,19 +65,8 @@ class Feed(ABC):
     def exclude(self, images: Sequence[BadImage]) -> None:
         """Stop using these images, or raise an error."""
 
-    def host_inputs(self) -> Sequence[Any]:
-        """The next step's inputs on the host; DALI calls this and ``device_inputs`` once per step, in any order."""
-        if not self._host:
-            self._produce()
-        return self._host.popleft()
-
-    def device_inputs(self) -> Sequence[Any]:
-        """The next step's inputs on the GPU."""
-        if not self._device:
-            self._produce()
-        return self._device.popleft()
-
-    def _produce(self) -> None:
+    def next_inputs(self) -> Sequence[Any]:
+        """The next step's inputs."""
         if self._repeated:
             step = self._repeated.popleft()
         else:
@@ -88,16 +75,14 @@ class Feed(ABC):
         while True:
             image_ids = self.image_ids(step)
             try:
-                host, device = self.inputs(step)
+                inputs = self.inputs(step)
                 break
             except BadImage as bad:
                 # It may have become readable in the meantime.
                 self.exclude(self._bad_among(image_ids) or [bad])
         self._in_flight.append((step, image_ids))
-        self._kept.append(host)
-        self._host.append(host)
-        if device:
-            self._device.append(device)
+        self._kept.append(inputs)
+        return inputs
 
     def step_of(self, outputs: Sequence[Any]) -> int | None:
         """The step of the next outputs, or None if it has to be repeated because files have changed."""
@@ -206,18 +191,17 @@ class TrainingFeed(Feed):
         image_ids: NDArray[np.int64] = self._plan(step).image_ids
         return image_ids
 
-    def inputs(self, step: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    def inputs(self, step: int) -> Sequence[Any]:
         if isinstance(self.images, ImageFiles) and self.images.in_shards:
             self._announce_shards(self.images, step)
         plan = self._plan(step)
         by_name = self.executor.inputs(plan)
-        host = [by_name[name] for name in self.executor.host_inputs]
+        inputs = [by_name[name] for name in self.executor.input_names]
         packed, record = plan.commands.pack(), _record(plan, self.images)
-        device = [by_name[name] for name in self.executor.device_inputs]
         if self.executor.batch_is_sample:
-            whole = [*host, packed.reshape(-1, packed.shape[-1]), record]
-            return [values[None] for values in whole], device
-        return [*host, packed, record], device
+            whole = [*inputs, packed.reshape(-1, packed.shape[-1]), record]
+            return [values[None] for values in whole]
+        return [*inputs, packed, record]
 
     def exclude(self, images: Sequence[BadImage]) -> None:
         self.sampler.bad.add(images)
@@ -269,13 +253,13 @@ class EvaluationFeed(Feed):
     def image_ids(self, step: int) -> NDArray[np.int64]:
         return self.batches[min(step, len(self.batches) - 1)]
 
-    def inputs(self, step: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    def inputs(self, step: int) -> Sequence[Any]:
         assert self.form is not None
         image_ids = self.image_ids(step)
         resized_hw, corner = center_of_resized(self.image_files.image_hw(image_ids), self.resize_px, self.size)
         by_name = encoded_inputs(self.image_files, image_ids, self.form)
         by_name |= {"resized_hw": resized_hw.astype(np.float32), "corner": corner}
-        return [by_name[name] for name in evaluation_inputs(self.form)], []
+        return [by_name[name] for name in evaluation_inputs(self.form)]
 
     def exclude(self, images: Sequence[BadImage]) -> None:
         raise images[0]

@@ -18,7 +18,6 @@ from pipelines.datasets.bad_list import remember
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.devices import to_device
 from pipelines.errors import UserError
-from pipelines.executors import ExecutorName
 from pipelines.executors.torchvision import evaluation_batches, training_steps
 from pipelines.nvidia_driver import OLDEST_DRIVER, driver_is_older_than, driver_version
 from pipelines.sampler import Sampler
@@ -70,7 +69,7 @@ class Loader:
 
     ``workers`` is the number of DALI threads or torchvision worker processes. ``labeled_sampler`` adds labeled images
     for the online linear classifier to each batch, if the images of ``sampler`` have no labels. With ``half``, views
-    are float16. ``executor`` is the executor in DALI's graph. Raises UserError if it does not work on the GPU.
+    are float16. Raises UserError if DALI's kernels do not work on the GPU.
 
     A bad image is reported to ``sampler.bad``, and its step is repeated without it. A DALI pipeline makes views of one
     size; if the size changes, a new pipeline continues at the next step.
@@ -85,17 +84,15 @@ class Loader:
         workers: int,
         labeled_sampler: Sampler | None = None,
         half: bool = False,
-        executor: ExecutorName = "fused",
     ) -> None:
         self.sampler, self.device, self.workers, self.half = sampler, device, workers, half
         self.backend = resolve_backend(backend, device)
-        self.executor: ExecutorName = executor
-        if self.backend == "dali" and executor == "fused" and device.type == "cuda":
+        if self.backend == "dali" and device.type == "cuda":
             from pipelines.executors.self_check import require_equal_views
 
             require_equal_views(device)
         self.labeled_loader = (
-            Loader(labeled_sampler, backend=backend, device=device, workers=workers, half=half, executor=executor)
+            Loader(labeled_sampler, backend=backend, device=device, workers=workers, half=half)
             if labeled_sampler is not None
             else None
         )
@@ -128,7 +125,7 @@ class Loader:
         if self.backend == "torchvision":
             return self._torchvision_batches(first_step)
         options: dict[str, Any] = {"threads": self.workers, "half": self.half, "first_step": first_step}
-        return dali_batches(self.sampler, self.executor, self.device, **options)
+        return dali_batches(self.sampler, self.device, **options)
 
     def _torchvision_batches(self, first_step: int) -> Iterator[Batch]:
         dtype = torch.float16 if self.half else torch.float32
@@ -148,7 +145,7 @@ class Loader:
 
 
 def dali_batches(
-    sampler: Sampler, executor: ExecutorName, device: torch.device, *, threads: int, half: bool, first_step: int = 0
+    sampler: Sampler, device: torch.device, *, threads: int, half: bool, first_step: int = 0
 ) -> Iterator[Batch]:
     """Endless batches from global step ``first_step`` on, whose plans are executed in DALI's graph."""
     from pipelines.executors.graph import executor_class, training_pipeline
@@ -157,10 +154,10 @@ def dali_batches(
     step, by_view = first_step, (sampler.batch_size, sampler.views)
     while True:
         policy = sampler.policy_of(step)
-        graph = executor_class(executor, device)(sampler.images, policy, sampler.views, device, half=half)
+        graph = executor_class(device)(sampler.images, policy, sampler.views, device, half=half)
         feed = TrainingFeed(sampler, graph, step)
         options = pipeline_options(1 if graph.batch_is_sample else sampler.batch_size, threads, device)
-        pipeline = training_pipeline(graph, feed.host_inputs, feed.device_inputs, **options)
+        pipeline = training_pipeline(graph, feed.next_inputs, **options)
         for views, packed, record, *_ in run_pipeline(pipeline, feed, device):
             rows: NDArray[np.int64] = np.array(record.as_array()).reshape(-1, 4)
             assert rows[0, 1] == sampler.first_position(step), "DALI has lost or swapped a step"
@@ -249,7 +246,7 @@ class EvaluationLoader:
             assert feed.form is not None
             pipeline = evaluation_pipeline(
                 images,
-                feed.host_inputs,
+                feed.next_inputs,
                 self.size,
                 device="gpu" if self.device.type == "cuda" else "cpu",
                 form=feed.form,

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 RENAMED_SETTINGS = {"max_bad_share": "max_bad_fraction"}
+REMOVED_SETTINGS = {"executor": "fused"}
+"""Settings that exist no more, each with the only value that a file may give it."""
 RENAMED_RESULTS = {
     "linear_fit_before": "linear_probing_before",
     "linear_fit_after": "linear_probing_after",

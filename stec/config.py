@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.errors import UserError
-from pipelines.executors import SMALLEST_VIEW_PX, ExecutorName
+from pipelines.executors import SMALLEST_VIEW_PX
 from stec.architectures import Arch
-from stec.compatibility import RENAMED_SETTINGS, with_current_names
+from stec.compatibility import REMOVED_SETTINGS, RENAMED_SETTINGS, with_current_names
 from stec.normalization import Normalization
 from stec.settings import OnResume, Switch, check_ranges, checked_value, setting, settings_of
 
@@ -55,8 +55,6 @@ class DataSettings:
     """1: rotate image files by their EXIF orientation (photographs); 0: use them as stored, as ImageFolder does."""
     backend: Literal["auto", "dali", "torchvision"] = setting("auto")
     """Library that executes the commands; auto is DALI if it is installed."""
-    executor: ExecutorName = setting("fused")
-    """What executes them in DALI's graph: fused kernels with torchvision's arithmetic, or DALI's own operators."""
     num_workers: int | None = setting(None, at_least=0, on_resume="free")
     """DALI threads or torchvision worker processes per training process; default: its part of the CPUs."""
 
@@ -371,6 +369,8 @@ def with_settings(base: TrainConfig, settings: Mapping[str, Any], source: str) -
     groups = group_of_settings()
     values = {}
     for name, value in with_current_names(settings, RENAMED_SETTINGS).items():
+        if (name, value) in REMOVED_SETTINGS.items():
+            continue
         if name not in groups:
             near = difflib.get_close_matches(name, groups, n=1)
             hint = f"did you mean {near[0]}?" if near else "see launch.py --help for the known ones."

@@ -108,7 +108,6 @@ def training_loader(
         backend=config.data.backend,
         device=device,
         workers=num_workers(config.data, device),
-        executor=config.data.executor,
         labeled_sampler=labeled_sampler,
         # DALI has no bfloat16; float16 resolves [0, 1] more finely.
         half=device.type == "cuda" and precision != "no",

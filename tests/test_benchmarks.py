@@ -33,7 +33,6 @@ from benchmarks import (
     throughput,
 )
 from pipelines.datasets.images import ImageFiles
-from pipelines.executors import EXECUTORS
 from pipelines.executors import torchvision as reference
 from stec.cli.train import parse_train
 from stec.console import Console
@@ -113,15 +112,11 @@ def test_the_baselines_draw_from_our_policy(cifar10: list[str], kind: Any) -> No
         assert float(measure(theirs)) == pytest.approx(float(measure(ours)), rel=0.15)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_stages_of_arrays(cifar10: list[str], tmp_path: Path, executor: str) -> None:
-    flags = [*cifar10, *BRIEF, "--executor", executor]
-    through, *alone = figures(run(stages.main, flags, tmp_path))
+def test_stages_of_arrays(cifar10: list[str], tmp_path: Path) -> None:
+    through, alone = figures(run(stages.main, [*cifar10, *BRIEF], tmp_path))
     assert through["whole policy"][0] > 0 and "blur" not in through, "CIFAR-10's policy does not blur"
-    assert bool(alone) == (executor == "fused")
-    for turns in alone:
-        assert {"crop, resize", "brightness", "hue", "gray", "output"} <= set(turns)
-        assert all(0 < values[0] < 1000 for values in turns.values())
+    assert {"crop, resize", "brightness", "hue", "gray", "output"} <= set(alone)
+    assert all(0 < values[0] < 1000 for values in alone.values())
 
 
 def test_stages_of_files(photographs: ImageFiles, tmp_path: Path) -> None:
@@ -179,13 +174,12 @@ def test_exactness(cifar10: list[str], tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(reference, "solarize", watched)
     flags = ["--cifar10", cifar10[-1], "--views", "40", "--workers", "1"]
     (rows,) = run(exactness.main, flags, tmp_path, "--picture")["rows"].values()
-    assert len(rows) == 16 and all(row["mean"] <= row["largest"] for row in rows)
-    means = {(row["what"], row["executor"]): row["mean"] for row in rows}
-    assert means["solarize alone", "compiled"] == means["solarize alone", "DALI's own"] == 0
+    assert all(row["mean"] <= row["largest"] for row in rows)
+    means = {row["what"]: row["mean"] for row in rows if row["device"] == "CPU"}
+    assert len(means) == 8 and means["solarize alone"] == means["gray alone"] == 0
     assert largest and min(largest) > 0.9, "it is given views that are not solarized yet"
-    assert 0 < means["jitter 1", "compiled"] < 0.05 < means["jitter 1", "DALI's own"]
     # The torchvision of the comparison leaves the hue as it is, too.
-    assert means["jitter 0.5, hue off", "DALI's own"] < means["jitter 0.5", "DALI's own"]
+    assert means["jitter 0.5, hue off"] < 0.05 and 0 < means["jitter 1"] < 0.05
 
 
 def test_exactness_tells_of_an_exceeded_limit() -> None:

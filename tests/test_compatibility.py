@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import launch
 import stec
+from stec.cli.train import parse_train
 from stec.runs.run_record import read_run
 from tests.runs import Run
 
@@ -100,3 +101,10 @@ def test_an_old_run_is_read_with_the_present_names() -> None:
 def test_an_old_flag_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main(["--max_bad_share", "0.25", "--print_config"]) == 0
     assert json.loads(capsys.readouterr().out)["max_bad_fraction"] == 0.25
+
+
+def test_a_removed_setting_is_read(tmp_path: Path) -> None:
+    """With the value that all runs have now."""
+    (tmp_path / "config.json").write_text(json.dumps({"executor": "fused", "width": 8}))
+    config, _ = parse_train(["--config", str(tmp_path / "config.json")])
+    assert config.model.width == 8

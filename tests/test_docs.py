@@ -306,7 +306,7 @@ commands, upside_down = plan.commands, plan.commands.upside_down
 assert 0.2 < upside_down.mean() < 0.8
 theta = window_matrices(commands)
 assert ((theta[..., 1, 1] < 0) == upside_down).all() and ((theta[..., 0, 0] < 0) == commands.flip).all()
-loader = Loader(sampler, backend="dali", device=torch.device("cpu"), workers=1, executor="dali")
+loader = Loader(sampler, backend="dali", device=torch.device("cpu"), workers=1)
 batch = next(loader.batches(0))
 upright = replace(commands, upside_down=upside_down & False)
 gpu = HostKernels(build(Path("kernels.so").absolute(), "-shared", reach=0, threads=1), 0) if which("g++") else None

@@ -1,4 +1,4 @@
-"""The fused executor on a GPU: its graph and inputs without one, its check on first use, and its views on one."""
+"""The executor on a GPU: its graph and inputs without one, its check on first use, and its views on one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import pytest
 import torch
 
 import pipelines.loader
-from benchmarks.roofline import operators_of
 from pipelines.batch import Batch
 from pipelines.commands import VIEWS, Policy
 from pipelines.datasets.images import ImageArray, ImageFiles, Images
 from pipelines.errors import UserError
-from pipelines.executors import ExecutorName, gpu, self_check
+from pipelines.executors import gpu, self_check
 from pipelines.executors.gpu import GpuExecutor
 from pipelines.executors.gpu_compiler import KERNELS, LoadedKernel
 from pipelines.executors.graph import training_pipeline
@@ -51,7 +50,7 @@ def test_the_graph_can_be_defined_without_a_gpu(
     executor = GpuExecutor(images, POLICY, VIEWS, GPU, half=half)
     batch_size = 1 if executor.batch_is_sample else 8
     pipeline = training_pipeline(
-        executor, lambda: [], lambda: [], batch_size=batch_size, num_threads=1, device_id=0, prefetch_queue_depth=2
+        executor, lambda: [], batch_size=batch_size, num_threads=1, device_id=0, prefetch_queue_depth=2
     )
     views, commands, record, *_ = pipeline._graph_out
     assert views.device == "gpu" and commands.device == record.device == "cpu"
@@ -82,9 +81,9 @@ def test_inputs_of_a_batch_make_its_views(
     )
     sampler = Sampler(images, POLICY, seed=2, batch_size=16)
     executor = GpuExecutor(images, POLICY, VIEWS, GPU)
-    host, device = TrainingFeed(sampler, executor, 0).inputs(0)
-    assert not device and {len(values) for values in host} == {1}
-    where, weights, packed, record = (values[0] for values in host)
+    inputs = TrainingFeed(sampler, executor, 0).inputs(0)
+    assert {len(values) for values in inputs} == {1}
+    where, weights, packed, record = (values[0] for values in inputs)
     kernels: HostKernels = host_kernels(POLICY)
     cropped, sums = kernels._outputs(len(packed), POLICY.size)
     kernels._call("run_crop_of_memory", 7, len(packed), POLICY.size, cropped, sums, where, packed)
@@ -117,22 +116,24 @@ def test_outputs_have_the_shapes_that_kernels_write() -> None:
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, ExecutorName]:
-    """Views for the GPU are made on the CPU, by the executor in the dictionary."""
-    made_by: dict[str, ExecutorName] = {"executor": "fused"}
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, int]:
+    """Views for the GPU are made on the CPU; each value of theirs is off by the number of levels in the dictionary."""
+    off = {"levels": 0}
     real = pipelines.loader.dali_batches
 
-    def dali_batches(sampler: Sampler, executor: ExecutorName, device: torch.device, **options: Any) -> Iterator[Batch]:
-        return real(sampler, made_by["executor"] if device == GPU else executor, CPU, **options)
+    def dali_batches(sampler: Sampler, device: torch.device, **options: Any) -> Iterator[Batch]:
+        for batch in real(sampler, CPU, **options):
+            levels = off["levels"] if device == GPU else 0
+            yield dataclasses.replace(batch, views=batch.views + levels / 255) if levels else batch
 
     monkeypatch.setattr(pipelines.loader, "dali_batches", dali_batches)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(self_check, "_fingerprint", lambda name: "fingerprint")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return made_by
+    return off
 
 
-def test_equal_views_are_checked_once(pretended_gpu: dict[str, ExecutorName], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_views_are_checked_once(pretended_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     check = self_check.require_equal_views.__wrapped__
     differing, views = self_check.differing_views(GPU)
     assert differing == 0 and views == 2 * self_check.STEPS * self_check.BATCH_SIZE * VIEWS
@@ -146,25 +147,23 @@ def test_equal_views_are_checked_once(pretended_gpu: dict[str, ExecutorName], mo
         check(GPU)
 
 
-def test_other_views_are_an_error_that_is_not_kept(pretended_gpu: dict[str, ExecutorName]) -> None:
-    """DALI's operators round differently. A loader of the user fails before its first batch."""
+def test_other_views_are_an_error_that_is_not_kept(pretended_gpu: dict[str, int]) -> None:
+    """A loader of the user fails before its first batch."""
     self_check.require_equal_views.cache_clear()
-    pretended_gpu["executor"] = "dali"
+    pretended_gpu["levels"] = 1
     images = self_check._images()
-    with pytest.raises(UserError, match=r"--executor dali"):
+    with pytest.raises(UserError, match=r"--backend torchvision"):
         Loader(Sampler(images, POLICY, seed=0, batch_size=4), backend="dali", device=GPU, workers=1)
-    pretended_gpu["executor"] = "fused"
+    pretended_gpu["levels"] = 0
     Loader(Sampler(images, POLICY, seed=0, batch_size=4), backend="dali", device=GPU, workers=1)
     self_check.require_equal_views.cache_clear()
 
 
-def test_images_in_the_wrong_place_are_found(
-    pretended_gpu: dict[str, ExecutorName], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_in_the_wrong_place_are_found(pretended_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     equal = pipelines.loader.dali_batches
 
-    def swapped(sampler: Sampler, executor: ExecutorName, device: torch.device, **options: Any) -> Iterator[Batch]:
-        for batch in equal(sampler, executor, device, **options):
+    def swapped(sampler: Sampler, device: torch.device, **options: Any) -> Iterator[Batch]:
+        for batch in equal(sampler, device, **options):
             yield dataclasses.replace(batch, views=batch.views.flip(0)) if device == GPU else batch
 
     monkeypatch.setattr(pipelines.loader, "dali_batches", swapped)
@@ -173,14 +172,26 @@ def test_images_in_the_wrong_place_are_found(
 
 
 def test_kernels_that_do_not_run_are_an_error_with_a_remedy(
-    pretended_gpu: dict[str, ExecutorName], monkeypatch: pytest.MonkeyPatch
+    pretended_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(device: torch.device) -> None:
         raise RuntimeError("CUDA failed: no kernel image")
 
     monkeypatch.setattr(self_check, "differing_views", fail)
-    with pytest.raises(UserError, match=r"no kernel image.*--executor dali"):
+    with pytest.raises(UserError, match=r"no kernel image.*--backend torchvision"):
         self_check.require_equal_views.__wrapped__(GPU)
+
+
+def operators_of(pipeline: Any) -> list[Any]:
+    """Every operator of a defined graph."""
+    operators: dict[int, Any] = {}
+    waiting = [node.source for node in pipeline._graph_out]
+    while waiting:
+        operator = waiting.pop()
+        if id(operator) not in operators:
+            operators[id(operator)] = operator
+            waiting += [node.source for node in operator.inputs]
+    return list(operators.values())
 
 
 def decoder_specs(pipeline: Any) -> list[str]:
@@ -200,12 +211,13 @@ def test_decoders_on_a_gpu(without_gpu: None, deterministic: bool, photographs: 
         images = dataclasses.replace(photographs, sizes=sizes)
         options = {"batch_size": 8, "num_threads": 1, "device_id": 0}
         executor = GpuExecutor(images, POLICY, VIEWS, GPU)
-        training = training_pipeline(executor, lambda: [], lambda: [], **options)
+        training = training_pipeline(executor, lambda: [], **options)
         evaluation = evaluation_pipeline(images, lambda: [], 64, device="gpu", form="path", **options)
     finally:
         torch.use_deterministic_algorithms(False)
     specs = [*decoder_specs(training), *decoder_specs(evaluation)]
     assert len(specs) == 2
+    assert not any("ImageSlice" in operator.name for operator in operators_of(training)), "whole images are decoded"
     for spec in specs:
         assert "jpeg_fancy_upsampling: True" in spec
         assert ("hw_decoder_load: 0" in spec) == deterministic

@@ -237,7 +237,7 @@ def test_kernels_compile_for_gpus(architecture: str, reach: int) -> None:
 def test_the_largest_blur_fits_into_shared_memory() -> None:
     shared = {name: used["shared_bytes"] for name, used in compile_kernels(MAX_REACH, "sm_80").resources().items()}
     assert max(shared.values()) <= 48 * 1024
-    with pytest.raises(UserError, match="--executor dali"):
+    with pytest.raises(UserError, match="--backend torchvision"):
         largest_reach(Policy(size=1024, p_blur=0.5))
     assert largest_reach(Policy(size=1024)) == 0
 

@@ -1,24 +1,17 @@
 """The ways to execute commands, one file each.
 
 An executor in a DALI graph is a class that implements ``graph.Executor``: it defines the inputs of the graph and the
-graph that makes the views from them. A new one is a file and a row of ``EXECUTORS``.
+graph that makes the views from them.
 ``torchvision`` executes the same commands without DALI, as the reference of the tests and if DALI is not installed.
 """
 
-from typing import Any, Literal
+from typing import Any
 
-ExecutorName = Literal["fused", "dali"]
 SMALLEST_VIEW_PX = 16
 """Smallest height and width of a view in px."""
 DataNode = Any
 """A node of a DALI graph; DALI's type stubs lack attributes that it adds at run time."""
 
-EXECUTORS: dict[ExecutorName, dict[str, str]] = {
-    "fused": {"cpu": "pipelines.executors.cpu:CpuExecutor", "cuda": "pipelines.executors.gpu:GpuExecutor"},
-    "dali": {
-        "cpu": "pipelines.executors.dali_operators:DaliExecutor",
-        "cuda": "pipelines.executors.dali_operators:DaliExecutor",
-    },
-}
-"""The classes of executors in a DALI graph, by type of device. ``fused`` executes all stages of a view in one compiled
-function on a CPU, and in two kernels, with the same arithmetic, on a GPU; ``dali`` uses DALI's operators."""
+EXECUTORS = {"cpu": "pipelines.executors.cpu:CpuExecutor", "cuda": "pipelines.executors.gpu:GpuExecutor"}
+"""The classes of executors in a DALI graph, by type of device: all stages of a view in one compiled function on a CPU,
+and in two kernels, with the same arithmetic, on a GPU."""

@@ -46,18 +46,15 @@ class CompiledViews(ops.python_op_factory("CompiledViews", "NumbaFuncImpl", "Num
 class CpuExecutor:
     """Images in memory enter the graph as addresses, images in files are decoded in it."""
 
-    device_inputs: tuple[str, ...] = ()
     batch_is_sample = False
 
     def __init__(self, images: Images, policy: Policy, views: int, device: torch.device, *, half: bool = False) -> None:
         assert device.type == "cpu", "its operator runs on CPUs only"
         if policy.size < SMALLEST_VIEW_PX:
-            raise UserError(
-                f"Views of {policy.size} px are too small for this executor; use {SMALLEST_VIEW_PX} or more."
-            )
+            raise UserError(f"Views of {policy.size} px are too small; use {SMALLEST_VIEW_PX} or more.")
         self.images, self.policy, self.num_views, self.device, self.half = images, policy, views, device, half
         self.files = Files(images, "cpu") if isinstance(images, ImageFiles) else None
-        self.host_inputs: tuple[str, ...] = ("addresses",) if self.files is None else (*self.files.names, "placement")
+        self.input_names: tuple[str, ...] = ("addresses",) if self.files is None else (*self.files.names, "placement")
 
     def inputs(self, plan: BatchPlan) -> dict[str, Any]:
         blur_window_px = self.policy.blur_window_px

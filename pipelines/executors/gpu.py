@@ -62,8 +62,6 @@ class Kernel(ops.python_op_factory("GpuKernel", "NumbaFuncImpl", "NumbaFuncImpl"
 class GpuExecutor:
     """The two kernels, after the upload or the decoder. ``half`` makes the second write float16."""
 
-    device_inputs: tuple[str, ...] = ()
-
     def __init__(self, images: Images, policy: Policy, views: int, device: torch.device, *, half: bool = False) -> None:
         assert device.type == "cuda", "its operators run on GPUs only"
         self.images, self.policy, self.num_views, self.device = images, policy, views, device
@@ -71,7 +69,7 @@ class GpuExecutor:
         self.files = Files(images, "gpu") if isinstance(images, ImageFiles) else None
         self.batch_is_sample = self.files is None
         opening = ("where",) if self.files is None else self.files.names
-        self.host_inputs: tuple[str, ...] = (*opening, "blur_weights")
+        self.input_names: tuple[str, ...] = (*opening, "blur_weights")
         # Not while the graph is defined: DALI would translate the compiler's own code.
         kernels = load_kernels(self.reach, device)
         shapes = gpu_shape_function(policy.size, num_tiles(policy.size))

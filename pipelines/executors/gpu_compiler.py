@@ -48,7 +48,7 @@ def largest_reach(policy: Policy) -> int:
     reach = blur_reach(policy.sigma_px[1], policy.blur_window_px)
     if reach > MAX_REACH:
         raise UserError(
-            f"Views of {policy.size} px with blur are too large for --executor fused on a GPU; use --executor dali."
+            f"Views of {policy.size} px with blur are too large for the kernels on a GPU; use --backend torchvision."
         )
     return reach
 

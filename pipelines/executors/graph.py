@@ -11,7 +11,7 @@ from nvidia.dali import fn, pipeline_def
 
 from pipelines.commands import Policy
 from pipelines.datasets.images import Images
-from pipelines.executors import EXECUTORS, DataNode, ExecutorName
+from pipelines.executors import EXECUTORS, DataNode
 from pipelines.executors.image_files import Files
 from pipelines.sampler import BatchPlan
 
@@ -24,10 +24,8 @@ class Executor(Protocol):
     The views have the size of ``policy``.
     """
 
-    host_inputs: tuple[str, ...]
-    """Names of the inputs on the host: NumPy arrays [N, ...], or lists of N arrays."""
-    device_inputs: tuple[str, ...]
-    """Names of the inputs on the GPU: tensors [N, ...]. They are copied on PyTorch's current stream."""
+    input_names: tuple[str, ...]
+    """Names of the inputs: NumPy arrays [N, ...], or lists of N arrays."""
     files: Files | None
     """How image files enter the graph; None for images in memory."""
     batch_is_sample: bool
@@ -49,35 +47,24 @@ class Executor(Protocol):
         """
 
 
-def executor_class(name: ExecutorName, device: torch.device) -> type[Executor]:
-    """The class in a row of ``EXECUTORS``."""
-    kind: type[Executor] = pkgutil.resolve_name(EXECUTORS[name][device.type])
+def executor_class(device: torch.device) -> type[Executor]:
+    """The class in ``EXECUTORS``."""
+    kind: type[Executor] = pkgutil.resolve_name(EXECUTORS[device.type])
     return kind
 
 
-def training_pipeline(
-    executor: Executor,
-    host_source: Callable[[], Sequence[Any]],
-    device_source: Callable[[], Sequence[Any]],
-    **pipeline_options: Any,
-) -> Any:
+def training_pipeline(executor: Executor, source: Callable[[], Sequence[Any]], **pipeline_options: Any) -> Any:
     """A pipeline that makes the views of one batch per run.
 
-    ``host_source`` returns the host inputs of the executor, the packed commands [N, V, 20] and the record [N, 4]
-    (epoch, position, image id, label); ``device_source`` its inputs on the GPU. The pipeline returns the views [N, V,
-    size, size, 3] in [0, 1]; the commands and the record; and, for files, their ``stored_size`` [N, 3].
+    ``source`` returns the inputs of the executor, the packed commands [N, V, 20] and the record [N, 4] (epoch,
+    position, image id, label). The pipeline returns the views [N, V, size, size, 3] in [0, 1]; the commands and the
+    record; and, for files, their ``stored_size`` [N, 3].
     """
-    names = (*executor.host_inputs, "commands", "record")
+    names = (*executor.input_names, "commands", "record")
 
     @pipeline_def(enable_conditionals=True, exec_dynamic=True, **pipeline_options)  # type: ignore[untyped-decorator]
     def pipeline() -> tuple[DataNode, ...]:
-        nodes = dict(zip(names, fn.external_source(host_source, num_outputs=len(names), batch=True, no_copy=True)))
-        if executor.device_inputs:
-            # Copied, because DALI's streams do not wait for PyTorch's, and PyTorch may reuse the memory too early.
-            on_device = fn.external_source(
-                device_source, num_outputs=len(executor.device_inputs), batch=True, no_copy=False, device="gpu"
-            )
-            nodes.update(zip(executor.device_inputs, on_device))
+        nodes = dict(zip(names, fn.external_source(source, num_outputs=len(names), batch=True, no_copy=True)))
         views, *stored_size = executor.views(nodes, nodes["commands"])
         return views, nodes["commands"], nodes["record"], *stored_size
 

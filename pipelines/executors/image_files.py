@@ -79,7 +79,7 @@ def stored_size(encoded: DataNode, images: ImageFiles) -> DataNode:
     Commands rely on the size that it had when they were drawn, and GPUs decode truncated JPEGs without an error.
     """
     shape = fn.peek_image_shape(encoded, adjust_orientation=images.exif_orientation)
-    return fn.cat(shape[:2], fn.shapes(encoded))  # type: ignore[attr-defined]  # the stubs lack it
+    return fn.cat(shape[:2], encoded.shape())
 
 
 def gpu_decoder_options() -> dict[str, Any]:

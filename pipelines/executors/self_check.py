@@ -1,4 +1,4 @@
-"""The check of the fused kernels on a GPU before their first use: they make the views that the CPU makes, in order.
+"""The check of the kernels on a GPU before their first use: they make the views that the CPU makes, in order.
 
 Images are in memory and in files. All of them differ, so an image in another's place is found as well. The outcome is
 kept on disk for each GPU, driver, and version of the libraries and kernels.
@@ -32,7 +32,7 @@ from pipelines.sampler import Sampler
 NUM_IMAGES, BATCH_SIZE, STEPS = 16, 4, 8
 HEIGHT_PX, WIDTH_PX = 40, 56
 POLICY = Policy(size=48, jitter_strength=1.0, p_blur=0.5, p_solarize=0.3)
-REMEDY = "use --executor dali or --backend torchvision"
+REMEDY = "use --backend torchvision"
 
 
 @cache
@@ -47,10 +47,10 @@ def require_equal_views(device: torch.device) -> None:
         differing, views = differing_views(device)
     except (RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise UserError(f"The fused kernels do not run on {name} ({reason}); {REMEDY}.", local=True) from error
+        raise UserError(f"The kernels do not run on {name} ({reason}); {REMEDY}.", local=True) from error
     if differing:
         raise UserError(
-            f"The fused kernels on {name} make {differing} of {views} views differently from the CPU; {REMEDY}.",
+            f"The kernels on {name} make {differing} of {views} views differently from the CPU; {REMEDY}.",
             local=True,
         )
     # Failures are not kept: they are found again in a second, or are gone.
@@ -83,7 +83,7 @@ def _batches(images: Images, device: torch.device) -> Iterator[Batch]:
     from pipelines.loader import dali_batches
 
     sampler = Sampler(images, POLICY, seed=0, batch_size=BATCH_SIZE)
-    return itertools.islice(dali_batches(sampler, "fused", device, threads=2, half=False), STEPS)
+    return itertools.islice(dali_batches(sampler, device, threads=2, half=False), STEPS)
 
 
 def _images() -> ImageArray:
