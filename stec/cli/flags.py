@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 from stec.compatibility import RENAMED_SETTINGS
 from stec.distributed.launcher import is_main_process
@@ -105,6 +106,21 @@ def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
         instance_from_str=lambda words: as_path(words[0]),
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda path: [str(path)],
+    )
+
+
+@PATHS.primitive_rule
+def _location_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[RemoteFolder] | None:
+    if info.type is not RemoteFolder:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="URL",
+        instance_from_str=lambda words: RemoteFolder.parse(words[0]),
+        is_instance=lambda value: isinstance(value, RemoteFolder),
+        str_from_instance=lambda folder: [str(folder)],
     )
 
 
