@@ -228,7 +228,7 @@ class EvaluationLoader:
         size = self.batch_size
         batches = [image_ids[k : k + size] for image_ids in id_ranges for k in range(0, len(image_ids), size)]
         made = self._images(batches)
-        if isinstance(self.images, ImageFiles) and batches:
+        if isinstance(self.images, ImageFiles) and self.images.shards is not None and batches:
             order = ShardOrder(self.images.shard_of[np.concatenate(batches)])
             firsts = np.cumsum([0, *map(len, batches)])
             made = reading_ahead(self.images, made, lambda k: order.after(firsts[k]))

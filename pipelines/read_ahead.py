@@ -63,7 +63,7 @@ def reading_ahead(
 
 
 class _Transfers:
-    """Threads that fetch what was wanted last, and each shard once: while nobody asks, other readers may need the cache.
+    """Threads that fetch what was wanted last, each shard once: while nobody asks, others may need the cache.
 
     A shard that cannot be fetched is left to who needs it, with the error.
     """

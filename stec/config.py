@@ -42,7 +42,7 @@ class DataSettings:
     dataset: DataSetName = setting("demo", on_resume="never")
     """Data set to train on; demo is generated and needs no files."""
     data_dir: Path | RemoteFolder | None = setting(None, on_resume="free")
-    """Folder that holds the data set; for imagenet and folder also the URL (s3://, https://, ...) of one with shards."""
+    """Folder that holds the data set; or, of imagenet and folder, the URL of one with shards (s3://, ...)."""
     cache_dir: Path | None = setting(None, on_resume="free")
     """Local folder into which shards of a URL are fetched; default: ~/.cache/stec/shards. Processes share it."""
     cache_gb: float = setting(50.0, above=0, on_resume="free")

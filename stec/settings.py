@@ -51,7 +51,7 @@ def settings_of(config: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
     """``fields_of`` a configuration, each with its value."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(field.default):
             yield from settings_of(value)
         else:
             yield field, value

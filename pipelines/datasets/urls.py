@@ -37,13 +37,6 @@ class RemoteFolder:
     cache_gb: float = 50.0
     """The most bytes in the cache, in units of 10^9, for all data sets and processes that share it."""
 
-    @classmethod
-    def parse(cls, text: str) -> RemoteFolder:
-        """Raises ValueError if ``text`` is no URL."""
-        if not is_url(text):
-            raise ValueError("it is no URL")
-        return cls(text)
-
     def __str__(self) -> str:
         return self.url
 

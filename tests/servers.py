@@ -1,0 +1,81 @@
+"""A real http server on this machine that fails, cuts off or delays what a test wants."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+class HttpServer(ThreadingHTTPServer):
+    """Serves a folder; ``index`` is whether folders have a page with links."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
+        self.fetched: Counter[str] = Counter()
+        """How often files were asked for, by name; not questions for their size."""
+        self.failing: Counter[str] = Counter()
+        """How often files are still to be refused, by name."""
+        self.cut: Counter[str] = Counter()
+        """How often files are still to end after half of their bytes, by name."""
+        self.seconds: dict[str, float] = {}
+        """How long a file takes, by name; "" for all others."""
+        self.index = True
+
+    def handle_error(self, _request: Any, _address: Any) -> None:
+        """Clients may go away."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    server: HttpServer
+
+    def log_message(self, *_arguments: Any) -> None:
+        pass
+
+    def list_directory(self, path: Any) -> Any:
+        if self.server.index:
+            return super().list_directory(path)
+        self.send_error(403)
+        return None
+
+    def do_GET(self) -> None:
+        name = Path(self.path).name
+        if not name.endswith((".tar", ".parquet")):
+            return super().do_GET()
+        self.server.fetched[name] += 1
+        if self.server.failing[name] > 0:
+            self.server.failing[name] -= 1
+            return self.send_error(503)
+        time.sleep(self.server.seconds.get(name, self.server.seconds.get("", 0)))
+        if self.server.cut[name] > 0:
+            self.server.cut[name] -= 1
+            content = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            # Without a length: the client takes the end of the connection for that of the file.
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            return None
+        return super().do_GET()
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[HttpServer]:
+    server = HttpServer(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
