@@ -1,7 +1,8 @@
-"""A real http server on this machine that fails, cuts off or delays what a test wants."""
+"""A real http server on this machine that fails, cuts off or delays what a test wants, and processes that read."""
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 from collections import Counter
@@ -10,7 +11,10 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.datasets.images import ImageFiles
 
 
 class HttpServer(ThreadingHTTPServer):
@@ -29,6 +33,8 @@ class HttpServer(ThreadingHTTPServer):
         self.seconds: dict[str, float] = {}
         """How long a file takes, by name; "" for all others."""
         self.index = True
+        self.password: str | None = None
+        """The Authorization that files need, if any."""
 
     def handle_error(self, _request: Any, _address: Any) -> None:
         """Clients may go away."""
@@ -55,6 +61,8 @@ class _Handler(SimpleHTTPRequestHandler):
         if not name.endswith((".tar", ".parquet")):
             return super().do_GET()
         self.server.fetched[name] += 1
+        if self.headers["Authorization"] != self.server.password is not None:
+            return self.send_error(401)
         if self.server.failing[name] > 0:
             self.server.failing[name] -= 1
             return self.send_error(503)
@@ -68,6 +76,16 @@ class _Handler(SimpleHTTPRequestHandler):
             self.wfile.write(content[: len(content) // 2])
             return None
         return super().do_GET()
+
+
+PROCESSES = multiprocessing.get_context("spawn")
+"""Of processes that load no more than they need."""
+
+
+def read_all(images: ImageFiles, order: int) -> None:
+    """Decode all images, in this order (1) or the opposite one (-1)."""
+    for n in range(len(images))[::order]:
+        images.open(n)
 
 
 @contextmanager

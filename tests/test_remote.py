@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
 import sys
@@ -35,8 +34,7 @@ from pipelines.errors import UserError
 from pipelines.loader import EvaluationLoader, Loader
 from pipelines.sampler import Sampler
 from pipelines.splits import read_split, verify_split
-from tests.runs import PROCESSES, Run
-from tests.servers import HttpServer, serving
+from tests.servers import PROCESSES, HttpServer, read_all, serving
 from tests.test_index import encode, make_image, write_shards
 
 SHARDS, PER_SHARD = 6, 8
@@ -163,7 +161,7 @@ def test_processes_share_a_cache(data: Path, server: HttpServer, tmp_path: Path)
         cache = tmp_path / folder
         remote = RemoteFolder(server.url + "/train", cache, cache_gb)
         shared = replace(images, shards=replace(images.shards, remote=remote, folder=cache))
-        readers = [PROCESSES.Process(target=_read_all, args=(shared, order)) for order in (1, 1, -1)]
+        readers = [PROCESSES.Process(target=read_all, args=(shared, order)) for order in (1, 1, -1)]
         for reader in readers:
             reader.start()
         sizes = [0]
@@ -179,13 +177,9 @@ def test_processes_share_a_cache(data: Path, server: HttpServer, tmp_path: Path)
         assert not [path.name for path in cache.iterdir() if path.name.endswith((".part", ".tar.lock"))]
 
 
-def _read_all(images: ImageFiles, order: int) -> None:
-    for n in range(len(images))[::order]:
-        images.open(n)
-    os._exit(0)
-
-
-def test_failures_are_retried_and_then_named(server: HttpServer, tmp_path: Path) -> None:
+def test_failures_are_retried_and_then_named(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = train_images(RemoteFolder(server.url, tmp_path / "cache"))
     before = np.asarray(images.open(0))
 
@@ -195,6 +189,13 @@ def test_failures_are_retried_and_then_named(server: HttpServer, tmp_path: Path)
         server.fetched.clear()
         return images.open(0)
 
+    server.password = "Basic dXNlcjp3b3Jk"
+    with pytest.raises(UserError, match=r"train-000.tar cannot be read without the right credentials .*netrc"):
+        fetch_again()
+    assert server.fetched["train-000.tar"] == 1
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password word")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert np.array_equal(np.asarray(fetch_again()), before)
     for injected in (server.failing, server.cut):
         injected["train-000.tar"] = 4
         assert np.array_equal(np.asarray(fetch_again()), before)
@@ -231,7 +232,7 @@ def test_what_a_killed_process_left_is_deleted(server: HttpServer, tmp_path: Pat
         path.unlink()
     (cache / "notes.txt").write_text("of somebody else")
     server.seconds["train-000.tar"] = 60
-    reader = PROCESSES.Process(target=_read_all, args=(images, 1))
+    reader = PROCESSES.Process(target=read_all, args=(images, 1))
     reader.start()
     while not list(cache.glob(".*.tar.*.lock")):
         time.sleep(0.01)
@@ -319,6 +320,8 @@ def test_mistakes_are_one_sentence(
     assert_refused(*command(url, dataset="cifar10"), names=("cifar10", "folder"))
     assert_refused(*command("nosuch://host/folder"), names=("nosuch",))
     assert_refused("index", "nosuch://host/folder", names=("nosuch",))
+    (tmp_path / "file").touch()
+    assert_refused(*command(url, "--cache_dir", f"{tmp_path}/file/cache"), names=(f"{tmp_path}/file/cache",))
     assert_refused(*command(f"{url}/train"), names=(f"{url}/train/train",))
     for protocol, package, install in (
         ("https", "aiohttp", "stec[remote]"),
@@ -365,29 +368,3 @@ def test_s3(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
         server.stop()
-
-
-def test_a_run_waits_for_a_slow_server_and_ends_with_the_same_bits(
-    data: Path, server: HttpServer, tmp_path: Path
-) -> None:
-    """The time spent waiting for shards is in the fraction that the run reports."""
-    Run(*command(str(data)), "--results_path", tmp_path / "local").end()
-    Run("index", server.url, "--cache_dir", tmp_path / "shards").end()
-    for path in (tmp_path / "shards").glob("*.tar"):
-        path.unlink()
-    server.seconds[""] = 1.5
-    flags = ["--cache_dir", tmp_path / "shards", "--cache_gb", "1", "--results_path", tmp_path / "remote"]
-    Run(*command(server.url), *flags).end()
-    local, remote = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("local", "remote")
-    )
-    assert remote[0]["wait_fraction"] > 0.5 and remote[0]["wait_fraction"] / remote[0]["images_per_second"] * 8 > 1.4
-    varying = ("images_per_second", "wait_fraction")
-    for line, other in zip(remote, local, strict=True):
-        assert {k: v for k, v in line.items() if k not in varying} == {
-            k: v for k, v in other.items() if k not in varying
-        }
-    weights = [(tmp_path / name / "encoder.safetensors").read_bytes() for name in ("local", "remote")]
-    assert weights[0] == weights[1]
-    assert json.loads((tmp_path / "remote/config.json").read_text())["data_dir"] == server.url

@@ -69,7 +69,9 @@ def find_shards(folder: RemoteFolder, kind: str) -> ShardCache:
             f"{_at_least_gb(size)} or more."
         )
     cache_dir = folder.cache_dir or cache_folder() / "shards"
-    return ShardCache(remote=folder, folder=cache_dir.absolute(), shards=shards)
+    cache = ShardCache(remote=folder, folder=cache_dir.absolute(), shards=shards)
+    with cache.locked():  # Fails now if it ever does.
+        return cache
 
 
 def list_remote(shards: ShardCache) -> Listing:

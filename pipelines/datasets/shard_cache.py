@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipelines.datasets.listing import Stamp
 from pipelines.datasets.urls import RemoteFolder, attempt, disk_is_full, open_file_system, sentence
@@ -108,17 +109,18 @@ class ShardCache:
         size = shard.stamp[1]
         reservation = self.folder / f".{path.name}.{size}.lock"
         while not path.exists():
-            state = self._reserve(reservation, size)
-            if isinstance(state, _Reserved):
+            reserved = self._reserve(reservation, size)
+            if isinstance(reserved, int):
                 try:
-                    self._transfer(name, shard, path)
+                    # Another process may have fetched it since it was looked for.
+                    if not path.exists():
+                        self._transfer(name, shard, path)
                 finally:
                     reservation.unlink(missing_ok=True)
-                    _close(state.descriptor)
-                continue
-            if not wait:
+                    _close(reserved)
+            elif not wait:
                 return False
-            if state == "no room":
+            elif reserved == "no room":
                 time.sleep(POLL_S)
             else:
                 with suppress(FileNotFoundError), reservation.open("rb") as file:
@@ -151,24 +153,33 @@ class ShardCache:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _reserve(self, reservation: Path, size: int) -> _Reserved | str:
-        """Reserve space for a shard, after deleting others if need be; else why that cannot be done now."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from changing the cache. Raises UserError if it cannot be written or locked."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise unwritable(self.folder, error) from error
         try:
-            _lock(lock, fcntl.LOCK_EX)
+            _lock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            _close(descriptor)
+
+    def _reserve(self, reservation: Path, size: int) -> int | None | Literal["no room"]:
+        """Reserve space for a shard, after deleting others if need be.
+
+        Returns the descriptor of the locked ``reservation``, or None if another process has it.
+        """
+        with self.locked():
             if reservation.exists() and not _delete_unlocked(reservation):
-                return "being fetched"
+                return None
             if not self._make_room(size):
                 return "no room"
             descriptor = os.open(reservation, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             _lock(descriptor, fcntl.LOCK_EX)
-            return _Reserved(descriptor)
-        finally:
-            _close(lock)
+            return descriptor
 
     def _make_room(self, size: int) -> bool:
         """Delete the least recently read shards that nobody reads until there is room. Returns whether there is."""
@@ -188,11 +199,6 @@ class ShardCache:
             if _delete_unlocked(path):
                 used -= freed
         return used + size <= self.remote.cache_bytes
-
-
-@dataclass(frozen=True)
-class _Reserved:
-    descriptor: int
 
 
 def _lock(descriptor: int, kind: int) -> None:

@@ -130,9 +130,9 @@ def sentence(where: object, error: Exception) -> UserError:
     protocol = str(where).partition("://")[0]
     if _lacks_credentials(error):
         package = PACKAGES.get(protocol, "fsspec")
+        place = "~/.netrc" if package == "aiohttp" else f"the environment or the files that {package} reads"
         return UserError(
-            f"{where} cannot be read without the right credentials ({_cause(error)}); give them where {package} looks "
-            f"for them: in the environment or its configuration file.",
+            f"{where} cannot be read without the right credentials ({_cause(error)}); give them in {place}.",
             local=True,
         )
     if _is_final(error):
