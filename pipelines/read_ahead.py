@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +22,8 @@ T = TypeVar("T")
 
 TRANSFERS = 4
 """Shards that a process fetches at a time."""
+AGAIN_S = 1.0
+"""After which shards that could not be fetched, or have been deleted, are fetched again."""
 
 
 class ShardOrder:
@@ -49,10 +52,13 @@ def reading_ahead(
         yield from items
         return
     transfers = _Transfers(images.shards)
-    iterator = iter(items)
+    iterator, count, asked = iter(items), -1, 0.0
     try:
         for n in itertools.count(first):
-            transfers.want([os.fsdecode(images.files[shard]) for shard in needed(n).tolist()])
+            shards, now = needed(n), time.monotonic()
+            if len(shards) != count or now > asked + AGAIN_S:
+                count, asked = len(shards), now
+                transfers.want([os.fsdecode(images.files[shard]) for shard in shards.tolist()])
             try:
                 item = next(iterator)
             except StopIteration:

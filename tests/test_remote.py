@@ -34,7 +34,7 @@ from pipelines.errors import UserError
 from pipelines.loader import EvaluationLoader, Loader
 from pipelines.sampler import Sampler
 from pipelines.splits import read_split, verify_split
-from tests.servers import PROCESSES, HttpServer, read_all, serving
+from tests.servers import PROCESSES, HttpServer, read_all, read_on_full_disk, serving
 from tests.test_index import encode, make_image, write_shards
 
 SHARDS, PER_SHARD = 6, 8
@@ -223,6 +223,17 @@ def test_a_shard_that_was_damaged_in_the_cache_is_fetched_again(server: HttpServ
     os.truncate(images.path(0), 100)
     assert np.array_equal(np.asarray(images.open(0)), before)
     assert images.path(0).stat().st_size == images.shards.shards["train-000.tar"].stamp[1]
+
+
+def test_a_full_disk(server: HttpServer, tmp_path: Path) -> None:
+    images = train_images(RemoteFolder(server.url, tmp_path / "cache"))
+    images.path(0).unlink()
+    server.fetched.clear()
+    reader = PROCESSES.Process(target=read_on_full_disk, args=(images, f"There is no disk space in {tmp_path}"))
+    reader.start()
+    reader.join()
+    assert reader.exitcode == 0
+    assert server.fetched == {"train-000.tar": 1} and not list((tmp_path / "cache").glob(".*.part"))
 
 
 def test_what_a_killed_process_left_is_deleted(server: HttpServer, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pipelines.datasets.images import UNLABELED, ImageFiles, Names
 from pipelines.datasets.listing import Listing, format_counts, is_hidden, kind_of
 from pipelines.datasets.parquet import SPLIT_NAMES, SUFFIX, count_row_groups, names_of_split
 from pipelines.datasets.shard_cache import RemoteShard, ShardCache
-from pipelines.datasets.urls import RemoteFolder, attempt, list_files, open_file_system, sentence
+from pipelines.datasets.urls import RemoteFolder, attempt, list_files, open_folder, sentence
 from pipelines.errors import UserError
 
 REQUESTS = 16
@@ -45,7 +45,7 @@ def find_shards(folder: RemoteFolder, kind: str) -> ShardCache:
             f"{folder} holds no shards (*.tar, *.parquet){but}; at a URL, images are read from shards, which launch.py "
             f"pack writes."
         )
-    files = open_file_system(folder)
+    files, _ = open_folder(folder)
 
     def shard(name: str) -> RemoteShard:
         entry = entries[name]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.datasets.listing import Stamp
-from pipelines.datasets.urls import RemoteFolder, attempt, disk_is_full, open_file_system, sentence
+from pipelines.datasets.urls import RemoteFolder, attempt, disk_is_full, open_folder, sentence
 from pipelines.errors import UserError
 from pipelines.files import unwritable
 
@@ -129,7 +129,7 @@ class ShardCache:
 
     def _transfer(self, name: str, shard: RemoteShard, path: Path) -> None:
         temporary = path.with_name(f".{path.name}.part")
-        files = open_file_system(self.remote)
+        files, _ = open_folder(self.remote)
 
         def get() -> None:
             files.get_file(shard.path, str(temporary))
@@ -167,7 +167,7 @@ class ShardCache:
         finally:
             _close(descriptor)
 
-    def _reserve(self, reservation: Path, size: int) -> int | None | Literal["no room"]:
+    def _reserve(self, reservation: Path, size: int) -> int | Literal["no room"] | None:
         """Reserve space for a shard, after deleting others if need be.
 
         Returns the descriptor of the locked ``reservation``, or None if another process has it.

@@ -60,11 +60,14 @@ def is_url(text: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
 
 
-def open_file_system(folder: RemoteFolder) -> Any:
-    """fsspec's file system for a folder; a forked process gets its own. Raises UserError if a package is missing."""
+def open_folder(folder: RemoteFolder) -> tuple[Any, str]:
+    """fsspec's file system, of which a forked process gets its own, and its path of the folder.
+
+    Raises UserError if a package is missing.
+    """
     options: dict[str, Any] = {}
     try:
-        import fsspec
+        from fsspec.core import url_to_fs
 
         if folder.protocol in ("http", "https"):
             import aiohttp
@@ -73,7 +76,8 @@ def open_file_system(folder: RemoteFolder) -> Any:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
             headers = {"Accept-Encoding": "identity"}  # Else sizes are those of compressed content.
             options["client_kwargs"] = {"timeout": timeout, "headers": headers, "trust_env": True}
-        return fsspec.filesystem(folder.protocol, **options)
+        files, path = url_to_fs(folder.url, **options)
+        return files, str(path)
     except ImportError as error:
         package = PACKAGES.get(folder.protocol, "fsspec")
         install = '"stec[remote]"' if package == "aiohttp" else package
@@ -91,8 +95,8 @@ def list_files(folder: RemoteFolder) -> dict[str, dict[str, Any]]:
     if it cannot be listed.
     """
     over_http = folder.protocol in ("http", "https")
-    files = open_file_system(folder)
-    path = folder.url.rstrip("/") + "/" if over_http else files._strip_protocol(folder.url)
+    files, path = open_folder(folder)
+    path = path.rstrip("/") + "/" if over_http else path
     files.invalidate_cache()
     try:
         entries = attempt(lambda: files.ls(path, detail=True))
@@ -145,7 +149,7 @@ def sentence(where: object, error: Exception) -> UserError:
 
 
 def disk_is_full(error: Exception) -> bool:
-    return any(getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for one in _chain(error))
+    return any(getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for one in _chain(error))
 
 
 def statuses(error: Exception) -> Iterator[int]:
