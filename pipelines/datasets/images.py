@@ -323,7 +323,7 @@ class ImageFiles:
 
     def _path_of_file(self, n: int) -> bytes:
         if self.shards is not None:
-            return os.fsencode(self.shards.path(os.fsdecode(self.files[n])))
+            return os.fsencode(self.shards.paths[os.fsdecode(self.files[n])])
         return self._prefix + self.files[n]
 
     def _opened(self, image_id: int) -> AbstractContextManager[Any]:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -54,17 +55,20 @@ class ShardCache:
     folder: Path
     shards: Mapping[str, RemoteShard]
 
-    def path(self, name: str) -> Path:
-        """The local file of a shard, if it is in the cache."""
-        shard = self.shards[name]
-        digest = hashlib.sha256(f"{self.remote.protocol} {shard.path} {shard.stamp}".encode()).hexdigest()
-        return self.folder / f"{digest[:24]}-{name[-100:]}"
+    @cached_property
+    def paths(self) -> Mapping[str, Path]:
+        """The local files of the shards by name; they exist if they are in the cache."""
+        paths = {}
+        for name, shard in self.shards.items():
+            digest = hashlib.sha256(f"{self.remote.protocol} {shard.path} {shard.stamp}".encode()).hexdigest()
+            paths[name] = self.folder / f"{digest[:24]}-{name[-100:]}"
+        return paths
 
     def url(self, name: str) -> str:
         return str(self.remote / name)
 
     def holds(self, name: str) -> bool:
-        return self.path(name).exists()
+        return self.paths[name].exists()
 
     @contextmanager
     def opened(self, name: str) -> Iterator[tuple[int, Path]]:
@@ -72,7 +76,7 @@ class ShardCache:
 
         Raises UserError if it cannot be fetched.
         """
-        path, size = self.path(name), self.shards[name].stamp[1]
+        path, size = self.paths[name], self.shards[name].stamp[1]
         while True:
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -97,7 +101,7 @@ class ShardCache:
         now = time.time_ns()
         for n, name in enumerate(names):
             with suppress(OSError):
-                os.utime(self.path(name), ns=(now, now - n * 1000))
+                os.utime(self.paths[name], ns=(now, now - n * 1000))
 
     def fetch(self, name: str, *, wait: bool = True) -> bool:
         """Fetch a shard that is not in the cache. Returns whether it is there.
@@ -105,7 +109,7 @@ class ShardCache:
         If it is being fetched already or there is no room, ``wait`` for that, or return. Raises UserError if it cannot
         be fetched.
         """
-        shard, path = self.shards[name], self.path(name)
+        shard, path = self.shards[name], self.paths[name]
         size = shard.stamp[1]
         reservation = self.folder / f".{path.name}.{size}.lock"
         while not path.exists():
@@ -234,5 +238,6 @@ def _delete_unlocked(path: Path) -> bool:
 
 def _close(descriptor: int) -> None:
     """Unlock and close a file. Closing alone would not unlock it while a process forked in between lives."""
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
