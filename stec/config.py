@@ -45,7 +45,7 @@ class DataSettings:
     """Folder that holds the data set; or, of imagenet and folder, the URL of one with shards (s3://, ...)."""
     cache_dir: Path | None = setting(None, on_resume="free")
     """Local folder into which shards of a URL are fetched; default: ~/.cache/stec/shards. Processes share it."""
-    cache_gb: float = setting(50.0, above=0, on_resume="free")
+    cache_gb: float = setting(RemoteFolder.cache_gb, above=0, on_resume="free")
     """The most that --cache_dir holds, in units of 10^9 bytes; what was not read for the longest time is deleted."""
     download: Switch = setting(0, on_resume="free")
     """1: download CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""

@@ -86,9 +86,9 @@ PROCESSES = multiprocessing.get_context("spawn")
 """Of processes that load no more than they need."""
 
 
-def read_all(images: ImageFiles, order: int) -> None:
-    """Decode all images, in this order (1) or the opposite one (-1)."""
-    for n in range(len(images))[::order]:
+def read_all(images: ImageFiles, step: int) -> None:
+    """Decode every image (1), or from the last one on (-1), or some of them."""
+    for n in range(len(images))[::step]:
         images.open(n)
 
 

@@ -161,7 +161,7 @@ def test_processes_share_a_cache(data: Path, server: HttpServer, tmp_path: Path)
         cache = tmp_path / folder
         remote = RemoteFolder(server.url + "/train", cache, cache_gb)
         shared = replace(images, shards=replace(images.shards, remote=remote, folder=cache))
-        readers = [PROCESSES.Process(target=read_all, args=(shared, order)) for order in (1, 1, -1)]
+        readers = [PROCESSES.Process(target=read_all, args=(shared, step)) for step in (1, 1, -1, PER_SHARD)]
         for reader in readers:
             reader.start()
         sizes = [0]
@@ -170,7 +170,7 @@ def test_processes_share_a_cache(data: Path, server: HttpServer, tmp_path: Path)
                 with_parts = [path for path in cache.iterdir() if path.name.endswith((".tar", ".part"))]
                 sizes.append(sum(path.stat().st_size for path in with_parts if path.exists()))
             time.sleep(0.002)
-        assert [reader.exitcode for reader in readers] == [0, 0, 0]
+        assert [reader.exitcode for reader in readers] == [0, 0, 0, 0]
         assert 0 < max(sizes) <= remote.cache_bytes
         if folder == "whole":
             assert set(server.fetched.values()) == {1} and len(server.fetched) == SHARDS
@@ -236,9 +236,10 @@ def test_a_full_disk(server: HttpServer, tmp_path: Path) -> None:
     assert server.fetched == {"train-000.tar": 1} and not list((tmp_path / "cache").glob(".*.part"))
 
 
-def test_what_a_killed_process_left_is_deleted(server: HttpServer, tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_deleted(data: Path, server: HttpServer, tmp_path: Path) -> None:
+    """And nothing that the cache did not make, even if there is no more room."""
     cache = tmp_path / "cache"
-    images = train_images(RemoteFolder(server.url, cache))
+    images = train_images(RemoteFolder(server.url, cache, gb_of(data / "train", 2)))
     for path in cache.glob("*.tar"):
         path.unlink()
     (cache / "notes.txt").write_text("of somebody else")
@@ -250,8 +251,9 @@ def test_what_a_killed_process_left_is_deleted(server: HttpServer, tmp_path: Pat
     os.kill(reader.pid, signal.SIGKILL)
     reader.join()
     del server.seconds["train-000.tar"]
-    images.open(0)
-    assert sorted(path.name for path in cache.iterdir()) == [".lock", images.path(0).name, "notes.txt"]
+    read_all(images, PER_SHARD)
+    last = {images.path(n).name for n in (len(images) - 1, len(images) - 1 - PER_SHARD)}
+    assert {path.name for path in cache.iterdir()} == {".lock", "notes.txt", *last}
 
 
 def test_a_shard_that_was_rewritten_is_indexed_and_fetched_again(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class EncoderConfig:
     """Folder that holds the data set; for imagenet and folder also the URL of one with shards."""
     cache_dir: Path | None = None
     """Local folder into which shards of a URL are fetched; default: ~/.cache/stec/shards."""
-    cache_gb: float = setting(50.0, above=0)
+    cache_gb: float = setting(RemoteFolder.cache_gb, above=0)
     """The most that --cache_dir holds, in units of 10^9 bytes."""
     download: Switch = 0
     """1: download CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""

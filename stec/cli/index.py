@@ -28,7 +28,7 @@ class IndexConfig:
     """Folder that holds train and val, or images; or the URL of one with shards."""
     cache_dir: Path | None = None
     """Local folder into which shards of a URL are fetched; default: ~/.cache/stec/shards."""
-    cache_gb: float = setting(50.0, above=0)
+    cache_gb: float = setting(RemoteFolder.cache_gb, above=0)
     """The most that --cache_dir holds, in units of 10^9 bytes."""
     verify: Literal["headers", "full"] = "headers"
     """full: decode every image, and write a list of the bad ones."""
