@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
+    from multiprocessing.synchronize import Barrier
+
     from pipelines.datasets.images import ImageFiles
 
 
@@ -86,8 +88,10 @@ PROCESSES = multiprocessing.get_context("spawn")
 """Of processes that load no more than they need."""
 
 
-def read_all(images: ImageFiles, step: int) -> None:
-    """Decode every image (1), or from the last one on (-1), or some of them."""
+def read_all(images: ImageFiles, step: int, start: Barrier | None = None) -> None:
+    """Decode every image (1), or from the last one on (-1), or some of them, after other processes are there."""
+    if start is not None:
+        start.wait()
     for n in range(len(images))[::step]:
         images.open(n)
 

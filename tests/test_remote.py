@@ -161,7 +161,9 @@ def test_processes_share_a_cache(data: Path, server: HttpServer, tmp_path: Path)
         cache = tmp_path / folder
         remote = RemoteFolder(server.url + "/train", cache, cache_gb)
         shared = replace(images, shards=replace(images.shards, remote=remote, folder=cache))
-        readers = [PROCESSES.Process(target=read_all, args=(shared, step)) for step in (1, 1, -1, PER_SHARD)]
+        steps = (1, 1, -1, PER_SHARD)
+        start = PROCESSES.Barrier(len(steps))
+        readers = [PROCESSES.Process(target=read_all, args=(shared, step, start)) for step in steps]
         for reader in readers:
             reader.start()
         sizes = [0]
