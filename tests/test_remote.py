@@ -98,11 +98,13 @@ def test_batches_are_those_of_a_local_folder(data: Path, server: HttpServer, tmp
         assert_equal(list(islice(loader_of(train_images(whole), backend).batches(0), 20)), expected)
         assert server.fetched.total() == SHARDS + 2 and set(server.fetched.values()) == {1, 2}  # train and val
     small = RemoteFolder(server.url, tmp_path / "small", gb_of(data / "train", 3))
-    sizes = []
-    for batch, other in zip(loader_of(train_images(small), backend).batches(0), expected):
+    loader, sizes = loader_of(train_images(small), backend), []
+    server.fetched.clear()
+    for batch, other in zip(loader.batches(0), expected):
         assert_equal([batch], [other])
         sizes.append(bytes_in(tmp_path / "small"))
     assert max(sizes) <= small.cache_bytes
+    assert server.fetched.total() < 1.5 * 3 * SHARDS  # About once per epoch.
     assert_equal(list(islice(loader_of(train_images(small), backend).batches(9), 5)), expected[9:14])
 
 
@@ -253,6 +255,8 @@ def test_what_a_killed_process_left_is_deleted(data: Path, server: HttpServer, t
     os.kill(reader.pid, signal.SIGKILL)
     reader.join()
     del server.seconds["train-000.tar"]
+    images.open(len(images) - 1)
+    assert {path.name for path in cache.iterdir()} == {".lock", "notes.txt", images.path(len(images) - 1).name}
     read_all(images, PER_SHARD)
     last = {images.path(n).name for n in (len(images) - 1, len(images) - 1 - PER_SHARD)}
     assert {path.name for path in cache.iterdir()} == {".lock", "notes.txt", *last}
