@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipelines.datasets.images import ImageFiles as ImageFiles
     from pipelines.datasets.registry import DataSet as DataSet
     from pipelines.datasets.registry import open_data_set as open_data_set
+    from pipelines.datasets.urls import RemoteFolder as RemoteFolder
     from pipelines.errors import UserError as UserError
     from pipelines.loader import EvaluationLoader as EvaluationLoader
     from pipelines.loader import Loader as Loader
@@ -31,6 +32,7 @@ else:
             "pipelines.commands": "Commands Policy draw",
             "pipelines.datasets.images": "ImageArray ImageFiles",
             "pipelines.datasets.registry": "DataSet open_data_set",
+            "pipelines.datasets.urls": "RemoteFolder",
             "pipelines.errors": "UserError",
             "pipelines.loader": "EvaluationLoader Loader",
             "pipelines.sampler": "Sampler",

@@ -20,6 +20,7 @@ from pipelines.devices import to_device
 from pipelines.errors import UserError
 from pipelines.executors.torchvision import evaluation_batches, training_steps
 from pipelines.nvidia_driver import OLDEST_DRIVER, driver_is_older_than, driver_version
+from pipelines.read_ahead import ShardOrder, reading_ahead
 from pipelines.sampler import Sampler
 
 Backend = Literal["auto", "dali", "torchvision"]
@@ -106,7 +107,8 @@ class Loader:
 
         Raises UserError if too many images are bad.
         """
-        reported = self._reporting_epochs(self._batches(first_step))
+        batches = reading_ahead(self.sampler.images, self._batches(first_step), self.sampler.shards_from, first_step)
+        reported = self._reporting_epochs(batches)
         if self.labeled_loader is None:
             yield from reported
         else:
@@ -222,7 +224,12 @@ class EvaluationLoader:
         """The images with these ids, in this order; no batch holds images of two ranges."""
         size = self.batch_size
         batches = [image_ids[k : k + size] for image_ids in id_ranges for k in range(0, len(image_ids), size)]
-        for image_ids, images in zip(batches, self._images(batches)):
+        made = self._images(batches)
+        if isinstance(self.images, ImageFiles) and self.images.shards is not None and batches:
+            order = ShardOrder(self.images.shard_of[np.concatenate(batches)])
+            firsts = np.cumsum([0, *map(len, batches)])
+            made = reading_ahead(self.images, made, lambda k: order.after(firsts[k]))
+        for image_ids, images in zip(batches, made):
             yield PlainBatch(images=images, labels=to_device(self.images.labels[image_ids], self.device))
 
     def _images(self, batches: list[NDArray[np.int64]]) -> Iterator[Tensor]:

@@ -86,6 +86,7 @@ def open_source(source: Path, progress: Progress = no_progress) -> list[Part]:
         return list(_read_arrays(source, found[0], progress))
     parts = []
     for name, (root, kind) in splits_below(source).items():
+        assert isinstance(root, Path), "a local folder has local splits"
         if kind == "loose images" and _holds_only_folders(root):
             kind = "class folders"
         index = read_split(root, kind, progress, check_files=True)

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from pipelines.bad_images import BadImages
 from pipelines.commands import COMMAND_STREAM, IMAGE_STREAM, VIEWS, Commands, Policy, draw, generator
 from pipelines.datasets.images import ImageFiles, Images
+from pipelines.datasets.remote import require_room
 from pipelines.errors import UserError
+from pipelines.read_ahead import ShardOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,8 @@ class Sampler:
 
     ``view_size_at`` maps an epoch to the size of its views in px, in place of that of ``policy``.
 
-    Raises UserError if an epoch does not fill one global batch.
+    Raises UserError if an epoch does not fill one global batch, or shards that are shuffled together do not fit in the
+    cache for remote ones.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Sampler:
         if isinstance(images, ImageFiles) and (most := images.shards_in_memory) is not None:
             all_fit = len(images.files) <= most
             self.shuffle_window = shuffle_window if all_fit else min(shuffle_window or most, most)
+        if isinstance(images, ImageFiles):
+            require_room(images, self.shuffle_window)
         self.epoch_length = epoch_length or len(images)
         self.micro_batch_size = batch_size * num_processes
         self.global_batch_size = self.micro_batch_size * accumulate
@@ -85,6 +90,7 @@ class Sampler:
                 + (f"use --batch_size {fits} or less." if fits > 1 else f"train on {2 * micro_batches} images or more.")
             )
         self._permutations: dict[int, NDArray[np.int64]] = {}
+        self._shard_orders: dict[int, ShardOrder] = {}
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         """The images of an epoch in order; those of the last two epochs are cached."""
@@ -114,6 +120,16 @@ class Sampler:
         assert isinstance(self.images, ImageFiles)
         _, _, image_ids = self._planned(step)
         return np.unique(self.images.shard_of[image_ids])
+
+    def shards_from(self, step: int) -> NDArray[np.int32]:
+        """The shards that all processes need from a step to the end of the next epoch, the soonest first."""
+        assert isinstance(self.images, ImageFiles)
+        epoch, step_in_epoch = divmod(step, self.micro_batches_per_epoch)
+        for missing in {epoch, epoch + 1} - set(self._shard_orders):
+            self._shard_orders[missing] = ShardOrder(self.images.shard_of[self._permutation(missing)])
+        self._shard_orders = {k: order for k, order in self._shard_orders.items() if k >= epoch}
+        position = step_in_epoch * self.micro_batch_size
+        return np.concatenate([self._shard_orders[epoch].after(position), self._shard_orders[epoch + 1].after(0)])
 
     def _planned(self, step: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
         """Epoch, positions and images of this process in a step, including bad images."""

@@ -30,11 +30,15 @@ from pipelines.datasets.listing import (
     list_loose_images,
     read_files,
     stamp,
+    stamp_of_image,
 )
 from pipelines.datasets.parquet import list_parquet, read_row_group
 from pipelines.datasets.registry import Progress, no_progress
+from pipelines.datasets.remote import find_shards, list_remote
 from pipelines.datasets.row_groups import row_group_numbers
+from pipelines.datasets.shard_cache import ShardCache
 from pipelines.datasets.shards import list_shards, read_shard
+from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import BadImage, UserError
 from pipelines.worker_process import begin_work
 
@@ -51,25 +55,32 @@ FEW_FILES, FEW_BYTES = 2000, 10**8
 """Fewer are scanned in this process, as starting others takes a second."""
 
 
-def read_split(root: Path, kind: Kind, progress: Progress = no_progress, *, check_files: bool = False) -> SplitIndex:
+def read_split(
+    root: Path | RemoteFolder, kind: Kind, progress: Progress = no_progress, *, check_files: bool = False
+) -> SplitIndex:
     """The index of the images below ``root``, from the cache if nothing has changed since it was written.
 
     A file that was replaced by one of the same name is only detected with ``check_files``, which reads the status of
-    every file. An interrupted scan is continued. Images have a fault if they cannot be read now or runs listed them as
-    bad. Raises UserError if there are no images, none of them can be read, or layouts are mixed.
+    every file. Remote shards are listed each time, and fetched once to be scanned. An interrupted scan is continued.
+    Images have a fault if they cannot be read now or runs listed them as bad. Raises UserError if a URL cannot be read,
+    there are no images, none of them can be read, or layouts are mixed.
     """
     file = cache_file(root, kind)
-    index = read_cache(file, root)
+    shards = find_shards(root, kind) if isinstance(root, RemoteFolder) else None
+    folder = shards.folder if shards is not None else root
+    assert isinstance(folder, Path)
+    index = read_cache(file, folder, shards)
     if index is None or (check_files and _files_changed(index)):
         try:
-            listing = list_shards(root) or list_parquet(root, kind)
+            listing = list_remote(shards) if shards is not None else list_shards(folder) or list_parquet(folder, kind)
             if listing is None:
-                listing = list_class_folders(root) if kind == "class folders" else list_loose_images(root)
+                listing = list_class_folders(folder) if kind == "class folders" else list_loose_images(folder)
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable.") from error
         partial_index = PartialIndex(file.with_suffix(".partial"), root, listing)
         try:
-            index = _assemble(root, listing, _scan(root, listing, partial_index, progress))
+            scanned = _scan(folder, listing, partial_index, progress, shards)
+            index = _assemble(folder, listing, scanned, shards)
         finally:
             partial_index.close()
         if write_cache(file, index):
@@ -92,7 +103,7 @@ def verify_split(index: SplitIndex, progress: Progress = no_progress) -> SplitIn
     faults: dict[int, str] = {}
     for chunk, faults_in_chunk in zip(chunks, _map(_decode, chunks, in_process=len(chunks) == 1, images=unlisted)):
         faults |= faults_in_chunk
-        progress(f"decoding {images.root}", chunk.stop, len(images))
+        progress(f"decoding {images.source}", chunk.stop, len(images))
     with suppress(UserError):
         BadList(images.bad_list).rewrite(images, {n: why for n, why in faults.items() if n not in unlisted.faults})
     return _with_faults(replace(index, images=unlisted), faults)
@@ -115,10 +126,12 @@ def _with_faults(index: SplitIndex, more: Mapping[int, str]) -> SplitIndex:
     detail = f" (skipped: {format_counts(index.skipped)})" if index.skipped else ""
     if len(images):
         detail = f"; the first is {images.name(0)} ({faults[0]})"
-    raise UserError(f"{images.root} holds no image that can be read{detail}; fetch the data set again.")
+    raise UserError(f"{images.source} holds no image that can be read{detail}; fetch the data set again.")
 
 
-def _scan(root: Path, listing: Listing, partial_index: PartialIndex, progress: Progress) -> list[ScanResult]:
+def _scan(
+    root: Path, listing: Listing, partial_index: PartialIndex, progress: Progress, shards: ShardCache | None
+) -> list[ScanResult]:
     """The results of the listing's chunks, in order: a shard each, or FILES_PER_CHUNK files."""
     total = len(listing.files)
     per_chunk = 1 if listing.in_shards else FILES_PER_CHUNK
@@ -129,9 +142,15 @@ def _scan(root: Path, listing: Listing, partial_index: PartialIndex, progress: P
         noun, scan = "shards", read_shard
         in_process = sum(size for _, size in listing.watched.values()) < FEW_BYTES
         tasks: list[Any] = [root / os.fsdecode(listing.files[k]) for k in missing]
+        numbers: list[int | None] = [None] * total
         if listing.layout == "Parquet":
-            numbers = row_group_numbers(listing.files)
+            numbers = [*row_group_numbers(listing.files)]
             noun, scan, tasks = "row groups", read_row_group, [(tasks[n], numbers[k]) for n, k in enumerate(missing)]
+        if shards is not None:
+            scan, tasks = (
+                partial(_fetch_and_scan, shards),
+                [(os.fsdecode(listing.files[k]), numbers[k]) for k in missing],
+            )
     else:
         noun, scan = "images", partial(read_files, root)
         in_process = total < FEW_FILES
@@ -140,11 +159,18 @@ def _scan(root: Path, listing: Listing, partial_index: PartialIndex, progress: P
     for k, result in zip(missing, _map(scan, tasks, in_process=in_process)):
         partial_index.add(k, result)
         done += min(per_chunk, total - chunks[k])
-        progress(f"indexing {noun} of {root}", done, total)
+        progress(f"indexing {noun} of {root if shards is None else shards.remote}", done, total)
     return [partial_index.done[k] for k in range(len(chunks))]
 
 
-def _assemble(root: Path, listing: Listing, chunks: Sequence[ScanResult]) -> SplitIndex:
+def _fetch_and_scan(shards: ShardCache, task: tuple[str, int | None]) -> ScanResult:
+    """Scan a remote shard, or one of its row groups."""
+    name, group = task
+    with shards.opened(name) as (_, path):
+        return read_shard(path, shards.url(name)) if group is None else read_row_group((path, group), shards.url(name))
+
+
+def _assemble(root: Path, listing: Listing, chunks: Sequence[ScanResult], shards: ShardCache | None) -> SplitIndex:
     rows = np.concatenate([np.empty(0, ROW_DTYPE), *(chunk.rows for chunk in chunks)])
     lengths = [len(chunk.rows) for chunk in chunks]
     firsts = (np.cumsum(lengths) - lengths).tolist()
@@ -171,6 +197,7 @@ def _assemble(root: Path, listing: Listing, chunks: Sequence[ScanResult]) -> Spl
         needs_pillow=np.ascontiguousarray(rows["needs_pillow"]),
         orientation=np.ascontiguousarray(rows["orientation"]),
         faults=dict(sorted(faults.items())),
+        shards=shards,
     )
     skipped = Counter(listing.skipped)
     for chunk in chunks:
@@ -188,8 +215,7 @@ def _assemble(root: Path, listing: Listing, chunks: Sequence[ScanResult]) -> Spl
 
 def _stamps_of_faulty(images: ImageFiles) -> dict[str, Stamp]:
     """Stamps of the files with a fault, as repairing a file in place changes no directory."""
-    paths = {images.path(image_id) for image_id in images.faults}
-    return {str(path.relative_to(images.root)): stamp(path) for path in paths}
+    return {images.file_name(image_id): stamp_of_image(images, image_id) for image_id in images.faults}
 
 
 _images_of_worker: ImageFiles

@@ -88,7 +88,7 @@ class Run:
 
         def loader_of(split: Any) -> Any:
             images, classes = open_split(
-                data.dataset, data.data_dir, split, exif_orientation=bool(data.exif_orientation), progress=progress
+                data.dataset, data.location, split, exif_orientation=bool(data.exif_orientation), progress=progress
             )
             loader = evaluation_loader(
                 images, data, traits=self.config.traits, batch_size=batch_size, device=accelerator.device

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
+from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 from pipelines.executors import SMALLEST_VIEW_PX
 from stec.architectures import Arch
 from stec.compatibility import REMOVED_SETTINGS, RENAMED_SETTINGS, with_current_names
 from stec.normalization import Normalization
-from stec.settings import OnResume, Switch, check_ranges, checked_value, setting, settings_of
+from stec.settings import OnResume, Switch, check_ranges, checked_value, setting, settings_of, with_cache
 
 LARGEST_VIEW_PX = 4096
 BaseName = Literal["simclr", "byol", "relic"]
@@ -40,8 +41,12 @@ class DataSettings:
 
     dataset: DataSetName = setting("demo", on_resume="never")
     """Data set to train on; demo is generated and needs no files."""
-    data_dir: Path | None = setting(None, on_resume="free")
-    """Folder that holds the data set."""
+    data_dir: Path | RemoteFolder | None = setting(None, on_resume="free")
+    """Folder that holds the data set; or, of imagenet and folder, the URL of one with shards (s3://, ...)."""
+    cache_dir: Path | None = setting(None, on_resume="free")
+    """Local folder into which shards of a URL are fetched; default: ~/.cache/stec/shards. Processes share it."""
+    cache_gb: float = setting(RemoteFolder.cache_gb, above=0, on_resume="free")
+    """The most that --cache_dir holds, in units of 10^9 bytes; what was not read for the longest time is deleted."""
     download: Switch = setting(0, on_resume="free")
     """1: download CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
     limit_train: int | None = setting(None, at_least=1, on_resume="never")
@@ -57,6 +62,11 @@ class DataSettings:
     """Library that executes the commands; auto is DALI if it is installed."""
     num_workers: int | None = setting(None, at_least=0, on_resume="free")
     """DALI threads or torchvision worker processes per training process; default: its part of the CPUs."""
+
+    @property
+    def location(self) -> Path | RemoteFolder | None:
+        """The folder or URL that holds the data set, with its cache."""
+        return with_cache(self.data_dir, self.cache_dir, self.cache_gb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +351,7 @@ class TrainConfig:
 def _as_json(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | RemoteFolder) else value
 
 
 @cache

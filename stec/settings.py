@@ -6,13 +6,16 @@ This module imports nothing heavy, so that ``launch.py --help`` answers quickly.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 import os
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from pipelines.datasets.urls import RemoteFolder, is_url
 from pipelines.errors import UserError
 
 Switch = Literal[0, 1]
@@ -48,7 +51,7 @@ def settings_of(config: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
     """``fields_of`` a configuration, each with its value."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(field.default):
             yield from settings_of(value)
         else:
             yield field, value
@@ -78,7 +81,24 @@ def as_path(text: str) -> Path:
     """The path that a flag or a file gives, with ~ as the home folder. Raises ValueError if it is empty."""
     if not text.strip() or "\0" in text:
         raise ValueError("the path is empty; is a shell variable not set?")
+    if is_url(text):
+        raise ValueError("a URL is given where only a local path can be used.")
     return Path(os.path.expanduser(text))  # noqa: PTH111 - Path's own raises if there is no such user
+
+
+def as_location(text: str) -> Path | RemoteFolder:
+    """A local folder, or one at a URL. Raises ValueError if ``text`` is empty."""
+    return RemoteFolder(text) if is_url(text) else as_path(text)
+
+
+L = TypeVar("L", bound=Path | RemoteFolder | None)
+
+
+def with_cache(location: L, cache_dir: Path | None, cache_gb: float) -> L:
+    """The location of a data set; one at a URL with the cache of the flags."""
+    if isinstance(location, RemoteFolder):
+        return dataclasses.replace(location, cache_dir=cache_dir, cache_gb=cache_gb)
+    return location
 
 
 def checked_value(value: Any, declared: Any, where: str) -> Any:
@@ -90,7 +110,7 @@ def checked_value(value: Any, declared: Any, where: str) -> Any:
     if type(None) in options:
         if value is None:
             return None
-        (declared,) = (option for option in options if option is not type(None))
+        declared = functools.reduce(operator.or_, (option for option in options if option is not type(None)))
         return checked_value(value, declared, where)
     if typing.get_origin(declared) is Literal:
         if value in options and not isinstance(value, bool):
@@ -100,13 +120,15 @@ def checked_value(value: Any, declared: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise UserError(f"{where} is {value!r}; give a list.")
         return tuple(checked_value(one, options[0], where) for one in value)
-    if declared is Path and isinstance(value, str):
+    if declared == Path | RemoteFolder and isinstance(value, RemoteFolder):
+        return value
+    if declared in (Path, Path | RemoteFolder) and isinstance(value, str):
         try:
-            return as_path(value)
+            return as_path(value) if declared is Path else as_location(value)
         except ValueError as error:
             raise UserError(f"{where} is {value!r}: {error}") from error
     if declared is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, declared) or isinstance(value, bool):
-        raise UserError(f"{where} is {value!r}; give a value of type {declared.__name__}.")
+        raise UserError(f"{where} is {value!r}; give a value of type {getattr(declared, '__name__', 'Path')}.")
     return value

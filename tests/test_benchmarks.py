@@ -24,6 +24,7 @@ from benchmarks import (
     learning,
     nt_xent,
     quality,
+    remote,
     report,
     roofline,
     scaling,
@@ -138,6 +139,15 @@ def test_ablations(
 def test_nt_xent(tmp_path: Path) -> None:
     seconds, mib = figures(run(nt_xent.main, ["--views", "64", "--repeats", "1"], tmp_path))
     assert seconds.keys() == mib.keys() == {"whole matrix", "in chunks"}
+
+
+def test_remote_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All images are read in each way, and what was fetched is gone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = "--images 16 --shards 4 --batch_size 4 --view_size 32 --shuffle_window 1 --repeats 1".split()
+    (figures,) = run(remote.main, flags, tmp_path)["figures"]
+    assert len(figures["turns"]) == 4 and min(value for values in figures["turns"].values() for value in values) > 0
+    assert not list(tmp_path.rglob("*.tar"))
 
 
 def test_the_step_model(capsys: pytest.CaptureFixture[str]) -> None:

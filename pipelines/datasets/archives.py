@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 
 
-def find_folder(data_dir: Path, *names: str) -> Path:
+def find_folder(data_dir: Path | RemoteFolder, *names: str) -> Path:
     """The first of the folders ``names`` that ``data_dir`` holds.
 
     Raises UserError if there is none, with the right --data_dir if it is one level up or down.
     """
+    assert isinstance(data_dir, Path), "no data set in archives is remote"
     for name in names:
         if (data_dir / name).is_dir():
             return data_dir / name

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.datasets.images import ImageFiles
-from pipelines.datasets.listing import Stamp, stamp
+from pipelines.datasets.listing import Stamp, stamp_of_image
 from pipelines.errors import BadImage
 from pipelines.files import atomic_write
 
@@ -47,7 +47,7 @@ class BadList:
                 if line.name not in ids:
                     continue
                 image_id = ids[line.name]
-            if stamp(images.path(image_id)) == (line.changed_ns, line.size_bytes):
+            if stamp_of_image(images, image_id) == (line.changed_ns, line.size_bytes):
                 faults[image_id] = line.reason
         return faults
 
@@ -57,7 +57,7 @@ class BadList:
         known = {(line.name, line.size_bytes, line.changed_ns) for line in self._lines}
         added, content = [], b""
         for bad in bad_images:
-            name, (changed_ns, size_bytes) = _name(images, bad.image_id), stamp(images.path(bad.image_id))
+            name, (changed_ns, size_bytes) = _name(images, bad.image_id), stamp_of_image(images, bad.image_id)
             if (name, size_bytes, changed_ns) not in known:
                 content += _encode(bad.image_id, name, bad.reason, (changed_ns, size_bytes))
                 added.append(bad)
@@ -70,7 +70,7 @@ class BadList:
     def rewrite(self, images: ImageFiles, faults: dict[int, str]) -> None:
         """Replace the list by ``faults`` of ``images``. Raises UserError if the file cannot be written."""
         lines = (
-            _encode(image_id, _name(images, image_id), reason, stamp(images.path(image_id)))
+            _encode(image_id, _name(images, image_id), reason, stamp_of_image(images, image_id))
             for image_id, reason in faults.items()
         )
         atomic_write(self.file, b"".join(lines))

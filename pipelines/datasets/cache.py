@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from pipelines.datasets.headers import ROW_DTYPE, ScanResult
 from pipelines.datasets.images import PER_IMAGE, ImageFiles, Names
 from pipelines.datasets.listing import Layout, Listing, Stamp, stamp
+from pipelines.datasets.shard_cache import ShardCache
+from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 from pipelines.files import atomic_write
 
@@ -48,26 +50,36 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stec"
 
 
-def cache_file(root: Path, kind: str) -> Path:
+def place(root: Path | RemoteFolder) -> str:
+    """The folder or URL ``root``, however it is written."""
+    return root.url.rstrip("/") if isinstance(root, RemoteFolder) else str(root.resolve())
+
+
+def cache_file(root: Path | RemoteFolder, kind: str) -> Path:
     """The file for the index of ``root`` when it is read as ``kind``."""
-    digest = hashlib.sha256(f"{kind} {root.resolve()}".encode(errors="surrogateescape"))
+    digest = hashlib.sha256(f"{kind} {place(root)}".encode(errors="surrogateescape"))
     return cache_folder() / f"{digest.hexdigest()[:24]}.npz"
 
 
-def read_cache(file: Path, root: Path) -> SplitIndex | None:
-    """The index in ``file``, or None if there is none of ``root`` or it is outdated."""
+def read_cache(file: Path, root: Path, shards: ShardCache | None = None) -> SplitIndex | None:
+    """The index in ``file``, or None if there is none of ``root``, or of the remote ``shards``, or it is outdated."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
-            if (about["version"], about["root"]) != (CACHE_VERSION, str(root.resolve())):
+            if (about["version"], about["root"]) != (CACHE_VERSION, place(shards.remote if shards else root)):
                 return None
             watched = {name: (int(changed), int(size)) for name, (changed, size) in about["watched"].items()}
-            if any(stamp(root / name) != before for name, before in watched.items()):
+            if shards is not None:
+                outdated = watched != {name: shard.stamp for name, shard in shards.shards.items()}
+            else:
+                outdated = any(stamp(root / name) != before for name, before in watched.items())
+            if outdated:
                 return None
             images = ImageFiles(
                 root=root,
                 files=Names(blob=arrays["blob"], offsets=arrays["offsets"]),
                 faults={int(image_id): fault for image_id, fault in about["faults"].items()},
+                shards=shards,
                 **{name: arrays[name] for name in PER_IMAGE},
             )
             return SplitIndex(
@@ -88,7 +100,7 @@ def write_cache(file: Path, index: SplitIndex) -> bool:
     images = index.images
     about = {
         "version": CACHE_VERSION,
-        "root": str(images.root.resolve()),
+        "root": place(images.shards.remote if images.shards else images.root),
         "classes": index.classes,
         "layout": index.layout,
         "notes": index.notes,
@@ -135,7 +147,7 @@ class PartialIndex:
     without it.
     """
 
-    def __init__(self, file: Path, root: Path, listing: Listing) -> None:
+    def __init__(self, file: Path, root: Path | RemoteFolder, listing: Listing) -> None:
         self.path = file
         self.done: dict[int, ScanResult] = {}
         self._file: IO[bytes] | None = None
@@ -196,8 +208,8 @@ def _parse(line: bytes) -> Any:
     return json.loads(body) if complete else None
 
 
-def _fingerprint(root: Path, listing: Listing) -> str:
+def _fingerprint(root: Path | RemoteFolder, listing: Listing) -> str:
     digest = hashlib.sha256(listing.files.blob.tobytes())
     digest.update(listing.files.offsets.tobytes())
-    digest.update(json.dumps([CACHE_VERSION, str(root.resolve()), listing.layout, listing.watched]).encode())
+    digest.update(json.dumps([CACHE_VERSION, place(root), listing.layout, listing.watched]).encode())
     return digest.hexdigest()

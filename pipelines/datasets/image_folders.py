@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -15,6 +16,8 @@ from pipelines.datasets.listing import is_hidden
 from pipelines.datasets.notes import count_empty_classes, largest_label, notes_on
 from pipelines.datasets.parquet import split_files
 from pipelines.datasets.registry import Source, Split
+from pipelines.datasets.remote import shard_names
+from pipelines.datasets.urls import MissingFolder, RemoteFolder, list_files
 from pipelines.errors import UserError
 from pipelines.splits import Kind, read_split
 
@@ -31,7 +34,7 @@ def read_imagenet(source: Source, splits: Sequence[str]) -> list[Split]:
 
 def read_folder(source: Source, _splits: Sequence[str]) -> list[Split]:
     """All images below a folder, or in the shards in it, without their labels."""
-    if not source.data_dir.is_dir():
+    if isinstance(source.data_dir, Path) and not source.data_dir.is_dir():
         raise UserError(f"--data_dir {source.data_dir} is no folder; name the one that holds the images.")
     index = read_split(source.data_dir, "loose images", source.progress)
     index = apply_orientation(index, source.exif_orientation)
@@ -62,16 +65,19 @@ def check_classes(index: SplitIndex) -> None:
     count, empty = len(index.classes), count_empty_classes(index)
     if count > len(index.images) and 2 * empty > count:
         raise UserError(
-            f"{empty} of the {count} classes of {index.images.root} have no image; the largest label is that of "
+            f"{empty} of the {count} classes of {index.images.source} have no image; the largest label is that of "
             f"{largest_label(index)}; number the classes from 0 without gaps."
         )
 
 
-def splits_below(data_dir: Path) -> dict[str, tuple[Path, Kind]]:
+def splits_below(data_dir: Path | RemoteFolder) -> Mapping[str, tuple[Path | RemoteFolder, Kind]]:
     """The splits in ``data_dir`` by name: ``train`` and ``val`` if they hold folders or shards, else all its images.
 
     Raises UserError if it is no folder.
     """
+    if isinstance(data_dir, RemoteFolder):
+        found = {name: _remote_split(data_dir, name) for name in SPLITS}
+        return {name: split for name, split in found.items() if split} or {"all images": (data_dir, "loose images")}
     if not data_dir.is_dir():
         raise UserError(f"{data_dir} is no folder; name the one that holds the data set.")
     try:
@@ -92,12 +98,7 @@ def splits_below(data_dir: Path) -> dict[str, tuple[Path, Kind]]:
 
 
 def _read_labeled(source: Source, name: str) -> SplitIndex:
-    kind: Kind = "class folders"
-    root = source.data_dir / name
-    if not root.is_dir() and source.data_dir.is_dir() and split_files(source.data_dir, name):
-        root, kind = source.data_dir, cast(Kind, name)
-    if not root.is_dir():
-        raise UserError(_missing_splits(source.data_dir))
+    root, kind = _split_of(source.data_dir, name)
     index = apply_orientation(read_split(root, kind, source.progress), source.exif_orientation)
     if not index.classes:
         raise UserError(
@@ -110,17 +111,43 @@ def _read_labeled(source: Source, name: str) -> SplitIndex:
     return index
 
 
+def _split_of(data_dir: Path | RemoteFolder, name: str) -> tuple[Path | RemoteFolder, Kind]:
+    """Where a split is, and how it is read. Raises UserError if it is missing."""
+    if isinstance(data_dir, RemoteFolder):
+        found = _remote_split(data_dir, name)
+        if found is None:
+            raise UserError(
+                f"--data_dir {data_dir} must hold shards (*.tar, *.parquet) in {data_dir / name}, or {name}-*.parquet; "
+                f"launch.py pack writes shards."
+            )
+        return found
+    if not (data_dir / name).is_dir() and data_dir.is_dir() and split_files(data_dir, name):
+        return data_dir, cast(Kind, name)
+    if not (data_dir / name).is_dir():
+        raise UserError(_missing_splits(data_dir))
+    return data_dir / name, "class folders"
+
+
+def _remote_split(data_dir: RemoteFolder, name: str) -> tuple[RemoteFolder, Kind] | None:
+    """A split at a URL, or None if there is none. Raises UserError if ``data_dir`` cannot be listed."""
+    files = list_files(data_dir)  # Before a folder in it, of which less is known.
+    with suppress(MissingFolder):
+        if shard_names(list_files(data_dir / name), "class folders"):
+            return data_dir / name, "class folders"
+    return (data_dir, cast(Kind, name)) if shard_names(files, name) else None
+
+
 def _check_same_classes(train: SplitIndex, val: SplitIndex) -> None:
     if train.layout == val.layout == "class folders" and train.classes != val.classes:
         unmatched = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(
-            f"{train.images.root} and {val.images.root} must hold the same class folders, but {unmatched[0]} is in one "
-            f"of them only ({len(unmatched)} such folders); complete the data set."
+            f"{train.images.source} and {val.images.source} must hold the same class folders, but {unmatched[0]} is in "
+            f"one of them only ({len(unmatched)} such folders); complete the data set."
         )
     if len(val.classes) > len(train.classes):
         raise UserError(
-            f"{val.images.root} has {len(val.classes)} classes (the largest label is that of {largest_label(val)}), "
-            f"but {train.images.root} has {len(train.classes)}; both must number the classes in the same way."
+            f"{val.images.source} has {len(val.classes)} classes (the largest label is that of {largest_label(val)}), "
+            f"but {train.images.source} has {len(train.classes)}; both must number the classes in the same way."
         )
 
 

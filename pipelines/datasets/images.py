@@ -6,11 +6,11 @@ import io
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from PIL import Image
 from pipelines.datasets.headers import open_lazily, read_header, read_orientation, reason, to_rgb, upright
 from pipelines.datasets.row_groups import CACHE_BYTES, RowGroups, byte_range, row_group_numbers
 from pipelines.errors import BadImage, UserError
+
+if TYPE_CHECKING:
+    from pipelines.datasets.shard_cache import ShardCache
 
 UNLABELED = -1
 PER_IMAGE = ("file_of", "offset", "size_bytes", "sizes", "labels", "needs_pillow", "orientation")
@@ -100,7 +103,8 @@ class ImageFiles:
     """N encoded images in files below ``root``: one per file, or many per file (a tar shard, or a Parquet file, each
     of whose row groups is a shard).
 
-    ``update`` corrects an image's entries if its file was replaced.
+    Those of ``shards`` are remote, and are fetched when their images are read. ``update`` corrects an image's entries
+    if its file was replaced.
     """
 
     root: Path
@@ -128,6 +132,8 @@ class ImageFiles:
     """The index on disk that these images were read from; ``update`` deletes it if a file has changed."""
     bad_list: Path | None = None
     """The list on disk of images that could not be decoded after they were indexed."""
+    shards: ShardCache | None = None
+    """Where the files come from if they are remote; ``root`` is then the folder of the cache."""
 
     def __len__(self) -> int:
         return len(self.file_of)
@@ -165,9 +171,18 @@ class ImageFiles:
         # A half, as images of the next shards are read before the last ones of these.
         return max(1, CACHE_BYTES // 2 // max(1, largest))
 
+    @property
+    def source(self) -> str:
+        """The folder or URL that holds the images, for the user."""
+        return str(self.root if self.shards is None else self.shards.remote)
+
     def path(self, image_id: int) -> Path:
-        """The file or shard that holds the image."""
+        """The local file or shard that holds the image; a remote one is not there before it is fetched."""
         return Path(os.fsdecode(self._path(image_id)))
+
+    def file_name(self, image_id: int) -> str:
+        """The name in ``files`` of the file or shard that holds the image."""
+        return os.fsdecode(self.files[self.file_of.item(image_id)])
 
     def path_bytes(self, image_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
         """[N, longest] uint8: paths padded with zeros, for DALI's file reader."""
@@ -176,13 +191,13 @@ class ImageFiles:
 
     def name(self, image_id: int) -> str:
         """The image's name for the user: its path, ``shard.tar: member``, or its row of a Parquet file."""
-        path = self.path(image_id)
+        path = os.path.join(self.source, self.file_name(image_id))  # noqa: PTH118
         if self.in_parquet:
             return (
                 f"{path}: row {self.offset[image_id]} of row group {self._numbers_in_file[self.file_of.item(image_id)]}"
             )
         if not self.in_shards:
-            return str(path)
+            return path
         end = int(self.offset[image_id])
         try:
             header = tarfile.TarInfo.frombuf(self._read(image_id, end - 512, 512), "utf-8", "surrogateescape")
@@ -201,7 +216,8 @@ class ImageFiles:
             first, size = int(self.offset[image_id]), int(self.size_bytes[image_id])
             if self.in_parquet:
                 group = self._numbers_in_file[self.file_of.item(image_id)]
-                return self._row_groups.image(self.path(image_id), group, first)
+                with self._opened(image_id):
+                    return self._row_groups.image(self.path(image_id), group, first)
             content = self._read(image_id, first, size)
         except (OSError, ValueError) as error:
             path = self.path(image_id)
@@ -269,7 +285,7 @@ class ImageFiles:
         if hasattr(os, "posix_fadvise"):
             # A missing shard is reported when its images are needed.
             with suppress(OSError, ValueError):
-                path = self._prefix + self.files[shard]
+                path = self._path_of_file(shard)
                 # 0 bytes are all up to the file's end.
                 extent = (
                     byte_range(Path(os.fsdecode(path)), self._numbers_in_file[shard]) if self.in_parquet else (0, 0)
@@ -303,7 +319,18 @@ class ImageFiles:
         return os.path.join(os.fsencode(self.root), b"")  # noqa: PTH118 - paths as bytes
 
     def _path(self, image_id: int) -> bytes:
-        return self._prefix + self.files[self.file_of.item(image_id)]
+        return self._path_of_file(self.file_of.item(image_id))
+
+    def _path_of_file(self, n: int) -> bytes:
+        if self.shards is not None:
+            return os.fsencode(self.shards.paths[os.fsdecode(self.files[n])])
+        return self._prefix + self.files[n]
+
+    def _opened(self, image_id: int) -> AbstractContextManager[Any]:
+        """Keeps the shard of an image in the cache while it is open, if the shard is remote."""
+        if self.shards is None:
+            return nullcontext()
+        return self.shards.opened(self.file_name(image_id))
 
     @cached_property
     def _numbers_in_file(self) -> list[int]:
@@ -323,6 +350,10 @@ class ImageFiles:
 
         Not from a memory map: if a mapped shard is truncated, SIGBUS ends the process.
         """
+        if self.shards is not None:
+            # Not kept open, so that any other process may delete it afterwards.
+            with self._opened(image_id) as (descriptor, _):
+                return os.pread(descriptor, size, first)
         shard = int(self.file_of[image_id])
         file = self._open_shards.get(shard)
         if file is None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.datasets.headers import ROW_DTYPE, ScanResult, read_header, reason, row_of
-from pipelines.datasets.images import UNLABELED, Names
+from pipelines.datasets.images import UNLABELED, ImageFiles, Names
 from pipelines.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".jfif", ".jpe")
@@ -261,6 +261,13 @@ def stamp(path: Path) -> Stamp:
         return _stamp_of(path.stat())
     except OSError:
         return MISSING
+
+
+def stamp_of_image(images: ImageFiles, image_id: int) -> Stamp:
+    """The stamp of the file or shard that holds an image; of a remote shard, as it was listed."""
+    if images.shards is not None:
+        return images.shards.shards[images.file_name(image_id)].stamp
+    return stamp(images.path(image_id))
 
 
 def _stamp_of(status: os.stat_result) -> Stamp:

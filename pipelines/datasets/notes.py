@@ -17,22 +17,22 @@ def notes_on(index: SplitIndex) -> tuple[str, ...]:
     images = index.images
     notes = [f"{note}." for note in index.notes]
     if index.skipped:
-        notes.insert(0, f"Skipped in {images.root}: {format_counts(index.skipped)}.")
+        notes.insert(0, f"Skipped in {images.source}: {format_counts(index.skipped)}.")
     if index.classes and (empty := count_empty_classes(index)):
         notes.append(
-            f"{empty} of {len(index.classes)} classes have no image in {images.root}; the largest label is that of "
+            f"{empty} of {len(index.classes)} classes have no image in {images.source}; the largest label is that of "
             f"{largest_label(index)}."
         )
     rotated = int((images.orientation != 1).sum())
     if rotated and not images.exif_orientation:
         notes.append(
-            f"{rotated} of {len(images)} images in {images.root} are rotated by EXIF and used as they are stored; "
+            f"{rotated} of {len(images)} images in {images.source} are rotated by EXIF and used as they are stored; "
             f"--exif_orientation 1 turns them upright."
         )
     median = int(np.median(images.sizes.prod(axis=1)))
     if median > LARGE_PIXELS:
         notes.append(
-            f"The images in {images.root} are large (median {median / 1e6:.0f} megapixels), so decoding them takes "
+            f"The images in {images.source} are large (median {median / 1e6:.0f} megapixels), so decoding them takes "
             f"most of the time; launch.py pack --max_side 512 makes smaller copies (docs/data.md)."
         )
     return tuple(notes)

@@ -31,8 +31,14 @@ SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "test")}
 
 def split_files(folder: Path, split: str) -> list[str]:
     """Names of the Parquet files of ``train`` or ``val`` in a folder that holds several splits."""
-    names = _names(folder)
-    for prefix in SPLIT_NAMES[split]:
+    return names_of_split(_names(folder), split)
+
+
+def names_of_split(names: Sequence[str], kind: str) -> list[str]:
+    """Those of the names of Parquet files that are of the split ``kind``; all if that is no split."""
+    if kind not in SPLIT_NAMES:
+        return list(names)
+    for prefix in SPLIT_NAMES[kind]:
         if matching := [name for name in names if re.match(rf"{prefix}\b", name.replace("_", "-"))]:
             return matching
     return []
@@ -45,13 +51,13 @@ def list_parquet(root: Path, kind: str) -> Listing | None:
     Parquet files next to these hold metadata. Raises UserError if a file is damaged or has no images.
     """
     watched = {".": stamp(root)}
-    names = split_files(root, kind) if kind in SPLIT_NAMES else _names(root)
+    names = names_of_split(_names(root), kind)
     skipped: Counter[str] = Counter()
     if not names or image_files(root, ".", {}, skipped):
         return None
     skipped[SUFFIX] = 0
     watched |= {name: stamp(root / name) for name in names}
-    files = [os.fsencode(name) for name in names for _ in range(_count_row_groups(root / name))]
+    files = [os.fsencode(name) for name in names for _ in range(count_row_groups(root / name))]
     return Listing(
         layout="Parquet",
         files=Names.of(files),
@@ -62,18 +68,20 @@ def list_parquet(root: Path, kind: str) -> Listing | None:
     )
 
 
-def read_row_group(place: tuple[Path, int]) -> ScanResult:
+def read_row_group(place: tuple[Path, int], shown: str = "") -> ScanResult:
     """Scan the images of a row group, given its file and its number, in their order.
 
-    Raises UserError if it cannot be read or a label is invalid.
+    Raises UserError, which calls the file ``shown``, if it cannot be read or a label is invalid.
     """
     path, group = place
     try:
         with open_parquet(path) as file:
             images = read_column(file, group, f"{image_column(file)}.bytes")
-            labels = _labels(file, group, path) if LABEL in file.schema_arrow.names else [UNLABELED] * len(images)
+            labels = (
+                _labels(file, group, shown or path) if LABEL in file.schema_arrow.names else [UNLABELED] * len(images)
+            )
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(shown or path, error) from error
     rows, faults = [], {}
     for n, (image, label) in enumerate(zip(images, labels)):
         content: bytes | memoryview = b""
@@ -97,22 +105,22 @@ def _names(folder: Path) -> list[str]:
     )
 
 
-def _count_row_groups(path: Path) -> int:
-    """Raises UserError if the file is damaged or has no images."""
+def count_row_groups(path: Path, shown: str = "") -> int:
+    """Raises UserError, which calls the file ``shown``, if it is damaged or has no images."""
     try:
         with open_parquet(path) as file:
             if image_column(file) is None:
                 names = ", ".join(file.schema_arrow.names)
                 raise UserError(
-                    f"{path} has no column of images, a struct with the binary field bytes, but only {names}; save it "
-                    f"with encoded images, or move it elsewhere."
+                    f"{shown or path} has no column of images, a struct with the binary field bytes, but only {names}; "
+                    f"save it with encoded images, or move it elsewhere."
                 )
             return int(file.num_row_groups)
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(shown or path, error) from error
 
 
-def _labels(file: Any, group: int, path: Path) -> Sequence[int]:
+def _labels(file: Any, group: int, path: Path | str) -> Sequence[int]:
     labels = read_column(file, group, LABEL).to_pylist()
     result = []
     for label in labels:
@@ -123,5 +131,5 @@ def _labels(file: Any, group: int, path: Path) -> Sequence[int]:
     return result
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: Path | str, error: Exception) -> UserError:
     return UserError(f"{path} cannot be read as Parquet ({reason(error)}); fetch it again or delete it.")

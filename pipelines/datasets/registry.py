@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def no_progress(_description: str, _done: int, _total: int) -> None:
 class Source:
     """What a reader needs to know."""
 
-    data_dir: Path
+    data_dir: Path | RemoteFolder
+    """A folder at a URL only if the data set can be ``remote``."""
     exif_orientation: bool = False
     """Whether image files are turned upright by their EXIF orientation."""
     progress: Progress = no_progress
@@ -71,6 +73,8 @@ class DataSetTraits:
     resize_px: int | None = None
     """For evaluation, the shorter side is resized to this and the center cut out; None: images are used as they are."""
     needs_data_dir: bool = True
+    remote: bool = False
+    """Whether it can be read from a URL."""
     torchvision_class: str | None = None
     """The class of ``torchvision.datasets`` that downloads it."""
     hub_name: str | None = None
@@ -130,6 +134,7 @@ DATA_SETS: dict[str, DataSetTraits] = {
         jitter_strength=1.0,
         blur_and_solarize=True,
         resize_px=256,
+        remote=True,
         hub_name="ILSVRC/imagenet-1k",
     ),
     "folder": DataSetTraits(
@@ -140,6 +145,7 @@ DATA_SETS: dict[str, DataSetTraits] = {
         jitter_strength=1.0,
         blur_and_solarize=True,
         resize_px=256,
+        remote=True,
     ),
 }
 
@@ -166,7 +172,7 @@ class DataSet:
 
 def open_data_set(
     name: str,
-    data_dir: Path | None,
+    data_dir: Path | RemoteFolder | None,
     *,
     limit_train: int | None = None,
     download: bool = False,
@@ -175,10 +181,11 @@ def open_data_set(
 ) -> DataSet:
     """Open a data set of ``DATA_SETS`` by its name.
 
-    ``limit_train`` is the largest number of training images: the first ones, or of image files, which are sorted by
-    class, evenly spaced ones. ``download`` fetches the data set into ``data_dir`` by torchvision, which verifies
-    checksums. ``exif_orientation`` turns image files upright. ``progress`` reports the scan of image files that are not
-    indexed yet. Raises UserError if the data is missing, damaged, or fewer images than ``limit_train``.
+    ``data_dir`` is a local folder, or a ``RemoteFolder`` of shards. ``limit_train`` is the largest number of training
+    images: the first ones, or of image files, which are sorted by class, evenly spaced ones. ``download`` fetches the
+    data set into ``data_dir`` by torchvision, which verifies checksums. ``exif_orientation`` turns image files upright.
+    ``progress`` reports the scan of image files that are not indexed yet. Raises UserError if the data is missing,
+    damaged, or fewer images than ``limit_train``.
     """
     splits = _read_splits(name, data_dir, DATA_SETS[name].splits, download, exif_orientation, progress)
     train = images = splits["train"].images
@@ -201,7 +208,7 @@ def open_data_set(
 
 def open_split(
     name: str,
-    data_dir: Path | None,
+    data_dir: Path | RemoteFolder | None,
     split: SplitName,
     *,
     download: bool = False,
@@ -220,7 +227,7 @@ def open_split(
 
 def _read_splits(
     name: str,
-    data_dir: Path | None,
+    data_dir: Path | RemoteFolder | None,
     splits: Iterable[SplitName],
     download: bool,
     exif_orientation: bool,
@@ -230,6 +237,11 @@ def _read_splits(
     if traits.needs_data_dir:
         if data_dir is None:
             raise UserError(f"--dataset {name} needs --data_dir, the folder that holds the data set.")
+        if isinstance(data_dir, RemoteFolder) and not traits.remote:
+            able = " and ".join(other for other in DATA_SETS if DATA_SETS[other].remote)
+            raise UserError(
+                f"--dataset {name} cannot be read from a URL, only {able} can; copy {data_dir} to a local folder."
+            )
         if download:
             _download(name, data_dir)
     source = Source(data_dir=data_dir or Path(), exif_orientation=exif_orientation, progress=progress)
@@ -238,7 +250,7 @@ def _read_splits(
     return {split: by_name[traits.splits[split]] for split in splits}
 
 
-def _download(name: str, data_dir: Path) -> None:
+def _download(name: str, data_dir: Path | RemoteFolder) -> None:
     torchvision_class = DATA_SETS[name].torchvision_class
     if torchvision_class is None:
         raise UserError(f"--download 1 cannot fetch {name}; get it from its owners and unpack it in {data_dir}.")

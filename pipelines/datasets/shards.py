@@ -91,21 +91,22 @@ def _is_tar(entry: os.DirEntry[str]) -> bool:
     return entry.name.lower().endswith((".tar", *COMPRESSED_TAR)) and is_regular(entry)
 
 
-def read_shard(shard: Path) -> ScanResult:
+def read_shard(path: Path, shown: str = "") -> ScanResult:
     """Scan the images of a shard, in their order.
 
-    A truncated shard has a note; its last image has a fault if it is incomplete. Raises UserError if the file is no tar
-    archive, a label is invalid, or a sample has two images.
+    Notes and errors call it ``shown`` (default: its path). A truncated shard has a note; its last image has a fault if
+    it is incomplete. Raises UserError if the file is no tar archive, a label is invalid, or a sample has two images.
     """
-    size = shard.stat().st_size
+    shard = shown or str(path)
+    size = path.stat().st_size
     samples: list[_Sample] = []
     skipped: Counter[str] = Counter()
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with tarfile.open(path, "r:") as archive:
             for key, run in _runs(archive, skipped):
                 samples += _samples(key, run, archive, shard, size)
             # Not archive.fileobj, whose position is undefined here.
-            with shard.open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(archive.offset)
                 complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
@@ -193,7 +194,7 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             yield member
 
 
-def _samples(key: str, run: _Run, archive: tarfile.TarFile, shard: Path, shard_bytes: int) -> Iterator[_Sample]:
+def _samples(key: str, run: _Run, archive: tarfile.TarFile, shard: str, shard_bytes: int) -> Iterator[_Sample]:
     """The samples in a run: ``key``, or several with dots in their keys."""
     plain = any(suffix in IMAGE_SUFFIXES for _, suffix in run)
     samples: dict[str, _Sample] = {}
@@ -208,7 +209,7 @@ def _samples(key: str, run: _Run, archive: tarfile.TarFile, shard: Path, shard_b
 
 
 def _add(
-    sample: _Sample, member: tarfile.TarInfo, suffix: str, archive: tarfile.TarFile, shard: Path, shard_bytes: int
+    sample: _Sample, member: tarfile.TarInfo, suffix: str, archive: tarfile.TarFile, shard: str, shard_bytes: int
 ) -> None:
     """Add a member to its sample."""
     truncated = member.offset_data + member.size > shard_bytes
@@ -229,7 +230,7 @@ def _add(
         sample.others.append(PARTS if suffix.rpartition(".")[2] in IMAGE_SUFFIXES else kind_of(member.name))
 
 
-def _label(content: bytes, member: tarfile.TarInfo, shard: Path) -> int:
+def _label(content: bytes, member: tarfile.TarInfo, shard: str) -> int:
     try:
         label = int(content)
     except ValueError:

@@ -69,7 +69,7 @@ def embed_split(config: EmbedConfig) -> None:
             accelerator,
             lambda: open_split(
                 config.dataset,
-                config.data_dir,
+                config.location,
                 config.split,
                 download=bool(config.download) and accelerator.is_main_process,
                 exif_orientation=bool(config.exif_orientation),
@@ -121,4 +121,4 @@ def embed_split(config: EmbedConfig) -> None:
 
 def _name_below(images: ImageFiles, image_id: int) -> str:
     """The path of an image, or its shard and member, below the folder of the split."""
-    return images.name(image_id).removeprefix(f"{images.root}/")
+    return images.name(image_id).removeprefix(f"{images.source}/")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
+from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 from stec.architectures import Arch
 from stec.config import LARGEST_VIEW_PX, SMALLEST_VIEW_PX
 from stec.normalization import Normalization
-from stec.settings import Switch, check_ranges, setting
+from stec.settings import Switch, check_ranges, setting, with_cache
 
 if TYPE_CHECKING:
     from stec.weights.pretrained import Trained
@@ -26,8 +27,12 @@ class EncoderConfig:
     ckpt_path: Path
     """Weights: the folder of a finished run, a checkpoint or safetensors file of this project, an official .ckpt, or a
     ResNet of torchvision, timm, lightly, solo-learn or MoCo."""
-    data_dir: Path | None = None
-    """Folder that holds the data set."""
+    data_dir: Path | RemoteFolder | None = None
+    """Folder that holds the data set; for imagenet and folder also the URL of one with shards."""
+    cache_dir: Path | None = None
+    """Local folder into which shards of a URL are fetched; default: ~/.cache/stec/shards."""
+    cache_gb: float = setting(RemoteFolder.cache_gb, above=0)
+    """The most that --cache_dir holds, in units of 10^9 bytes."""
     download: Switch = 0
     """1: download CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
     backend: Literal["auto", "dali", "torchvision"] = "auto"
@@ -55,6 +60,11 @@ class EncoderConfig:
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         check_ranges(self)
+
+    @property
+    def location(self) -> Path | RemoteFolder | None:
+        """The folder or URL that holds the data set, with its cache."""
+        return with_cache(self.data_dir, self.cache_dir, self.cache_gb)
 
     @property
     def traits(self) -> DataSetTraits:

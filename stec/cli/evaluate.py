@@ -75,7 +75,7 @@ def run(arguments: list[str]) -> None:
         def open_images(split: SplitName) -> tuple[Images, tuple[str, ...]]:
             return open_split(
                 config.dataset,
-                config.data_dir,
+                config.location,
                 split,
                 download=bool(config.download) and accelerator.is_main_process,
                 exif_orientation=bool(config.exif_orientation),

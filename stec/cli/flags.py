@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import tyro
 
+from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 from stec.compatibility import RENAMED_SETTINGS
 from stec.distributed.launcher import is_main_process
-from stec.settings import as_path, fields_of
+from stec.settings import as_location, as_path, fields_of
 
 C = TypeVar("C")
 
@@ -105,6 +106,21 @@ def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
         instance_from_str=lambda words: as_path(words[0]),
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda path: [str(path)],
+    )
+
+
+@PATHS.primitive_rule
+def _location_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    # Without a rule for the union, tyro would make subcommands of its types.
+    if info.type not in (Path | RemoteFolder, Path | RemoteFolder | None):
+        return None
+    optional = info.type == Path | RemoteFolder | None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{None}|PATH|URL" if optional else "PATH|URL",
+        instance_from_str=lambda words: None if optional and words == ["None"] else as_location(words[0]),
+        is_instance=lambda value: isinstance(value, Path | RemoteFolder) or (optional and value is None),
+        str_from_instance=lambda location: [str(location)],
     )
 
 

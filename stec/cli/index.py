@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from pipelines.datasets.urls import RemoteFolder
 from stec.cli.flags import parse
 from stec.cli.outputs import check_output
 from stec.distributed.launcher import is_main_process
-from stec.settings import Switch
+from stec.settings import Switch, check_ranges, setting, with_cache
 
 if TYPE_CHECKING:
     from pipelines.datasets.cache import SplitIndex
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 class IndexConfig:
     """Index a data set of image files, tar shards or Parquet files, and print its facts and its bad images."""
 
-    data_dir: tyro.conf.Positional[Path]
-    """Folder that holds train and val, or images."""
+    data_dir: tyro.conf.Positional[Path | RemoteFolder]
+    """Folder that holds train and val, or images; or the URL of one with shards."""
+    cache_dir: Path | None = None
+    """Local folder into which shards of a URL are fetched; default: ~/.cache/stec/shards."""
+    cache_gb: float = setting(RemoteFolder.cache_gb, above=0)
+    """The most that --cache_dir holds, in units of 10^9 bytes."""
     verify: Literal["headers", "full"] = "headers"
     """full: decode every image, and write a list of the bad ones."""
     exif_orientation: Switch = 0
@@ -36,6 +41,7 @@ class IndexConfig:
 def run(arguments: list[str]) -> None:
     """Index every split of a data set of image files or shards, and print its facts and its bad images."""
     config = parse(IndexConfig, arguments, name="index")
+    check_ranges(config)
     check_output(config.bad, "--bad")
 
     from pipelines.datasets.cache import cache_file
@@ -49,7 +55,8 @@ def run(arguments: list[str]) -> None:
     splits: dict[str, SplitIndex] = {}
     facts = []
     with console.counting() as progress:
-        for name, (root, kind) in splits_below(config.data_dir).items():
+        location = with_cache(config.data_dir, config.cache_dir, config.cache_gb)
+        for name, (root, kind) in splits_below(location).items():
             started = time.perf_counter()
             index = read_split(root, kind, progress, check_files=True)
             if config.verify == "full":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from pipelines.datasets.urls import RemoteFolder
 from stec.config import TrainConfig
 
 
@@ -16,6 +17,9 @@ def next_steps(config: TrainConfig, folder: Path, *, classes: int, processes: in
     data = ["--dataset", config.data.dataset]
     if config.data.data_dir is not None:
         data += ["--data_dir", str(config.data.data_dir)]
+    if isinstance(config.data.data_dir, RemoteFolder):
+        data += ["--cache_dir", str(config.data.cache_dir)] if config.data.cache_dir is not None else []
+        data += ["--cache_gb", f"{config.data.cache_gb:g}"]
     # If images are not resized for evaluation, it does not depend on the size of the views.
     if config.augmentation.view_size is not None and config.traits.resize_px is not None:
         data += ["--view_size", str(config.augmentation.view_size)]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 
 
@@ -14,7 +15,7 @@ def check_output(
     flag: str = "",
     *,
     suffixes: Sequence[str] = (),
-    inputs: Sequence[Path | None] = (),
+    inputs: Sequence[Path | RemoteFolder | None] = (),
     may_exist: bool = True,
 ) -> None:
     """Raise UserError if ``path`` (the value of ``flag``) cannot be written or would overwrite an input.
@@ -35,7 +36,7 @@ def check_output(
     from stec.runs.run_folder import RunFolder
 
     for source in inputs:
-        if source is None or not source.exists():
+        if not isinstance(source, Path) or not source.exists():
             continue
         inside = source.is_dir() and path.resolve().is_relative_to(source.resolve())
         if path.samefile(source) or (inside and not RunFolder(source).written()):

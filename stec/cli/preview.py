@@ -81,7 +81,7 @@ def run(arguments: list[str]) -> None:
     with console.counting() as progress:
         data_set = open_data_set(
             settings.data.dataset,
-            settings.data.data_dir,
+            settings.data.location,
             limit_train=settings.data.limit_train,
             exif_orientation=bool(settings.data.exif_orientation),
             progress=progress,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 from stec.cli.flags import parse
 from stec.cli.outputs import check_output
@@ -40,8 +41,8 @@ class ReportConfig:
     """Page to write."""
     images: int = setting(1024, at_least=1)
     """Number of pairs of training views for the predictions, and of images among which neighbors are searched."""
-    data_dir: Path | None = None
-    """Folder that holds the data set, if it has moved."""
+    data_dir: Path | RemoteFolder | None = None
+    """Folder or URL that holds the data set, if it has moved."""
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
@@ -109,7 +110,7 @@ def look_into(record: RunRecord, wanted: ReportConfig, accelerator: Accelerator)
     try:
         data_set = open_data_set(
             settings.data.dataset,
-            settings.data.data_dir,
+            settings.data.location,
             limit_train=settings.data.limit_train,
             exif_orientation=bool(settings.data.exif_orientation),
         )

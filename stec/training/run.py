@@ -154,7 +154,7 @@ def open_training_data(config: TrainConfig, accelerator: Accelerator, console: C
             accelerator,
             lambda: open_data_set(
                 config.data.dataset,
-                config.data.data_dir,
+                config.data.location,
                 limit_train=config.data.limit_train,
                 download=bool(config.data.download) and accelerator.is_main_process,
                 exif_orientation=bool(config.data.exif_orientation),
