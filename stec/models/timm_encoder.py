@@ -83,7 +83,8 @@ def facts_of(arch: str, view_size_px: int) -> Facts:
     _check_name(arch)
     cannot = f"--arch {arch} cannot encode views of {view_size_px} px"
     try:
-        with torch.device("meta"):
+        # Whatever the caller has switched off.
+        with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
             try:
                 options = {"img_size": view_size_px}
                 network = _create(arch, options)
