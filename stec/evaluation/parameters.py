@@ -69,7 +69,9 @@ def decode_commands(
     return decode(fit_features, fit_values, test_features, test_values)
 
 
-def encode_pairs(encoder: ImageEncoder, loader: Loader, limit: int, accelerator: Accelerator) -> tuple[Tensor, Commands]:
+def encode_pairs(
+    encoder: ImageEncoder, loader: Loader, limit: int, accelerator: Accelerator
+) -> tuple[Tensor, Commands]:
     """Concatenated features [N, 2D] of both views of the loader's first pairs, on the host, and their commands.
 
     As many full batches of the first epoch as ``limit`` allows, but at least one. The loader is that of a single

@@ -1,4 +1,4 @@
-"""What all encoders have in common, and ResNets: torchvision's blocks and parameter names, with the three stems of S-TEC and any width."""
+"""What all encoders share, and the ResNets: torchvision's blocks and names, the three stems of S-TEC, any width."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ def check_encoder(config: TrainConfig) -> None:
         facts = facts_of(model.arch, size_px)
         if schedule is not None and facts.fixed_size_px is not None:
             raise UserError(
-                f"--resolution_schedule {schedule} needs an encoder of images of any size, but {model.arch} is made for "
-                f"one size; omit it, or choose a convolutional network."
+                f"--resolution_schedule {schedule} needs an encoder of images of any size, but {model.arch} is made "
+                f"for one size; omit it, or choose a convolutional network."
             )
     if model.init == "pretrained" and model.ckpt_path is None and model.normalize is None:
         expected = normalization_of_weights(model.arch)

@@ -106,9 +106,10 @@ def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.op
 
     LARS has the official groups: names that contain ``bias`` or ``bn`` get SGD without decay, the online classifier's
     weight SGD with decay, everything else LARS. (The scale of a shortcut's batch norm, ``downsample.1.weight``, is
-    therefore under LARS, as in the official code.) With a target network, or an encoder of timm, whose names are
-    others, all biases and norms, known by their shape, get SGD without decay, as BYOL does it. SGD and Adam treat all parameters equally, as the official code
-    does; AdamW decays neither biases nor batch norms.
+    therefore under LARS, as in the official code.) With a target network, all biases and batch norms get SGD without
+    decay, as BYOL does it, and so they do with an encoder of timm, whose parameters have other names: they are known by
+    their shape. SGD and Adam treat all parameters equally, as the official code does; AdamW decays neither biases nor
+    norms.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     learning_rate, weight_decay = settings.learning_rate, settings.weight_decay

@@ -211,7 +211,10 @@ def facts(
     growing = f", {first_size_px} px at first" if config.augmentation.resolution_schedule is not None else ""
     return [
         ("data", f"{config.data.dataset}: {len(data_set.train)} training images{bad}, {test}"),
-        ("encoder", config.model.arch if is_timm(config.model.arch) else f"{config.model.arch}, width {config.model.width}"),
+        (
+            "encoder",
+            config.model.arch if is_timm(config.model.arch) else f"{config.model.arch}, width {config.model.width}",
+        ),
         (
             "training",
             f"{config.optimization.max_epochs} epochs of {sampler.steps_per_epoch} steps of "

@@ -122,12 +122,12 @@ def read_weights_and_metadata(
         assert view_size_px is not None
         # Before they are adapted, which may spread what is not finite.
         weights = adapted_weights(arch, view_size_px, _finite(without_wrappers(state), path), path)
-        state, prefix = {f"{TIMM_NETWORK}{name}": tensor for name, tensor in weights.items()}, ""
-        metadata["encoder"] = {"arch": arch, "view_size_px": view_size_px}
+        state = {f"{TIMM_NETWORK}{name}": tensor for name, tensor in weights.items()}
+        metadata |= {FOREIGN_PREFIX: "", "encoder": {"arch": arch, "view_size_px": view_size_px}}
     else:
         state, prefix = _our_names(state, path, ours=ours, of_timm=timm_encoder_of(metadata) is not None)
-    if prefix is not None:
-        metadata[FOREIGN_PREFIX] = prefix
+        if prefix is not None:
+            metadata[FOREIGN_PREFIX] = prefix
     return _finite(state, path), metadata
 
 

@@ -83,7 +83,7 @@ class Trained:
         # Not on a device: the initial weights are replaced, so initializing them would waste time. But networks of timm
         # have constants that are in no file.
         device = "cpu" if is_timm(self.arch) else "meta"
-        with torch.device(device), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device(device):
             settings = ModelSettings(arch=self.arch, normalize=self.normalize)
             if self.width is not None:
                 settings = dataclasses.replace(settings, width=self.width)
@@ -191,8 +191,8 @@ def read_trained(
     """The weights in a folder or file as for ``load_encoder``, heads included, and what is known of them.
 
     ``otherwise`` is the stem where neither the source nor its weights tell it. A file of another project is one of
-    ``arch``, if that is an encoder of timm, and adapted to the size of the views. Raises UserError where there are none,
-    which says that ``stem_set_by`` can change the stem.
+    ``arch``, if that is an encoder of timm, and adapted to the size of the views. Raises UserError where there are
+    none, which says that ``stem_set_by`` can change the stem.
     """
     if not os.path.exists(source):  # noqa: PTH110 - which does not raise where a name is too long
         raise UserError(f"There is no file or folder {source}; give a run's folder, or a file of trained weights.")
@@ -313,8 +313,8 @@ def normalization_of(metadata: Mapping[str, Any], path: Path, given: Normalizati
         raise UserError(
             f"{path} is a checkpoint of another project, which does not say how its images were normalized; set "
             f"normalize (--normalize) to imagenet, as torchvision, timm, lightly and MoCo do, to inception or clip, "
-            f"as other weights of timm do, to none, as this project does, or to {', '.join(list(NORMALIZATIONS)[4:])}, as "
-            f"solo-learn does for these data sets."
+            f"as other weights of timm do, to none, as this project does, or to "
+            f"{', '.join(list(NORMALIZATIONS)[4:])}, as solo-learn does for these data sets."
         )
     if name is not None and name not in tuple(NORMALIZATIONS):
         raise UserError(f"{path} has the normalization {name}, which this version does not know; {OTHER_VERSION}")
