@@ -77,7 +77,7 @@ WRONG = {
     "unknown command": (["trian"], "trian is no command"),
     "unknown recipe": (["--recipe", "cifar10-resnet81"], "did you mean cifar10-resnet18"),
     "unknown data set": (["--dataset", "mnist"], "invalid choice 'mnist'"),
-    "unknown architecture": (["--arch", "resnet19"], "invalid choice 'resnet19'"),
+    "unknown architecture": (["--arch", "resnet19"], "--arch resnet19 is no architecture; did you mean resnet18?"),
     "misspelt flag": (["--bach_size", "3"], "--batch_size"),
     "no data folder": (["--dataset", "cifar10"], "needs --data_dir"),
     "missing data": (["--dataset", "cifar10", "--data_dir", "/nowhere"], "/nowhere holds neither"),

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from pipelines.errors import UserError
@@ -63,7 +62,7 @@ class TimmEncoder(ImageEncoder):
         for name, parameter in self.network.named_parameters():
             if name in facts.unused:  # DistributedDataParallel would wait for their gradients
                 parameter.requires_grad_(False)
-        self.memory_format = torch.contiguous_format if _is_narrow(self.network) else torch.channels_last
+        self.memory_format = torch.contiguous_format if is_narrow(self.network) else torch.channels_last
         self.to(memory_format=self.memory_format)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -102,16 +101,6 @@ def facts_of(arch: str, view_size_px: int) -> Facts:
     except Exception as error:  # networks of timm raise whatever their operators do
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(f"{cannot} ({reason}); give another --view_size, or another network.") from error
-    statistics = {
-        type(module).__name__
-        for module in network.modules()
-        if not isinstance(module, _BatchNorm) and "running_var" in dict(module.named_buffers(recurse=False))
-    }
-    if statistics:
-        raise UserError(
-            f"--arch {arch} normalizes by {', '.join(sorted(statistics))}, whose statistics are not known to be those "
-            f"of all processes; choose a network with batch norm or layer norm."
-        )
     unused = frozenset(name for name, parameter in network.named_parameters() if parameter.grad is None)
     return Facts(options=options, feature_dim=features.shape[1], unused=unused)
 
@@ -218,7 +207,7 @@ def _switch_randomness_off(network: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _is_narrow(network: nn.Module) -> bool:
+def is_narrow(network: nn.Module) -> bool:
     """Whether it has a convolution on which oneDNN crashes in channels-last memory; see ``NARROW``."""
     return any(
         isinstance(module, nn.Conv2d)
