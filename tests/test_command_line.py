@@ -148,7 +148,7 @@ def test_invalid_input_ends_in_one_sentence(case: str, capsys: pytest.CaptureFix
         ({"bach_size": 3}, "unknown key bach_size; did you mean batch_size?"),
         ({"batch_size": "many"}, "batch_size is 'many'; give a value of type int"),
         ({"use_solarization": 2}, "use_solarization is 2; give one of 0, 1"),
-        ({"arch": None}, "arch is None; give one of 'resnet18', "),
+        ({"optimizer": None}, "optimizer is None; give one of 'lars', "),
         ({"normalize": "mean"}, "normalize is 'mean'; give one of 'none', "),
         ({"predict": "window"}, "predict is 'window'; give a list"),
         ({"manip_weights": ["1"]}, "manip_weights is '1'; give a value of type float"),
