@@ -80,7 +80,6 @@ def facts_of(arch: str, view_size_px: int) -> Facts:
     Raises UserError as ``TimmEncoder`` does.
     """
     _check_name(arch)
-    cannot = f"--arch {arch} cannot encode views of {view_size_px} px"
     try:
         # Whatever the caller has switched off.
         with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
@@ -100,7 +99,10 @@ def facts_of(arch: str, view_size_px: int) -> Facts:
         raise
     except Exception as error:  # networks of timm raise whatever their operators do
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise UserError(f"{cannot} ({reason}); give another --view_size, or another network.") from error
+        raise UserError(
+            f"--arch {arch} cannot encode views of {view_size_px} px ({reason}); give another --view_size, or another "
+            f"network."
+        ) from error
     unused = frozenset(name for name, parameter in network.named_parameters() if parameter.grad is None)
     return Facts(options=options, feature_dim=features.shape[1], unused=unused)
 

@@ -174,7 +174,8 @@ def _method(config: Mapping[str, Any]) -> tuple[str, str]:
     if config.get("stop_gradient") == 2:
         return (
             "",
-            f"Its weights are those of {config.get('ckpt_path') or 'timm'}, on which an online linear classifier was trained.",
+            f"Its weights are those of {config.get('ckpt_path') or 'timm'}, on which an online linear classifier was "
+            f"trained.",
         )
     with_labels = ", and by the labels" if config.get("stop_gradient") == 0 else ""
     if not config.get("manip_lambda"):
