@@ -16,7 +16,7 @@ from stec.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from stec.evaluation.evaluate import Evaluation, Measure
-    from stec.models.encoder import Encoder
+    from stec.models.encoder import ImageEncoder
 
 
 def configure(recipe: str | None = None, **settings: Any) -> TrainConfig:
@@ -53,7 +53,7 @@ class Run:
         return read_object(RunFolder(self.path).results, "let training go on to its end")
 
     @cached_property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> ImageEncoder:
         """Its encoder, as ``load_encoder`` returns it. Raises UserError if the run is not finished."""
         from stec.weights.pretrained import load_encoder
 

@@ -19,7 +19,7 @@ from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 from pipelines.executors import SMALLEST_VIEW_PX
-from stec.architectures import Arch
+from stec.architectures import check_architecture, is_timm
 from stec.compatibility import REMOVED_SETTINGS, RENAMED_SETTINGS, with_current_names
 from stec.normalization import Normalization
 from stec.settings import OnResume, Switch, check_ranges, checked_value, setting, settings_of, with_cache
@@ -28,6 +28,8 @@ LARGEST_VIEW_PX = 4096
 BaseName = Literal["simclr", "byol", "relic"]
 TargetName = Literal["window", "color", "blur", "solarize", "gray"]
 """What the inverse model can predict; the table is in ``stec.targets``, which needs NumPy."""
+STANDARD_WIDTH = 64
+"""Channels of the first stage of a ResNet of torchvision."""
 MANY = 10**6
 """An upper limit that catches typing errors before they overflow."""
 
@@ -91,13 +93,14 @@ class AugmentationSettings:
 class ModelSettings:
     """The encoder and its heads."""
 
-    arch: Arch = setting("resnet18", on_resume="never")
-    """Architecture of the encoder."""
-    width: int = setting(64, at_least=1, on_resume="never")
-    """Channels of the encoder's first stage; 16 is a narrow encoder for CPUs."""
+    arch: str = setting("resnet18", on_resume="never")
+    """Architecture of the encoder: resnet18, resnet34, resnet50, resnet101, or timm/NAME for any image encoder of timm,
+    for example timm/vit_small_patch16_224; see docs/encoders.md."""
+    width: int = setting(STANDARD_WIDTH, at_least=1, on_resume="never")
+    """Channels of a ResNet's first stage; 16 is a narrow encoder for CPUs."""
     hidden_mlp: int = setting(-1, on_resume="never")
     """Width of the projection's hidden layer; -1: the default of the architecture (512 for resnet18 and resnet34, 2048
-    for resnet50 and resnet101)."""
+    for resnet50 and resnet101, the dimension of the features for timm's)."""
     feat_dim: int = setting(128, at_least=1, on_resume="never")
     """Dimension of the projected features that the contrastive loss compares."""
     manip_hidden_mlp: int = setting(512, at_least=1, on_resume="never")
@@ -107,11 +110,14 @@ class ModelSettings:
     predict: tuple[TargetName, ...] = setting(("window",), on_resume="never")
     """What the inverse model predicts: window is the command of the crop boxes, all five the full efference copy."""
     inverse_from: Literal["layer4", "layer3"] = setting("layer4", on_resume="never")
-    """Stage of the encoder whose pooled output the inverse model gets; layer4 is the features."""
+    """Stage of a ResNet whose pooled output the inverse model gets; layer4 is the features."""
+    init: Literal["random", "pretrained"] = setting("random")
+    """pretrained: start from timm's own weights of --arch timm/NAME, or from a file of them that --ckpt_path names."""
     ckpt_path: Path | None = setting(None)
     """Initial weights: a checkpoint or safetensors file of this project, an official .ckpt, or another project's."""
     normalize: Normalization | None = setting(None, on_resume="never")
-    """With --ckpt_path of another project: the mean and standard deviation by which its encoder normalizes images."""
+    """With --ckpt_path of another project, or --init pretrained: the mean and standard deviation by which its encoder
+    normalizes images."""
     reinitialize_supervised_head: Switch = setting(0)
     """1: with --ckpt_path, reinitialize the online linear classifier."""
 
@@ -244,6 +250,7 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         check_ranges(self)
+        self._check_encoder()
         self._check_resolution_schedule()
         for name in self.run.trackers:
             if name not in TRACKERS:
@@ -256,6 +263,23 @@ class TrainConfig:
             raise UserError(
                 f"--warmup_epochs {warmup_epochs} is more than --max_epochs {max_epochs}; "
                 f"give --warmup_epochs {max_epochs} or less."
+            )
+
+    def _check_encoder(self) -> None:
+        arch, width = self.model.arch, self.model.width
+        check_architecture(arch)
+        if is_timm(arch):
+            if width != STANDARD_WIDTH:
+                raise UserError(f"--width {width} is for ResNets, but {arch} has a width of its own; omit --width.")
+            if self.model.inverse_from != "layer4":
+                raise UserError(
+                    f"--inverse_from {self.model.inverse_from} is for ResNets, but {arch} gives its features alone; "
+                    f"omit --inverse_from."
+                )
+        elif self.model.init == "pretrained" and self.model.ckpt_path is None:
+            raise UserError(
+                f"--init pretrained is for encoders of timm, and --arch {arch} is none; give --arch timm/{arch}, or "
+                f"name a file of weights by --ckpt_path."
             )
 
     def _check_inverse_model(self) -> None:
@@ -373,8 +397,8 @@ def rule_on_resume() -> dict[str, OnResume]:
 def with_settings(base: TrainConfig, settings: Mapping[str, Any], source: str) -> TrainConfig:
     """``base`` with other values of the ``settings`` that a file holds, each checked against its declared type.
 
-    ``source`` names the file in errors. Raises UserError for an unknown name (with the nearest known one) or a value of
-    the wrong type.
+    An encoder of timm that replaces a ResNet does not take over its width. ``source`` names the file in errors. Raises
+    UserError for an unknown name (with the nearest known one) or a value of the wrong type.
     """
     groups = group_of_settings()
     values = {}
@@ -387,4 +411,6 @@ def with_settings(base: TrainConfig, settings: Mapping[str, Any], source: str) -
             raise UserError(f"{source} has the unknown key {name}; {hint}")
         declared = typing.get_type_hints(type(getattr(base, groups[name])))[name]
         values[name] = checked_value(value, declared, f"{source}: {name}")
+    if is_timm(values.get("arch", "")):
+        values.setdefault("width", STANDARD_WIDTH)
     return base.updated(**values)

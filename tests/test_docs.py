@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import pyarrow
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 from pip._internal.commands import create_command
@@ -239,6 +240,19 @@ def test_training_on_a_folder(images: Path, tmp_path: Path, monkeypatch: pytest.
     (code,) = fenced(PAGES["docs/data.md"], "python")
     monkeypatch.chdir(tmp_path)
     exec(code.replace("RUN", "run"), {})
+
+
+def test_training_an_encoder_of_timm(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's training, its export, and the Python code that loads it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    _, train, export = fenced(PAGES["docs/encoders.md"])[0].replace("IMAGES", str(images)).splitlines()
+    Run(*shlex.split(train.replace("RUN", str(tmp_path / "RUN")))[3:], *SMALL[2:4], *SMALL[6:]).end()
+    assert launch.main(shlex.split(export)[2:]) == 0
+    (code,) = fenced(PAGES["docs/encoders.md"], "python")
+    names = {"images": torch.rand(2, 3, 64, 64)}
+    exec(code, names)
+    assert torch.equal(names["features"], stec.load_encoder("RUN")(names["images"]))
 
 
 def test_packing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ def train(
     labeled_views: bool = False,
     base: BaseName = "simclr",
     predict: tuple[TargetName, ...] = ("window",),
+    arch: str = "resnet18",
 ) -> dict[str, Any]:
     """Steps of SGD: the metrics of all steps, the gradients of the first step, and the state at the end."""
     # The number of pairs that the inverse loss includes differs between the processes.
@@ -58,9 +59,15 @@ def train(
     )
     batches = Loader(sampler, backend="torchvision", device=torch.device("cpu"), workers=0).batches(0)
     torch.manual_seed(0)
-    settings = ModelSettings(width=4, hidden_mlp=16, feat_dim=8, predict=predict)
-    heads = BASE_OBJECTIVES[base].heads
-    model = Model(settings, stem="cifar", classes=10, base=heads, stop_gradient=stop_gradient).to(dtype)
+    settings = ModelSettings(arch=arch, width=4, hidden_mlp=16, feat_dim=8, predict=predict)
+    model = Model(
+        settings,
+        stem="cifar",
+        view_size_px=SIZE_PX,
+        classes=10,
+        base=BASE_OBJECTIVES[base].heads,
+        stop_gradient=stop_gradient,
+    ).to(dtype)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate, momentum=0.9)
     objective = Objective(ObjectiveSettings(objective=base, manip_lambda=1.0, temperature=0.5))
     step = Step(model, objective, accelerator, EfferenceCopy(weights=dict.fromkeys(predict, 1.0)))
@@ -119,6 +126,8 @@ def everything(accelerator: Accelerator, *, exactly: bool = False) -> dict[str, 
         "frozen": train(accelerator, data, stop_gradient=2, accumulate=2, **exact),
         "BYOL": train(accelerator, data, base="byol", predict=("window", "color", "gray"), **exact | {"steps": 3}),
         "ReLIC": train(accelerator, data, base="relic", predict=("blur", "solarize"), accumulate=2, **exact),
+        # Its batch norm has an activation in it.
+        "timm": train(accelerator, data, arch="timm/mobilenetv3_small_050", accumulate=2, **exact),
         "batch norm": [normalize(accelerator, dtype) for dtype in (torch.float64, torch.bfloat16)],
         "float32, exact": train(accelerator, data, dtype=torch.float64, **several) if exactly else None,
     }
@@ -176,7 +185,7 @@ def test_twenty_steps_in_single_precision(outcomes: dict[int, dict[str, Any]], p
 
 @pytest.mark.parametrize(
     "case",
-    ["float64", "accumulate", "online classifier", "online classifier, accumulate", "frozen", "BYOL", "ReLIC"],
+    ["float64", "accumulate", "online classifier", "online classifier, accumulate", "frozen", "BYOL", "ReLIC", "timm"],
 )
 @pytest.mark.parametrize("processes", [2, 4])
 def test_gradients_in_double_precision(outcomes: dict[int, dict[str, Any]], processes: int, case: str) -> None:

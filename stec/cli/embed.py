@@ -86,7 +86,7 @@ def embed_split(config: EmbedConfig) -> None:
             "images": fingerprint(images),
             "weights": fingerprint_of_weights(encoder.state_dict()),
             "arch": trained.arch,
-            "width": trained.width,
+            **({} if trained.width is None else {"width": trained.width}),
             "trained_on": trained_on,
             "view_size": loader.size,
             "backend": loader.backend,

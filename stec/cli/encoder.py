@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
-from stec.architectures import Arch
+from stec.architectures import check_architecture
 from stec.config import LARGEST_VIEW_PX, SMALLEST_VIEW_PX
 from stec.normalization import Normalization
 from stec.settings import Switch, check_ranges, setting, with_cache
@@ -26,7 +26,7 @@ class EncoderConfig:
     """Data set to evaluate on."""
     ckpt_path: Path
     """Weights: the folder of a finished run, a checkpoint or safetensors file of this project, an official .ckpt, or a
-    ResNet of torchvision, timm, lightly, solo-learn or MoCo."""
+    ResNet of torchvision, timm, lightly, solo-learn or MoCo, or with --arch timm/NAME any encoder of timm."""
     data_dir: Path | RemoteFolder | None = None
     """Folder that holds the data set; for imagenet and folder also the URL of one with shards."""
     cache_dir: Path | None = None
@@ -48,10 +48,11 @@ class EncoderConfig:
     default: that in the weights' metadata, otherwise --dataset."""
     normalize: Normalization | None = None
     """Mean and standard deviation by which the encoder normalizes images; needed for checkpoints of other projects."""
-    arch: Arch | None = None
-    """Architecture that the encoder must have; default: that of the weights."""
+    arch: str | None = None
+    """Architecture that the encoder must have; default: that of the weights. For weights of another project, timm/NAME
+    is also how they are read."""
     width: int | None = setting(None, at_least=1)
-    """Channels that the encoder's first stage must have; default: those of the weights."""
+    """Channels that a ResNet's first stage must have; default: those of the weights."""
     batch_size: int = setting(256, at_least=1)
     """Images per process and step."""
     mixed_precision: Literal["no", "auto", "fp16", "bf16"] = "no"
@@ -60,6 +61,8 @@ class EncoderConfig:
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of its range."""
         check_ranges(self)
+        if self.arch is not None:
+            check_architecture(self.arch)
 
     @property
     def location(self) -> Path | RemoteFolder | None:
@@ -89,11 +92,13 @@ def read_encoder(config: EncoderConfig) -> tuple[Trained, str]:
         otherwise=config.traits.stem,
         normalize=config.normalize,
         stem_set_by="--trained_on",
+        arch=config.arch,
+        view_size_px=config.traits.view_size_px,
     )
     for flag in ("arch", "width"):
         if getattr(config, flag) not in (None, getattr(trained, flag)):
             raise UserError(
-                f"{trained.path} does not match --{flag} {getattr(config, flag)}: it is a {trained.arch} of width "
-                f"{trained.width}; omit --{flag}."
+                f"{trained.path} does not match --{flag} {getattr(config, flag)}: it is a "
+                f"{trained.description}; omit --{flag}."
             )
     return trained, config.trained_on or trained.trained_on or config.dataset

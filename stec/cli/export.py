@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> None:
         trained = trained.with_target_encoder()
     loading = export(trained, config.out, config.format, source=config.source, license=config.license)
     values = sum(tensor.numel() for tensor in trained.encoder.state_dict().values())
-    print(f"{config.out}: {trained.arch}, width {trained.width}, {trained.stem} stem, {values} values in the encoder")
+    print(f"{config.out}: {trained.description}, {values} values in the encoder")
     print(f"Load it with: {loading}")
     values_of_images = NORMALIZATIONS[trained.normalize]
     if values_of_images is not None and config.format in ("torchvision", "timm"):

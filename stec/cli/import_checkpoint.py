@@ -26,10 +26,12 @@ def run(arguments: list[str]) -> None:
     config = parse(ImportConfig, arguments, name="import")
     check_output(config.out, suffixes=(".safetensors",), inputs=(config.checkpoint,))
 
-    from stec.weights.export import FOREIGN_PREFIX, read_weights_and_metadata, write_safetensors
+    from stec.weights.export import FOREIGN_PREFIX, read_weights_and_metadata, timm_encoder_of, write_safetensors
 
     state, metadata = read_weights_and_metadata(config.checkpoint)
     kept = {name: metadata[name] for name in (FOREIGN_PREFIX,) if name in metadata}
+    if encoder := timm_encoder_of(metadata):
+        kept["encoder"] = {"arch": encoder[0], "view_size_px": encoder[1]}
     write_safetensors(state, config.out, {"imported_from": config.checkpoint.name, **kept})
     values = sum(tensor.numel() for tensor in state.values())
     print(f"{config.out}: {len(state)} tensors, {values} values")

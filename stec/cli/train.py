@@ -25,9 +25,12 @@ def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
     first.add_argument("--config")
     first.add_argument("--print_config", action="store_true")
     first.add_argument("--dataset")
+    first.add_argument("--arch")
     known, rest = first.parse_known_args(arguments)
     if known.dataset is not None:
         rest += ["--dataset", known.dataset]
+    if known.arch is not None:
+        rest += ["--arch", known.arch]
 
     settings = {}
     if known.config is not None:
@@ -40,6 +43,8 @@ def parse_train(arguments: list[str]) -> tuple[TrainConfig, bool]:
     if name is None and known.config is None and known.dataset in (None, "demo"):
         name = "demo"
     base = with_settings(recipe(name) if name else TrainConfig(), settings, str(known.config))
+    if known.arch is not None:
+        base = with_settings(base, {"arch": known.arch}, "--arch")
     epilogue = (
         f"\n\nBesides the options below: --recipe NAME ({', '.join(RECIPES)}) and --config FILE (a run's config.json) "
         "set defaults that options override; --print_config prints the resulting configuration and exits."

@@ -25,7 +25,7 @@ from pipelines.errors import BadImage, UserError
 from pipelines.files import atomic_write, lock, read_object, sign, unwritable, write_json
 from stec.distributed.processes import on_main_process
 from stec.evaluation.evaluate import encode_batches
-from stec.models.encoder import Encoder
+from stec.models.encoder import ImageEncoder
 from stec.runs.background import Background
 
 SPAN_BATCHES = 16
@@ -70,7 +70,7 @@ def is_complete(out: Path, about: Mapping[str, Any]) -> bool:
 
 
 def embed(
-    encoder: Encoder,
+    encoder: ImageEncoder,
     loader: PlainLoader,
     out: Path,
     about: Mapping[str, Any],

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pipelines.batch import PlainLoader
 from stec.evaluation.decoding import R2, decode
-from stec.models.encoder import Encoder
+from stec.models.encoder import ImageEncoder
 
 Measure = Literal["online_classifier", "linear_probing", "low_shot", "knn", "rankme", "parameters"]
 """In the order of tables: the online linear classifier of the training, linear probing on all labeled images, linear
@@ -76,7 +76,7 @@ class Evaluation:
 
 
 def evaluate(
-    encoder: Encoder,
+    encoder: ImageEncoder,
     classifier: nn.Linear | None,
     *,
     labeled: PlainLoader | None,
@@ -155,7 +155,7 @@ def class_balanced(labels: NDArray[np.int64], fraction: float, seed: int) -> NDA
     return np.sort(np.concatenate([order[:per_class] for order in orders]))
 
 
-def encode_batches(encoder: Encoder, batches: Iterable[Tensor], accelerator: Accelerator) -> Iterator[Tensor]:
+def encode_batches(encoder: ImageEncoder, batches: Iterable[Tensor], accelerator: Accelerator) -> Iterator[Tensor]:
     """Features [n, D] float32 on the device of each batch of images, of the encoder in evaluation mode."""
     was_training = encoder.training
     encoder.eval()
@@ -170,7 +170,7 @@ def encode_batches(encoder: Encoder, batches: Iterable[Tensor], accelerator: Acc
 
 
 def extract_features(
-    encoder: Encoder, loader: PlainLoader, accelerator: Accelerator, image_ids: NDArray[np.int64]
+    encoder: ImageEncoder, loader: PlainLoader, accelerator: Accelerator, image_ids: NDArray[np.int64]
 ) -> Features:
     """Features of the images with these ids, in this order, on every process.
 

@@ -19,7 +19,7 @@ from pipelines.loader import Loader
 from stec.evaluation.decoding import R2, decode
 from stec.evaluation.evaluate import encode_batches, gather_rows
 from stec.geometry import Convention, relative_factors, relative_windows
-from stec.models.encoder import Encoder
+from stec.models.encoder import ImageEncoder
 from stec.targets import TARGETS
 
 FIT_PAIRS, TEST_PAIRS = 15_000, 5_000
@@ -50,7 +50,7 @@ def command_entries(commands: Commands, convention: Convention) -> dict[str, NDA
 
 
 def decode_commands(
-    encoder: Encoder, fit: Loader | None, test: Loader, convention: Convention, accelerator: Accelerator
+    encoder: ImageEncoder, fit: Loader | None, test: Loader, convention: Convention, accelerator: Accelerator
 ) -> dict[str, R2]:
     """R2 of each entry on pairs of ``test``, decoded as on pairs of ``fit``; entries that never vary are omitted.
 
@@ -69,7 +69,9 @@ def decode_commands(
     return decode(fit_features, fit_values, test_features, test_values)
 
 
-def encode_pairs(encoder: Encoder, loader: Loader, limit: int, accelerator: Accelerator) -> tuple[Tensor, Commands]:
+def encode_pairs(
+    encoder: ImageEncoder, loader: Loader, limit: int, accelerator: Accelerator
+) -> tuple[Tensor, Commands]:
     """Concatenated features [N, 2D] of both views of the loader's first pairs, on the host, and their commands.
 
     As many full batches of the first epoch as ``limit`` allows, but at least one. The loader is that of a single

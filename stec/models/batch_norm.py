@@ -130,7 +130,8 @@ def _sum_over_processes(values: Tensor) -> Tensor:
 class SyncBatchNorm(_BatchNorm):
     """``nn.SyncBatchNorm`` for CPUs and GPUs: statistics over the images of all processes.
 
-    Input and output are [N, C, ...], with the same N on all processes; half precision is computed in single.
+    Input and output are [N, C, ...], with the same N on all processes; half precision is computed in single. Submodules
+    are applied to the output, in their order: timm's ``BatchNormAct2d`` has its dropout and its activation as such.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -138,6 +139,12 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected [N, C, ...], got {input.dim()} dimension(s)")
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self._normalized(x)
+        for module in self.children():
+            y = module(y)
+        return y
+
+    def _normalized(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
@@ -169,6 +176,8 @@ def synchronize(model: nn.Module) -> None:
                 synced.weight, synced.bias = child.weight, child.bias
                 synced.running_mean, synced.running_var = child.running_mean, child.running_var
                 synced.num_batches_tracked, synced.training = child.num_batches_tracked, child.training
+                for name_below, following in child.named_children():
+                    synced.add_module(name_below, following)
                 setattr(parent, name, synced)
 
 

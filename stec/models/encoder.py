@@ -1,4 +1,4 @@
-"""ResNet encoders: torchvision's blocks and parameter names, with the three stems of S-TEC and any width."""
+"""What all encoders share, and the ResNets: torchvision's blocks and names, the three stems of S-TEC, any width."""
 
 from __future__ import annotations
 
@@ -27,24 +27,51 @@ its workspace in the gradient of a strided 1x1 convolution with fewer channels t
 or hangs (uxlfoundation/oneDNN issue 6035)."""
 
 
-class Encoder(nn.Module):
+class ImageEncoder(nn.Module):
     """Images [N, 3, H, W] in [0, 1] to features [N, D] with D = ``feature_dim``.
-
-    ``width`` is the number of channels of the first stage; the others have 2, 4 and 8 times as many. With width 64 the
-    parameters have the names and shapes of torchvision's ResNet of the same name, except for ``fc``, which is missing,
-    and, with the ``cifar`` stem, ``conv1``. Parameters and images are channels-last in memory, except of narrow
-    encoders.
 
     ``normalize`` names the mean and standard deviation that are applied to the images first. They cannot be folded into
     the first convolution: its padding is 0 after normalization, which no padding of the pixels before it is.
     """
 
+    feature_dim: int
+    layer3_dim: int = 0
+    """Dimension of the third stage's pooled output; 0 if the encoder does not give it."""
+    memory_format: torch.memory_format
+    """That of the parameters of convolutions, and of the images."""
     preprocessing: Preprocessing | None = None
     """How the images of its evaluation were made; known of loaded encoders."""
 
-    def __init__(self, arch: str, stem: Stem, width: int = 64, normalize: Normalization = "none") -> None:
+    def __init__(self, normalize: Normalization) -> None:
         super().__init__()
         self.normalize = normalize
+
+    @property
+    def transform(self) -> v2.Compose:
+        """From an image of Pillow, or a uint8 tensor [C, H, W], to the encoder's input [3, H, W] as in its evaluation.
+
+        Raises UserError if that is unknown, as of an encoder that was not loaded.
+        """
+        if self.preprocessing is None:
+            raise UserError("The images of this encoder are unknown; load one by stec.load_encoder.")
+        return self.preprocessing.transform()
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """The images, normalized, in the encoder's memory format."""
+        return _normalized(images, self.normalize).contiguous(memory_format=self.memory_format)
+
+
+class Encoder(ImageEncoder):
+    """A ResNet: images [N, 3, H, W] in [0, 1] to features [N, D] with D = ``feature_dim``.
+
+    ``width`` is the number of channels of the first stage; the others have 2, 4 and 8 times as many. With width 64 the
+    parameters have the names and shapes of torchvision's ResNet of the same name, except for ``fc``, which is missing,
+    and, with the ``cifar`` stem, ``conv1``. Parameters and images are channels-last in memory, except of narrow
+    encoders.
+    """
+
+    def __init__(self, arch: str, stem: Stem, width: int = 64, normalize: Normalization = "none") -> None:
+        super().__init__(normalize)
         architecture = ARCHITECTURES[arch]
         block = BLOCKS[architecture.block]
         if stem == "cifar":
@@ -67,8 +94,7 @@ class Encoder(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.feature_dim: int = channels
-        self.layer3_dim: int = channels // 2
+        self.feature_dim, self.layer3_dim = channels, channels // 2
         self._initialize()
         self.memory_format = torch.channels_last if width >= NARROW else torch.contiguous_format
         self.to(memory_format=self.memory_format)
@@ -82,20 +108,9 @@ class Encoder(nn.Module):
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
-    @property
-    def transform(self) -> v2.Compose:
-        """From an image of Pillow, or a uint8 tensor [C, H, W], to the encoder's input [3, H, W] as in its evaluation.
-
-        Raises UserError if that is unknown, as of an encoder that was not loaded.
-        """
-        if self.preprocessing is None:
-            raise UserError("The images of this encoder are unknown; load one by stec.load_encoder.")
-        return self.preprocessing.transform()
-
     def forward(self, images: Tensor, with_layer3: bool = False) -> Tensor:
         """``with_layer3`` appends the pooled output of the third stage: [N, D + ``layer3_dim``]."""
-        images = _normalized(images, self.normalize).contiguous(memory_format=self.memory_format)
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(self.prepared(images)))))
         third = self.layer3(self.layer2(self.layer1(x)))
         features = torch.flatten(self.avgpool(self.layer4(third)), 1)
         return torch.cat([features, torch.flatten(self.avgpool(third), 1)], dim=1) if with_layer3 else features

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stec.architectures import ARCHITECTURES
+from stec.architectures import ARCHITECTURES, is_timm
 from stec.config import ModelSettings
-from stec.models.encoder import Encoder, Stem
+from stec.models.encoder import Encoder, ImageEncoder, Stem
 from stec.models.heads import BaseHeads, InverseModel, make_classifier
 from stec.models.target_network import TargetNetwork
+from stec.models.timm_encoder import TimmEncoder
 from stec.targets import TARGETS
 
 
@@ -29,6 +30,19 @@ class Outputs(NamedTuple):
     """Logits [N, V, C] of the online linear classifier; None without labels."""
     target_projections: Tensor | None = None
     """The target network's projections [N, 2, F], without gradient; None without such a network."""
+
+
+def make_encoder(settings: ModelSettings, stem: Stem | None, view_size_px: int | None) -> ImageEncoder:
+    """The encoder with new weights: a ResNet with a stem, or timm's network for views of a size.
+
+    Raises UserError if timm is missing, has no such network, or the network does not encode such views.
+    """
+    normalize = settings.normalize or "none"
+    if is_timm(settings.arch):
+        assert view_size_px is not None
+        return TimmEncoder(settings.arch, view_size_px, normalize)
+    assert stem is not None
+    return Encoder(settings.arch, stem, settings.width, normalize)
 
 
 def encode(encoder: nn.Module, views: Tensor, *, trained: bool, with_layer3: bool = False) -> Tensor:
@@ -94,14 +108,15 @@ class Model(nn.Module):
     ``classes`` 0 means that there are no labels and therefore no online classifier. With ``stop_gradient`` 1 the
     gradient of the online classifier stops at the features, with 0 it also trains the encoder, and with 2 the online
     classifier is the only head, on a frozen encoder in evaluation mode. ``base`` are the heads of the base objective,
-    SimCLR's by default.
+    SimCLR's by default. ResNets need a ``stem``, encoders of timm the size of the views.
     """
 
     def __init__(
         self,
         settings: ModelSettings,
         *,
-        stem: Stem,
+        stem: Stem | None,
+        view_size_px: int | None = None,
         classes: int,
         base: BaseHeads | None = None,
         with_inverse_model: bool = True,
@@ -115,9 +130,9 @@ class Model(nn.Module):
         self.predictor: nn.Module | None
         self.classifier: nn.Linear | None
         self.target_network: TargetNetwork | None
-        self.encoder = Encoder(settings.arch, stem, settings.width, settings.normalize or "none")
+        self.encoder = make_encoder(settings, stem, view_size_px)
         feature_dim = self.encoder.feature_dim
-        default_dim = ARCHITECTURES[settings.arch].hidden_mlp
+        default_dim = feature_dim if is_timm(settings.arch) else ARCHITECTURES[settings.arch].hidden_mlp
         hidden_dim = default_dim if settings.hidden_mlp == -1 else settings.hidden_mlp
         self.classifier = make_classifier(feature_dim, classes) if classes else None
         self.projection = self.predictor = self.target_network = None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stec.models.encoder import Encoder
+from stec.models.encoder import ImageEncoder
 
 
 class TargetNetwork(nn.Module):
@@ -18,7 +18,7 @@ class TargetNetwork(nn.Module):
     It has no gradient. Its batch norm uses the statistics of its own batches, as BYOL's does.
     """
 
-    def __init__(self, encoder: Encoder, projection: nn.Module) -> None:
+    def __init__(self, encoder: ImageEncoder, projection: nn.Module) -> None:
         super().__init__()
         self.encoder, self.projection = copy.deepcopy(encoder), copy.deepcopy(projection)
         self.requires_grad_(False)

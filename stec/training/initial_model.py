@@ -8,16 +8,39 @@ import shutil
 import torch
 
 from pipelines.errors import UserError
+from stec.architectures import is_timm
 from stec.config import TrainConfig
-from stec.models.encoder import Encoder
+from stec.models.encoder import ImageEncoder
 from stec.models.model import Model
+from stec.models.timm_encoder import facts_of, normalization_of_weights, pretrained_weights
 from stec.objectives.registry import BASE_OBJECTIVES
-from stec.weights.export import load_weights, read_weights_and_metadata
+from stec.weights.export import TIMM_NETWORK, load_weights, read_weights_and_metadata
 from stec.weights.pretrained import normalization_of
 
 
+def check_encoder(config: TrainConfig) -> None:
+    """Raise UserError for an encoder of timm that cannot be made, or cannot encode the views, before data is opened."""
+    model, schedule = config.model, config.augmentation.resolution_schedule
+    if not is_timm(model.arch):
+        return
+    for size_px in {config.view_size_px, config.view_size_at(0)}:
+        facts = facts_of(model.arch, size_px)
+        if schedule is not None and facts.fixed_size_px is not None:
+            raise UserError(
+                f"--resolution_schedule {schedule} needs an encoder of images of any size, but {model.arch} is made "
+                f"for one size; omit it, or choose a convolutional network."
+            )
+    if model.init == "pretrained" and model.ckpt_path is None and model.normalize is None:
+        expected = normalization_of_weights(model.arch)
+        raise UserError(
+            f"--init pretrained needs --normalize: timm's weights of {model.arch} expect images normalized by "
+            f"{expected or 'values that have no name here'}; add --normalize {expected or 'imagenet'}."
+        )
+
+
 def initial_model(config: TrainConfig, classes: int) -> Model:
-    """The model that training starts from, equal on all processes: from the seed, then from ``ckpt_path`` if given.
+    """The model that training starts from, equal on all processes: from the seed, then from ``ckpt_path`` or timm's
+    weights if given.
 
     Raises UserError if the weights cannot be read or do not fit.
     """
@@ -25,6 +48,7 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
     model = Model(
         config.model,
         stem=config.traits.stem,
+        view_size_px=config.view_size_px,
         classes=classes,
         base=BASE_OBJECTIVES[config.objective.objective].heads,
         with_inverse_model=config.objective.manip_lambda > 0,
@@ -32,7 +56,9 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
         predict_both_ways=bool(config.objective.predict_both_ways),
     )
     if config.model.ckpt_path is not None:
-        state, metadata = read_weights_and_metadata(config.model.ckpt_path)
+        state, metadata = read_weights_and_metadata(
+            config.model.ckpt_path, arch=config.model.arch, view_size_px=config.view_size_px
+        )
         normalize = normalization_of(metadata, config.model.ckpt_path, config.model.normalize)
         if normalize != (config.model.normalize or "none"):
             raise UserError(
@@ -44,10 +70,15 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
         loaded = load_weights(model, state, config.model.ckpt_path, required=("encoder",))
         if "target_network" not in loaded:
             model.reset_target_network()
+    elif config.model.init == "pretrained":
+        with torch.random.fork_rng(devices=[]):
+            weights = pretrained_weights(config.model.arch, config.view_size_px)
+        model.load_state_dict({f"{TIMM_NETWORK}{name}": of for name, of in weights.items()}, strict=False)
+        model.reset_target_network()
     return model
 
 
-def compile_encoder(encoder: Encoder, device: torch.device) -> None:
+def compile_encoder(encoder: ImageEncoder, device: torch.device) -> None:
     """Compile the encoder in place, when it is first called. Raises UserError if a CPU's compiler is missing."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:

@@ -11,7 +11,7 @@ from pipelines.batch import PlainLoader
 from pipelines.errors import BadImage
 from stec.evaluation.evaluate import Features, evenly_spread, extract_features, knn_votes, rankme, score
 from stec.loaders import Data
-from stec.models.encoder import Encoder
+from stec.models.encoder import ImageEncoder
 from stec.training.progress import Progress, Schedule
 
 SUBSET = 4096
@@ -29,7 +29,7 @@ class Monitor:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: ImageEncoder,
         data: Data,
         schedule: Schedule,
         progress: Progress,

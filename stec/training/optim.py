@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stec.config import OptimizationSettings
+from stec.models.timm_encoder import TimmEncoder
 
 MOMENTUM = 0.9
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -106,8 +107,9 @@ def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.op
     LARS has the official groups: names that contain ``bias`` or ``bn`` get SGD without decay, the online classifier's
     weight SGD with decay, everything else LARS. (The scale of a shortcut's batch norm, ``downsample.1.weight``, is
     therefore under LARS, as in the official code.) With a target network, all biases and batch norms get SGD without
-    decay, as BYOL does it. SGD and Adam treat all parameters equally, as the official code
-    does; AdamW decays neither biases nor batch norms.
+    decay, as BYOL does it, and so they do with an encoder of timm, whose parameters have other names: they are known by
+    their shape. SGD and Adam treat all parameters equally, as the official code does; AdamW decays neither biases nor
+    norms.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     learning_rate, weight_decay = settings.learning_rate, settings.weight_decay
@@ -123,14 +125,15 @@ def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.op
         )
     if settings.optimizer == "adam":
         return torch.optim.Adam([p for _, p in named], lr=learning_rate, weight_decay=weight_decay, foreach=True)
-    by_shape = getattr(model, "target_network", None) is not None
+    of_timm = isinstance(getattr(model, "encoder", None), TimmEncoder)
+    by_shape = of_timm or getattr(model, "target_network", None) is not None
     if settings.optimizer == "adamw":
         groups = [
             {"params": [p for _, p in named if p.ndim > 1]},
             {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, foreach=True)
-    plain = [p for name, p in named if (p.ndim == 1 if by_shape else "bias" in name or "bn" in name)]
+    plain = [p for name, p in named if (p.ndim <= 1 if by_shape else "bias" in name or "bn" in name)]
     classifier = [p for name, p in named if name == "classifier.weight"]
     others = {id(p) for p in plain + classifier}
     groups = [

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from stec import __version__
+from stec.architectures import is_timm
 from stec.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def run_training(config: TrainConfig) -> Finished:
     from stec.runs.run_folder import open_run_folder
     from stec.startup import start
     from stec.training import loop, trackers
-    from stec.training.initial_model import initial_model
+    from stec.training.initial_model import check_encoder, initial_model
 
-    if config.objective.stop_gradient == 2 and config.model.ckpt_path is None:
+    if config.objective.stop_gradient == 2 and config.model.ckpt_path is None and config.model.init == "random":
         raise UserError(
             "--stop_gradient 2 trains the online linear classifier on a trained encoder; name its weights by "
             "--ckpt_path."
@@ -58,6 +59,7 @@ def run_training(config: TrainConfig) -> Finished:
     )
     check_processes(config, accelerator.num_processes)
     trackers.check_installed(config.run.trackers)
+    check_encoder(config)
     data_set = open_training_data(config, accelerator, console)
     loader = training_loader(
         config,
@@ -209,7 +211,10 @@ def facts(
     growing = f", {first_size_px} px at first" if config.augmentation.resolution_schedule is not None else ""
     return [
         ("data", f"{config.data.dataset}: {len(data_set.train)} training images{bad}, {test}"),
-        ("encoder", f"{config.model.arch}, width {config.model.width}"),
+        (
+            "encoder",
+            config.model.arch if is_timm(config.model.arch) else f"{config.model.arch}, width {config.model.width}",
+        ),
         (
             "training",
             f"{config.optimization.max_epochs} epochs of {sampler.steps_per_epoch} steps of "

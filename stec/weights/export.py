@@ -12,9 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from pipelines.files import atomic_write
+from stec.architectures import is_timm
 from stec.compatibility import with_current_parameter_names
+from stec.models.timm_encoder import adapted_weights
 from stec.runs import checkpoint
 from stec.runs.checkpoint import FORMAT_VERSION
 from stec.weights.inert_pickle import read_torch_file
@@ -28,6 +31,9 @@ OBJECTS = ("config", "environment", "encoder", "preprocessing", "results")
 """The keys of a file's metadata that are JSON objects, if present."""
 FOREIGN_PREFIX = "foreign_prefix"
 """The key of the metadata of an encoder from another project: with what the names of its parameters began."""
+
+TIMM_NETWORK = "encoder.network."
+"""With what the names of the parameters of an encoder of timm begin; timm's own follow."""
 
 OFFICIAL_PREFIXES = {
     "encoder.": "encoder.",
@@ -89,8 +95,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return read_weights_and_metadata(path)[0]
 
 
-def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As ``read_weights``, and the metadata of a file of this project; of another project's, ``FOREIGN_PREFIX``."""
+def read_weights_and_metadata(
+    path: Path, *, arch: str | None = None, view_size_px: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As ``read_weights``, and the metadata of a file of this project; of another project's, ``FOREIGN_PREFIX``.
+
+    If ``arch`` is an encoder of timm, a file of another project holds its weights, which are adapted to the size of the
+    views.
+    """
     if path.suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
     else:
@@ -102,12 +114,20 @@ def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, 
                 f"trained model."
             )
         state, metadata = dict(found), _checkpoint_metadata(content, path)
-    state, prefix = _our_names(state, path, ours=metadata is not None)
+    ours = metadata is not None
     metadata = {
         name: value for name, value in (metadata or {}).items() if name not in OBJECTS or isinstance(value, dict)
     }
-    if prefix is not None:
-        metadata[FOREIGN_PREFIX] = prefix
+    if not ours and arch is not None and is_timm(arch) and not _has_our_names(state):
+        assert view_size_px is not None
+        # Before they are adapted, which may spread what is not finite.
+        weights = adapted_weights(arch, view_size_px, _finite(without_wrappers(state), path), path)
+        state = {f"{TIMM_NETWORK}{name}": tensor for name, tensor in weights.items()}
+        metadata |= {FOREIGN_PREFIX: "", "encoder": {"arch": arch, "view_size_px": view_size_px}}
+    else:
+        state, prefix = _our_names(state, path, ours=ours, of_timm=timm_encoder_of(metadata) is not None)
+        if prefix is not None:
+            metadata[FOREIGN_PREFIX] = prefix
     return _finite(state, path), metadata
 
 
@@ -122,11 +142,34 @@ def _finite(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _our_names(state: dict[str, Tensor], path: Path, *, ours: bool) -> tuple[dict[str, Tensor], str | None]:
+def timm_encoder_of(metadata: Mapping[str, Any]) -> tuple[str, int] | None:
+    """The encoder of timm that metadata are of, and the size of its views in px; None if they are of another one."""
+    encoder, config = metadata.get("encoder", {}), metadata.get("config", {})
+    arch = encoder.get("arch", config.get("arch"))
+    if not isinstance(arch, str) or not is_timm(arch):
+        return None
+    of_data_set = DATA_SETS[config["dataset"]].view_size_px if config.get("dataset") in DATA_SETS else None
+    size = encoder.get("view_size_px") or config.get("view_size") or of_data_set
+    return (arch, size) if isinstance(size, int) else None
+
+
+def _has_our_names(state: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(TIMM_NETWORK) for name in without_wrappers(state))
+
+
+def _our_names(
+    state: dict[str, Tensor], path: Path, *, ours: bool, of_timm: bool
+) -> tuple[dict[str, Tensor], str | None]:
     """The weights with this project's names, and the prefix of an encoder of another project, otherwise None.
 
-    ``ours``: the file is of this project. Raises UserError if no encoder is found, or several.
+    ``ours``: the file is of this project; ``of_timm``: and holds an encoder of timm. Raises UserError if no encoder is
+    found, or several.
     """
+    if _has_our_names(state):
+        return with_current_parameter_names(without_wrappers(state)), None
+    if of_timm:  # the encoder alone: that of a run, or an export with timm's names
+        below = "encoder." if all(name.startswith("network.") for name in state) else TIMM_NETWORK
+        return {f"{below}{name}": tensor for name, tensor in state.items()}, None
     if any(name.startswith(("supervised_head.", "projection.model.")) for name in state):
         try:
             return from_official_names(state), None
@@ -141,7 +184,8 @@ def _our_names(state: dict[str, Tensor], path: Path, *, ours: bool) -> tuple[dic
         raise UserError(
             f"{path} holds no encoder: no ResNet (conv1, bn1, layer1 to layer4, or their numbers 0, 1, 4 to "
             f"7) is among its tensors, which are "
-            f"{_listed(state)}; give a checkpoint of a trained ResNet."
+            f"{_listed(state)}; give a checkpoint of a trained ResNet; "
+            f"training, eval and embed take others of timm's with --arch timm/NAME."
         )
     prefix, *others = resnets
     if others:

@@ -12,7 +12,9 @@ from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, atomic_write_folder
 from stec import __version__
+from stec.architectures import TIMM, is_timm
 from stec.config import group_of_settings
+from stec.models.timm_encoder import TimmEncoder
 from stec.weights.export import PARTS, on_cpu, write_safetensors
 from stec.weights.pretrained import Trained
 from stec.weights.programs import onnx_file, torch_export_file
@@ -36,9 +38,9 @@ def export(trained: Trained, out: Path, kind: Format, *, source: Path, license: 
     """
     metadata = describe(trained, source=source, license=license)
     if kind == "huggingface":
-        from stec.weights.hub import HubEncoder
+        from stec.weights.hub import hub_encoder
 
-        encoder = HubEncoder.of(trained, metadata)
+        encoder = hub_encoder(trained, metadata)
         atomic_write_folder(out, encoder.save_pretrained)
         return f'stec.load_encoder("{out}")'
     if kind == "full":
@@ -56,8 +58,16 @@ def export(trained: Trained, out: Path, kind: Format, *, source: Path, license: 
         atomic_write(out, torch_export_file(trained.encoder, trained.preprocessing.size_px, metadata))
         return f'torch.export.load("{out}").module()'
 
-    _check_stem(trained, kind, source)
-    state = on_cpu(trained.encoder.state_dict())
+    if isinstance(trained.encoder, TimmEncoder):
+        if kind == "torchvision":
+            raise UserError(
+                f"{source} is a {trained.arch}, which no model of torchvision has; export it with --format timm or "
+                f"--format huggingface."
+            )
+        state = on_cpu(trained.encoder.network.state_dict())
+    else:
+        _check_stem(trained, kind, source)
+        state = on_cpu(trained.encoder.state_dict())
     if out.suffix == ".safetensors":
         write_safetensors(state, out, metadata)
     else:
@@ -65,7 +75,10 @@ def export(trained: Trained, out: Path, kind: Format, *, source: Path, license: 
         torch.save(state, content)
         atomic_write(out, content.getvalue())
     if kind == "timm":
-        return f'timm.create_model("{trained.arch}", num_classes=0, checkpoint_path="{out}")'
+        options = ", num_classes=0"
+        if isinstance(trained.encoder, TimmEncoder) and trained.encoder.fixed_size_px is not None:
+            options += f", img_size={trained.encoder.fixed_size_px}"
+        return f'timm.create_model("{trained.arch.removeprefix(TIMM)}"{options}, checkpoint_path="{out}")'
     load = f'safetensors.torch.load_file("{out}")' if out.suffix == ".safetensors" else f'torch.load("{out}")'
     return f"model = torchvision.models.{trained.arch}(); model.fc = torch.nn.Identity(); model.load_state_dict({load})"
 
@@ -87,13 +100,15 @@ def describe(trained: Trained, *, source: Path, license: str) -> dict[str, Any]:
         config["ckpt_path"] = Path(config["ckpt_path"]).name  # without the private location
     data_set = config.get("dataset")
     view_size = config.get("view_size") or (DATA_SETS[data_set].view_size_px if data_set in DATA_SETS else None)
+    shape = {"stem": trained.stem, "width": trained.width}
+    if is_timm(trained.arch):
+        shape, view_size = {}, trained.view_size_px
     return {
         **trained.metadata,
         "config": config,
         "encoder": {
             "arch": trained.arch,
-            "stem": trained.stem,
-            "width": trained.width,
+            **shape,
             "feature_dim": trained.encoder.feature_dim,
             "view_size_px": view_size,
             "normalize": trained.normalize,

@@ -10,10 +10,12 @@ import torch
 
 from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
+from stec.architectures import TIMM
 from stec.config import TrainConfig, with_settings
-from stec.models.encoder import Encoder, Stem
+from stec.models.encoder import Encoder, ImageEncoder, Stem
 from stec.models.preprocessing import Preprocessing
-from stec.normalization import NORMALIZATIONS
+from stec.models.timm_encoder import TimmEncoder
+from stec.normalization import NORMALIZATIONS, Normalization
 from stec.recipes import RECIPES, flags
 from stec.runs.run_folder import RESULTS
 from stec.weights.export import write_safetensors
@@ -30,7 +32,7 @@ except ImportError as error:
 CARD = """\
 # {name}
 
-An image encoder: {arch}, width {width}, {stem} stem. It takes RGB images [N, 3, H, W] in [0, 1], {normalization},
+An image encoder: {network}. It takes RGB images [N, 3, H, W] in [0, 1], {normalization},
 and gives features [N, {feature_dim}].{view_size} {method}
 
 {preprocessing}
@@ -47,30 +49,32 @@ and gives features [N, {feature_dim}].{view_size} {method}
 """The text of a card after its YAML."""
 
 
-class HubEncoder(
-    Encoder,
-    PyTorchModelHubMixin,
-    library_name="stec",
-    pipeline_tag="image-feature-extraction",
-    tags=["self-supervised-learning", "image-feature-extraction", "resnet"],
-):
-    """An ``Encoder`` for ``save_pretrained`` and ``push_to_hub``, with its card."""
+def hub_encoder(trained: Trained, metadata: dict[str, Any]) -> HubEncoder | HubTimmEncoder:
+    """An encoder for the Hub that shares the tensors of a trained one."""
+    encoder: HubEncoder | HubTimmEncoder
+    if isinstance(trained.encoder, TimmEncoder):
+        assert trained.view_size_px is not None
+        with torch.random.fork_rng(devices=[]):
+            encoder = HubTimmEncoder(trained.arch, trained.view_size_px, metadata)
+    else:
+        assert trained.stem is not None and trained.width is not None
+        with torch.device("meta"):
+            encoder = HubEncoder(trained.arch, trained.stem, trained.width, metadata)
+    encoder.load_state_dict(trained.encoder.state_dict(), assign=True)
+    return encoder
 
-    def __init__(self, arch: str, stem: Stem, width: int = 64, metadata: dict[str, Any] | None = None) -> None:
-        super().__init__(arch, stem, width, (metadata or {}).get("encoder", {}).get("normalize", "none"))
+
+class _OnTheHub(ImageEncoder, PyTorchModelHubMixin):
+    """What ``save_pretrained`` and ``push_to_hub`` write of an encoder: its weights with metadata, and its card."""
+
+    metadata: dict[str, Any]
+    """As returned by ``stec.weights.formats.describe``."""
+
+    def _describe(self, metadata: dict[str, Any] | None) -> None:
         self.metadata = metadata or {}
-        """As returned by ``stec.weights.formats.describe``."""
         if "preprocessing" in self.metadata:
             self.preprocessing = Preprocessing.from_json(self.metadata["preprocessing"])
         self.eval()  # older mixins load into training mode
-
-    @classmethod
-    def of(cls, trained: Trained, metadata: dict[str, Any]) -> HubEncoder:
-        """An encoder that shares the tensors of a trained one."""
-        with torch.device("meta"):
-            encoder = cls(trained.arch, trained.stem, trained.width, metadata)
-        encoder.load_state_dict(trained.encoder.state_dict(), assign=True)
-        return encoder
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """As the mixin does, with metadata in the file, so that it can be loaded without its folder."""
@@ -109,14 +113,17 @@ class HubEncoder(
         )
         text = CARD.format(
             name=model_name,
-            **{key: encoder[key] for key in ("arch", "width", "stem", "feature_dim")},
+            network=f"{encoder['arch']}, width {encoder['width']}, {encoder['stem']} stem"
+            if "stem" in encoder
+            else f"the network {encoder['arch'].removeprefix(TIMM)} of timm",
+            feature_dim=encoder["feature_dim"],
             view_size=f" It was trained on views of {encoder['view_size_px']} px." if encoder["view_size_px"] else "",
             method=how,
             normalization="from which no mean is subtracted"
             if self.normalize == "none"
             else f"which its first operation normalizes as {self.normalize}",
             preprocessing=_preprocessing(self.preprocessing),
-            loading=_loading(encoder),
+            loading=_loading(encoder, self),
             training=_training(self.metadata),
             results=_table(
                 ["accuracy on the test images", ""], [[title, f"{measured[title]:.4f}"] for title in measured]
@@ -127,6 +134,39 @@ class HubEncoder(
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
+class HubEncoder(
+    Encoder,
+    _OnTheHub,
+    library_name="stec",
+    pipeline_tag="image-feature-extraction",
+    tags=["self-supervised-learning", "image-feature-extraction", "resnet"],
+):
+    """An ``Encoder`` for ``save_pretrained`` and ``push_to_hub``, with its card."""
+
+    def __init__(self, arch: str, stem: Stem, width: int = 64, metadata: dict[str, Any] | None = None) -> None:
+        super().__init__(arch, stem, width, _normalization(metadata))
+        self._describe(metadata)
+
+
+class HubTimmEncoder(
+    TimmEncoder,
+    _OnTheHub,
+    library_name="stec",
+    pipeline_tag="image-feature-extraction",
+    tags=["self-supervised-learning", "image-feature-extraction", "timm"],
+):
+    """A ``TimmEncoder`` for ``save_pretrained`` and ``push_to_hub``, with its card."""
+
+    def __init__(self, arch: str, view_size_px: int, metadata: dict[str, Any] | None = None) -> None:
+        super().__init__(arch, view_size_px, _normalization(metadata))
+        self._describe(metadata)
+
+
+def _normalization(metadata: Mapping[str, Any] | None) -> Normalization:
+    name: Normalization = (metadata or {}).get("encoder", {}).get("normalize", "none")
+    return name
+
+
 def _method(config: Mapping[str, Any]) -> tuple[str, str]:
     """The name of the method (empty if unknown) and a sentence about it."""
     if not config:
@@ -134,7 +174,8 @@ def _method(config: Mapping[str, Any]) -> tuple[str, str]:
     if config.get("stop_gradient") == 2:
         return (
             "",
-            f"Its weights are those of {config.get('ckpt_path')}, on which an online linear classifier was trained.",
+            f"Its weights are those of {config.get('ckpt_path') or 'timm'}, on which an online linear classifier was "
+            f"trained.",
         )
     with_labels = ", and by the labels" if config.get("stop_gradient") == 0 else ""
     if not config.get("manip_lambda"):
@@ -155,9 +196,22 @@ def _preprocessing(preprocessing: Preprocessing | None) -> str:
     )
 
 
-def _loading(encoder: Mapping[str, Any]) -> str:
-    """Python that loads ``model.safetensors`` with torchvision, if possible, and with this project."""
+def _loading(encoder: Mapping[str, Any], module: ImageEncoder) -> str:
+    """Python that loads ``model.safetensors`` with torchvision or timm, if possible, and with this project."""
     ours = "With this project's code: `encoder = stec.load_encoder(FOLDER)`, or the model's `owner/name` on the Hub.\n"
+    values, normalize = NORMALIZATIONS[encoder.get("normalize", "none")], ""
+    if values is not None:
+        normalize = f"model = torch.nn.Sequential(torchvision.transforms.Normalize(*{values}), model)\n"
+    if isinstance(module, TimmEncoder):
+        size = "" if module.fixed_size_px is None else f", img_size={module.fixed_size_px}"
+        return (
+            "With timm alone:\n\n```python\n"
+            "import timm\nimport torch\nimport torchvision\nfrom safetensors.torch import load_file\n\n"
+            f'model = timm.create_model("{encoder["arch"].removeprefix(TIMM)}", num_classes=0{size})\n'
+            'state = load_file("model.safetensors")\n'
+            'model.load_state_dict({name.removeprefix("network."): tensor for name, tensor in state.items()})\n'
+            f"{normalize}model.eval()\n```\n\n" + ours
+        )
     if encoder["width"] != 64:
         return ours
     stem = {
@@ -166,9 +220,6 @@ def _loading(encoder: Mapping[str, Any]) -> str:
         "cifar": "model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)\n"
         "model.maxpool = torch.nn.Identity()\n",
     }[encoder["stem"]]
-    values, normalize = NORMALIZATIONS[encoder.get("normalize", "none")], ""
-    if values is not None:
-        normalize = f"model = torch.nn.Sequential(torchvision.transforms.Normalize(*{values}), model)\n"
     return (
         "With torchvision alone:\n\n```python\n"
         "import torch\nimport torchvision\nfrom safetensors.torch import load_file\n\n"

@@ -17,10 +17,10 @@ from torch import Tensor
 from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from pipelines.files import read_object
-from stec.architectures import ARCHITECTURES
+from stec.architectures import ARCHITECTURES, is_timm
 from stec.config import ModelSettings, TargetName
 from stec.geometry import Convention
-from stec.models.encoder import STEMS, Encoder, Stem
+from stec.models.encoder import STEMS, ImageEncoder, Stem
 from stec.models.heads import InverseModel, make_classifier
 from stec.models.model import Model
 from stec.models.preprocessing import Preprocessing
@@ -28,7 +28,7 @@ from stec.normalization import NORMALIZATIONS, Normalization
 from stec.runs import checkpoint
 from stec.runs.run_folder import RunFolder
 from stec.targets import TARGETS
-from stec.weights.export import FOREIGN_PREFIX, load_weights, read_weights_and_metadata
+from stec.weights.export import FOREIGN_PREFIX, TIMM_NETWORK, load_weights, read_weights_and_metadata, timm_encoder_of
 
 WEIGHTS = "model.safetensors"
 """The file of weights in the folder of a run or of the Hub."""
@@ -45,8 +45,9 @@ class Trained:
     path: Path
     """The file they were read from."""
     arch: str
-    stem: Stem
-    width: int
+    stem: Stem | None
+    """None of an encoder of timm, as the width."""
+    width: int | None
     state: dict[str, Tensor]
     """Encoder and heads with this project's names, as far as the source holds them."""
     normalize: Normalization
@@ -55,9 +56,18 @@ class Trained:
     """JSON values: ``config``, ``step``, ``environment`` and ``results``, as far as the source holds them."""
     stem_set_by: str
     """The argument or flag that sets the stem, for errors."""
+    view_size_px: int | None = None
+    """Of an encoder of timm, the size of the views that it was made for."""
+
+    @property
+    def description(self) -> str:
+        """The architecture with what else determines it."""
+        if is_timm(self.arch):
+            return f"{self.arch} for views of {self.view_size_px} px"
+        return f"{self.arch} of width {self.width} with the {self.stem} stem"
 
     @cached_property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> ImageEncoder:
         """In evaluation mode, on the CPU, with its ``transform``."""
         encoder = self.model().encoder
         encoder.preprocessing = self.preprocessing
@@ -70,10 +80,14 @@ class Trained:
         """
         classifier = self.state.get("classifier.weight")
         required = ["encoder"]
-        # Not on a device: the initial weights are replaced, so initializing them would waste time and random numbers.
-        with torch.device("meta"):
-            settings = ModelSettings(arch=self.arch, width=self.width, normalize=self.normalize)
-            model = Model(settings, stem=self.stem, classes=0, stop_gradient=2)
+        # Not on a device: the initial weights are replaced, so initializing them would waste time. But networks of timm
+        # have constants that are in no file.
+        device = "cpu" if is_timm(self.arch) else "meta"
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            settings = ModelSettings(arch=self.arch, normalize=self.normalize)
+            if self.width is not None:
+                settings = dataclasses.replace(settings, width=self.width)
+            model = Model(settings, stem=self.stem, view_size_px=self.view_size_px, classes=0, stop_gradient=2)
             feature_dim = model.encoder.feature_dim
             if "classifier" in heads and classifier is not None:
                 model.classifier = make_classifier(feature_dim, len(classifier))
@@ -89,11 +103,11 @@ class Trained:
                     model.inverse_from_layer3 = hidden.shape[-1] == 2 * model.encoder.layer3_dim
                 if self.targets:
                     required.append("inverse_models")
-        model.to_empty(device="cpu")
-        remedy = (
-            f"it was read as a {self.arch} of width {self.width} with the {self.stem} stem, which {self.stem_set_by} "
-            f"can change"
-        )
+        if device == "meta":
+            model.to_empty(device="cpu")
+        remedy = f"it was read as a {self.description}"
+        if self.stem is not None:
+            remedy += f", which {self.stem_set_by} can change"
         load_weights(model, self.state, self.path, required=tuple(required), remedy=remedy)
         return model.eval()
 
@@ -126,7 +140,8 @@ class Trained:
                 raise UserError(
                     f"{self.path} describes its images in another way than this version; {OTHER_VERSION}"
                 ) from error
-        return Preprocessing.of_training(self.metadata.get("config", {}), self.stem)
+        settings = self.metadata.get("config") or {"view_size": self.view_size_px}
+        return Preprocessing.of_training(settings, self.stem or "imagenet")
 
     @property
     def trained_on(self) -> str | None:
@@ -145,7 +160,7 @@ class Trained:
 
 def load_encoder(
     path_or_hub_id: str | Path, *, stem: Stem | None = None, normalize: Normalization | None = None
-) -> Encoder:
+) -> ImageEncoder:
     """A trained encoder in evaluation mode, on the CPU: images [N, 3, H, W] in [0, 1] to features [N, D].
 
     Its ``transform`` makes such an image from one of Pillow or a uint8 tensor, as the evaluation loader does.
@@ -170,15 +185,40 @@ def read_trained(
     otherwise: Stem | None = None,
     normalize: Normalization | None = None,
     stem_set_by: str = "--dataset",
+    arch: str | None = None,
+    view_size_px: int | None = None,
 ) -> Trained:
     """The weights in a folder or file as for ``load_encoder``, heads included, and what is known of them.
 
-    ``otherwise`` is the stem where neither the source nor its weights tell it. Raises UserError where there are none,
-    which says that ``stem_set_by`` can change the stem.
+    ``otherwise`` is the stem where neither the source nor its weights tell it. A file of another project is one of
+    ``arch``, if that is an encoder of timm, and adapted to the size of the views. Raises UserError where there are
+    none, which says that ``stem_set_by`` can change the stem.
     """
     if not os.path.exists(source):  # noqa: PTH110 - which does not raise where a name is too long
         raise UserError(f"There is no file or folder {source}; give a run's folder, or a file of trained weights.")
-    path, state, metadata = _read_folder(source) if source.is_dir() else (source, *read_weights_and_metadata(source))
+    path, state, metadata = (
+        _read_folder(source)
+        if source.is_dir()
+        else (source, *read_weights_and_metadata(source, arch=arch, view_size_px=view_size_px))
+    )
+    if any(name.startswith(TIMM_NETWORK) for name in state):
+        encoder = timm_encoder_of(metadata)
+        if encoder is None:
+            raise UserError(
+                f"{path} holds an encoder of timm, but not its name and the size of its views; give the file that "
+                f"training, import or export wrote."
+            )
+        return Trained(
+            path=path,
+            arch=encoder[0],
+            stem=None,
+            width=None,
+            state=state,
+            normalize=normalization_of(metadata, path, normalize),
+            metadata=metadata,
+            stem_set_by=stem_set_by,
+            view_size_px=encoder[1],
+        )
     first = state["encoder.conv1.weight"]
     if first.ndim != 4:
         raise UserError(f"{path} holds no encoder of ours: its conv1.weight has {first.ndim} dimensions instead of 4.")
@@ -272,8 +312,9 @@ def normalization_of(metadata: Mapping[str, Any], path: Path, given: Normalizati
     if name is None and FOREIGN_PREFIX in metadata:
         raise UserError(
             f"{path} is a checkpoint of another project, which does not say how its images were normalized; set "
-            f"normalize (--normalize) to imagenet, as torchvision, timm, lightly and MoCo do, to none, as this project "
-            f"does, or to {', '.join(list(NORMALIZATIONS)[2:])}, as solo-learn does for these data sets."
+            f"normalize (--normalize) to imagenet, as torchvision, timm, lightly and MoCo do, to inception or clip, "
+            f"as other weights of timm do, to none, as this project does, or to "
+            f"{', '.join(list(NORMALIZATIONS)[4:])}, as solo-learn does for these data sets."
         )
     if name is not None and name not in tuple(NORMALIZATIONS):
         raise UserError(f"{path} has the normalization {name}, which this version does not know; {OTHER_VERSION}")
