@@ -309,9 +309,11 @@ def normalization_of(metadata: Mapping[str, Any], path: Path, given: Normalizati
     Raises UserError if it is unknown, as that of other projects is.
     """
     name = given or metadata.get("encoder", {}).get("normalize") or metadata.get("config", {}).get("normalize")
-    if name is None and FOREIGN_PREFIX in metadata:
+    prefix = metadata.get(FOREIGN_PREFIX)
+    if name is None and prefix is not None:
+        found = f" (the encoder's names begin with {prefix})" if prefix else ""
         raise UserError(
-            f"{path} is a checkpoint of another project, which does not say how its images were normalized; set "
+            f"{path} is a checkpoint of another project{found}, which does not say how its images were normalized; set "
             f"normalize (--normalize) to imagenet, as torchvision, timm, lightly and MoCo do, to inception or clip, "
             f"as other weights of timm do, to none, as this project does, or to "
             f"{', '.join(list(NORMALIZATIONS)[4:])}, as solo-learn does for these data sets."
