@@ -208,12 +208,12 @@ class TrainingFeed(Feed):
         self.plan.cache_clear()
 
     def changed_files(self, image_ids: NDArray[np.int64], outputs: Sequence[Any]) -> NDArray[np.int64]:
-        _, packed, _, *stored_size = outputs
         if not isinstance(self.images, ImageFiles):
             return image_ids[:0]
+        _, packed, _, stored_size = outputs
         # Not the sizes that are known now: the commands in flight were drawn for earlier ones.
         drawn_for = packed.as_array()[:, 0, [PACKED_COLUMNS["source_height"], PACKED_COLUMNS["source_width"]]]
-        changed = _have_changed(self.images, image_ids, stored_size[0].as_array(), drawn_for)
+        changed = _have_changed(self.images, image_ids, stored_size.as_array(), drawn_for)
         if changed.any():
             self.plan.cache_clear()
         return image_ids[changed]

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -139,18 +139,12 @@ def _scan(
     missing = [k for k in range(len(chunks)) if k not in partial_index.done]
     scan: Callable[[Any], ScanResult]
     if listing.in_shards:
-        noun, scan = "shards", read_shard
+        noun, scan = "shards", partial(_scan_shard, root, shards)
         in_process = sum(size for _, size in listing.watched.values()) < FEW_BYTES
-        tasks: list[Any] = [root / os.fsdecode(listing.files[k]) for k in missing]
-        numbers: list[int | None] = [None] * total
+        numbers: Sequence[int | None] = [None] * total
         if listing.layout == "Parquet":
-            numbers = [*row_group_numbers(listing.files)]
-            noun, scan, tasks = "row groups", read_row_group, [(tasks[n], numbers[k]) for n, k in enumerate(missing)]
-        if shards is not None:
-            scan, tasks = (
-                partial(_fetch_and_scan, shards),
-                [(os.fsdecode(listing.files[k]), numbers[k]) for k in missing],
-            )
+            noun, numbers = "row groups", row_group_numbers(listing.files)
+        tasks: list[Any] = [(os.fsdecode(listing.files[k]), numbers[k]) for k in missing]
     else:
         noun, scan = "images", partial(read_files, root)
         in_process = total < FEW_FILES
@@ -163,11 +157,12 @@ def _scan(
     return [partial_index.done[k] for k in range(len(chunks))]
 
 
-def _fetch_and_scan(shards: ShardCache, task: tuple[str, int | None]) -> ScanResult:
-    """Scan a remote shard, or one of its row groups."""
+def _scan_shard(root: Path, shards: ShardCache | None, task: tuple[str, int | None]) -> ScanResult:
+    """Scan a tar shard, or a row group of a Parquet file, given its name and its number; a remote one is fetched."""
     name, group = task
-    with shards.opened(name) as (_, path):
-        return read_shard(path, shards.url(name)) if group is None else read_row_group((path, group), shards.url(name))
+    shown = str(root / name) if shards is None else shards.url(name)
+    with nullcontext((None, root / name)) if shards is None else shards.opened(name) as (_, path):
+        return read_shard(path, shown) if group is None else read_row_group(path, group, shown)
 
 
 def _assemble(root: Path, listing: Listing, chunks: Sequence[ScanResult], shards: ShardCache | None) -> SplitIndex:

@@ -57,7 +57,7 @@ def list_parquet(root: Path, kind: str) -> Listing | None:
         return None
     skipped[SUFFIX] = 0
     watched |= {name: stamp(root / name) for name in names}
-    files = [os.fsencode(name) for name in names for _ in range(count_row_groups(root / name))]
+    files = [os.fsencode(name) for name in names for _ in range(count_row_groups(root / name, str(root / name)))]
     return Listing(
         layout="Parquet",
         files=Names.of(files),
@@ -68,20 +68,17 @@ def list_parquet(root: Path, kind: str) -> Listing | None:
     )
 
 
-def read_row_group(place: tuple[Path, int], shown: str = "") -> ScanResult:
+def read_row_group(path: Path, group: int, shown: str) -> ScanResult:
     """Scan the images of a row group, given its file and its number, in their order.
 
     Raises UserError, which calls the file ``shown``, if it cannot be read or a label is invalid.
     """
-    path, group = place
     try:
         with open_parquet(path) as file:
             images = read_column(file, group, f"{image_column(file)}.bytes")
-            labels = (
-                _labels(file, group, shown or path) if LABEL in file.schema_arrow.names else [UNLABELED] * len(images)
-            )
+            labels = _labels(file, group, shown) if LABEL in file.schema_arrow.names else [UNLABELED] * len(images)
     except (OSError, ValueError) as error:
-        raise _unreadable(shown or path, error) from error
+        raise _unreadable(shown, error) from error
     rows, faults = [], {}
     for n, (image, label) in enumerate(zip(images, labels)):
         content: bytes | memoryview = b""
@@ -105,31 +102,31 @@ def _names(folder: Path) -> list[str]:
     )
 
 
-def count_row_groups(path: Path, shown: str = "") -> int:
+def count_row_groups(path: Path, shown: str) -> int:
     """Raises UserError, which calls the file ``shown``, if it is damaged or has no images."""
     try:
         with open_parquet(path) as file:
             if image_column(file) is None:
                 names = ", ".join(file.schema_arrow.names)
                 raise UserError(
-                    f"{shown or path} has no column of images, a struct with the binary field bytes, but only {names}; "
-                    f"save it with encoded images, or move it elsewhere."
+                    f"{shown} has no column of images, a struct with the binary field bytes, but only {names}; save it "
+                    f"with encoded images, or move it elsewhere."
                 )
             return int(file.num_row_groups)
     except (OSError, ValueError) as error:
-        raise _unreadable(shown or path, error) from error
+        raise _unreadable(shown, error) from error
 
 
-def _labels(file: Any, group: int, path: Path | str) -> Sequence[int]:
+def _labels(file: Any, group: int, shown: str) -> Sequence[int]:
     labels = read_column(file, group, LABEL).to_pylist()
     result = []
     for label in labels:
         label = UNLABELED if label is None else label
         if not isinstance(label, int) or not UNLABELED <= label <= MAX_LABEL:
-            raise UserError(f"{path}: the column {LABEL} holds {label!r}; a label is a number from 0 to {MAX_LABEL}.")
+            raise UserError(f"{shown}: the column {LABEL} holds {label!r}; a label is a number from 0 to {MAX_LABEL}.")
         result.append(int(label))
     return result
 
 
-def _unreadable(path: Path | str, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read as Parquet ({reason(error)}); fetch it again or delete it.")
+def _unreadable(shown: str, error: Exception) -> UserError:
+    return UserError(f"{shown} cannot be read as Parquet ({reason(error)}); fetch it again or delete it.")

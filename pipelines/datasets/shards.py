@@ -91,13 +91,12 @@ def _is_tar(entry: os.DirEntry[str]) -> bool:
     return entry.name.lower().endswith((".tar", *COMPRESSED_TAR)) and is_regular(entry)
 
 
-def read_shard(path: Path, shown: str = "") -> ScanResult:
+def read_shard(path: Path, shard: str) -> ScanResult:
     """Scan the images of a shard, in their order.
 
-    Notes and errors call it ``shown`` (default: its path). A truncated shard has a note; its last image has a fault if
-    it is incomplete. Raises UserError if the file is no tar archive, a label is invalid, or a sample has two images.
+    Notes and errors call it ``shard``. A truncated shard has a note; its last image has a fault if it is incomplete.
+    Raises UserError if the file is no tar archive, a label is invalid, or a sample has two images.
     """
-    shard = shown or str(path)
     size = path.stat().st_size
     samples: list[_Sample] = []
     skipped: Counter[str] = Counter()
