@@ -17,6 +17,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ import tyro
 from benchmarks import report
 from benchmarks.bad_images import KINDS, photographs
 from benchmarks.report import Figures, Output
+from pipelines import read_ahead
 from pipelines.commands import Policy
 from pipelines.cpus import available_cpus
 from pipelines.datasets.registry import open_data_set
@@ -102,7 +104,11 @@ def epoch(location: Path | RemoteFolder, options: Options, *, empty: bool = Fals
     started = time.perf_counter()
     for _ in itertools.islice(loader.batches(0), sampler.steps_per_epoch):
         pass
-    return sampler.steps_per_epoch * options.batch_size / (time.perf_counter() - started)
+    images_per_s = sampler.steps_per_epoch * options.batch_size / (time.perf_counter() - started)
+    for thread in threading.enumerate():
+        if thread.name == read_ahead.THREAD:  # Those of the next epoch must not compete with what is measured next.
+            thread.join()
+    return images_per_s
 
 
 def benchmark(options: Options) -> None:

@@ -24,6 +24,8 @@ TRANSFERS = 4
 """Shards that a process fetches at a time."""
 AGAIN_S = 1.0
 """After which shards that could not be fetched, or have been deleted, are fetched again."""
+THREAD = "shard-transfer"
+"""Name of the threads that fetch. They end after what they are fetching, which nobody waits for."""
 
 
 class ShardOrder:
@@ -81,7 +83,7 @@ class _Transfers:
         self._closed = False
         self._changed = threading.Condition()
         for _ in range(TRANSFERS):
-            threading.Thread(target=self._work, daemon=True).start()
+            threading.Thread(target=self._work, name=THREAD, daemon=True).start()
 
     def want(self, names: Sequence[str]) -> None:
         """Fetch as many of these shards as the cache holds, the first ones first."""
