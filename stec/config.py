@@ -38,11 +38,11 @@ TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tenso
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """The images, and what prepares them."""
+class ImageSettings:
+    """Images, and what prepares them: for training, and for a trained encoder."""
 
-    dataset: DataSetName = setting("demo", on_resume="never")
-    """Data set to train on; demo is generated and needs no files."""
+    dataset: DataSetName
+    """Data set whose images are encoded."""
     data_dir: Path | RemoteFolder | None = setting(None, on_resume="free")
     """Folder that holds the data set; or, of imagenet and folder, the URL of one with shards (s3://, ...)."""
     cache_dir: Path | None = setting(None, on_resume="free")
@@ -51,6 +51,26 @@ class DataSettings:
     """The most that --cache_dir holds, in units of 10^9 bytes; what was not read for the longest time is deleted."""
     download: Switch = setting(0, on_resume="free")
     """1: download CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
+    exif_orientation: Switch = setting(0)
+    """1: rotate image files by their EXIF orientation (photographs), in evaluation as in training; 0: use them as
+    stored, as ImageFolder does."""
+    backend: Literal["auto", "dali", "torchvision"] = setting("auto")
+    """Library that prepares the images; auto is DALI if it is installed."""
+    num_workers: int | None = setting(None, at_least=0, on_resume="free")
+    """DALI threads or torchvision worker processes per process; default: its part of the CPUs."""
+
+    @property
+    def location(self) -> Path | RemoteFolder | None:
+        """The folder or URL that holds the data set, with its cache."""
+        return with_cache(self.data_dir, self.cache_dir, self.cache_gb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(ImageSettings):
+    """The images, and what prepares them."""
+
+    dataset: DataSetName = setting("demo", on_resume="never")
+    """Data set to train on; demo is generated and needs no files."""
     limit_train: int | None = setting(None, at_least=1, on_resume="never")
     """Use only the first N training images (ImageNet: evenly spread over the classes)."""
     shuffle_window: int = setting(16, at_least=0)
@@ -58,17 +78,6 @@ class DataSettings:
     reads are long; 0: all images."""
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1, on_resume="free")
     """Stop if more than this fraction of the training images is unusable; fewer are replaced by other images."""
-    exif_orientation: Switch = setting(0)
-    """1: rotate image files by their EXIF orientation (photographs); 0: use them as stored, as ImageFolder does."""
-    backend: Literal["auto", "dali", "torchvision"] = setting("auto")
-    """Library that executes the commands; auto is DALI if it is installed."""
-    num_workers: int | None = setting(None, at_least=0, on_resume="free")
-    """DALI threads or torchvision worker processes per training process; default: its part of the CPUs."""
-
-    @property
-    def location(self) -> Path | RemoteFolder | None:
-        """The folder or URL that holds the data set, with its cache."""
-        return with_cache(self.data_dir, self.cache_dir, self.cache_gb)
 
 
 @dataclass(frozen=True, kw_only=True)

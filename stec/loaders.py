@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -13,9 +13,9 @@ from pipelines.batch import PlainLoader, TwoViewLoader
 from pipelines.commands import LABELED_STREAM, Policy
 from pipelines.datasets.images import Images
 from pipelines.datasets.registry import DataSet, DataSetTraits
-from pipelines.loader import Backend, EvaluationLoader, Loader
+from pipelines.loader import EvaluationLoader, Loader
 from pipelines.sampler import Sampler
-from stec.config import TrainConfig
+from stec.config import ImageSettings, TrainConfig
 from stec.distributed.launcher import cpus_of_process
 
 
@@ -31,15 +31,6 @@ class Data:
     test: PlainLoader | None
     classes: int
     """0 if there are no labels: then there is neither an online linear classifier nor an evaluation."""
-
-
-class LoaderSettings(Protocol):
-    """The settings of a loader that ``DataSettings`` and the commands on a trained encoder share."""
-
-    @property
-    def backend(self) -> Backend: ...
-    @property
-    def num_workers(self) -> int | None: ...
 
 
 def policy_of(config: TrainConfig) -> Policy:
@@ -59,7 +50,7 @@ MAX_GPU_THREADS = 32
 """For each of DALI's threads, the decoder of a GPU reserves 16 MiB of its memory and as much of the host's."""
 
 
-def num_workers(settings: LoaderSettings, device: torch.device) -> int:
+def num_workers(settings: ImageSettings, device: torch.device) -> int:
     """Number of DALI threads or torchvision worker processes of this process."""
     if settings.num_workers is not None:
         return settings.num_workers
@@ -115,7 +106,7 @@ def training_loader(
 
 
 def pair_loader(
-    images: Images, data: LoaderSettings, policy: Policy, *, seed: int, views_per_batch: int, device: torch.device
+    images: Images, data: ImageSettings, policy: Policy, *, seed: int, views_per_batch: int, device: torch.device
 ) -> Loader:
     """Pairs of views for the evaluation of an encoder, the same on every process."""
     sampler = Sampler(images, policy, seed=seed, batch_size=min(max(1, views_per_batch // 2), len(images)))
@@ -123,7 +114,7 @@ def pair_loader(
 
 
 def evaluation_loader(
-    images: Images, data: LoaderSettings, *, traits: DataSetTraits, batch_size: int, device: torch.device
+    images: Images, data: ImageSettings, *, traits: DataSetTraits, batch_size: int, device: torch.device
 ) -> EvaluationLoader:
     """Images without augmentation, at the size at which the encoder is evaluated."""
     return EvaluationLoader(

@@ -7,40 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
-from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 from stec.architectures import check_architecture
-from stec.config import LARGEST_VIEW_PX, SMALLEST_VIEW_PX
+from stec.config import LARGEST_VIEW_PX, SMALLEST_VIEW_PX, ImageSettings
 from stec.normalization import Normalization
-from stec.settings import Switch, check_ranges, setting, with_cache
+from stec.settings import check_ranges, setting
 
 if TYPE_CHECKING:
     from stec.weights.pretrained import Trained
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(ImageSettings):
     """A trained encoder and the images that it encodes."""
 
-    dataset: DataSetName
-    """Data set to evaluate on."""
     ckpt_path: Path
     """Weights: the folder of a finished run, a checkpoint or safetensors file of this project, an official .ckpt, or a
     ResNet of torchvision, timm, lightly, solo-learn or MoCo, or with --arch timm/NAME any encoder of timm."""
-    data_dir: Path | RemoteFolder | None = None
-    """Folder that holds the data set; for imagenet and folder also the URL of one with shards."""
-    cache_dir: Path | None = None
-    """Local folder into which shards of a URL are fetched; default: ~/.cache/stec/shards."""
-    cache_gb: float = setting(RemoteFolder.cache_gb, above=0)
-    """The most that --cache_dir holds, in units of 10^9 bytes."""
-    download: Switch = 0
-    """1: download CIFAR-10, CIFAR-100 or STL-10 into --data_dir first; checksums are verified."""
-    backend: Literal["auto", "dali", "torchvision"] = "auto"
-    """Library that prepares the images; auto is DALI if it is installed."""
-    num_workers: int | None = setting(None, at_least=0)
-    """DALI threads or torchvision worker processes, per process; default: its part of the CPUs."""
-    exif_orientation: Switch = 0
-    """1: rotate image files by their EXIF orientation; use it if the encoder was trained with it."""
     view_size: int | None = setting(None, at_least=SMALLEST_VIEW_PX, at_most=LARGEST_VIEW_PX)
     """Height and width of the images in px; default: that of the data set."""
     trained_on: DataSetName | None = None
@@ -63,11 +46,6 @@ class EncoderConfig:
         check_ranges(self)
         if self.arch is not None:
             check_architecture(self.arch)
-
-    @property
-    def location(self) -> Path | RemoteFolder | None:
-        """The folder or URL that holds the data set, with its cache."""
-        return with_cache(self.data_dir, self.cache_dir, self.cache_gb)
 
     @property
     def traits(self) -> DataSetTraits:
