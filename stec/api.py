@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,44 +66,41 @@ class Run:
         factors; the command between two views is decoded by the command line only. ``seed`` chooses the images of
         ``low_shot``. Raises UserError if the data is missing or a measure needs labels that it does not have.
         """
-        from pipelines.datasets.registry import DATA_SETS, open_split
         from stec import gpus
-        from stec.evaluation.evaluate import MEASURES, evaluate
+        from stec.evaluation.evaluate import evaluate
+        from stec.evaluation.images import open_evaluation_images
         from stec.loaders import evaluation_loader
         from stec.startup import start
         from stec.weights.pretrained import read_trained
 
         data, batch_size = self.config.data, self.config.optimization.batch_size
         accelerator, console, _ = start("no")
-        model = read_trained(self.path).model("classifier").to(accelerator.device)
-        labeled = "labeled" in DATA_SETS[data.dataset].splits
-        possible: list[Measure] = [*MEASURES] if labeled else ["rankme"]
-        if model.classifier is None:
-            possible = [name for name in possible if name != "online_classifier"]
-        for name in measures:
-            if name not in possible:
-                raise UserError(
-                    f"{name} cannot be measured of {self.path} on {data.dataset}; give some of {', '.join(possible)}."
-                )
-
-        def loader_of(split: Any) -> Any:
-            images, classes = open_split(
-                data.dataset, data.location, split, exif_orientation=bool(data.exif_orientation), progress=progress
-            )
-            loader = evaluation_loader(
-                images, data, traits=self.config.traits, batch_size=batch_size, device=accelerator.device
-            )
-            return loader, classes
-
+        trained = read_trained(self.path)
+        model = trained.model("classifier").to(accelerator.device)
         with console.counting() as progress, gpus.memory_errors(batch_size, "evaluate with launch.py eval"):
-            test, classes = loader_of("test" if labeled else "train")
+            images = open_evaluation_images(
+                data,
+                trained,
+                model.classifier,
+                trained_on=data.dataset,
+                measures=measures,
+                accelerator=accelerator,
+                progress=progress,
+            )
+            loader_of = partial(
+                evaluation_loader,
+                data=data,
+                traits=self.config.traits,
+                batch_size=batch_size,
+                device=accelerator.device,
+            )
             return evaluate(
                 model.encoder,
                 model.classifier,
-                labeled=loader_of("labeled")[0] if labeled else None,
-                test=test,
-                classes=len(classes),
-                measures=measures or possible,
+                labeled=None if images.labeled is None else loader_of(images.labeled),
+                test=loader_of(images.test),
+                classes=len(images.classes),
+                measures=images.measures,
                 accelerator=accelerator,
                 seed=seed,
             )

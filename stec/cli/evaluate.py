@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.errors import UserError
+from pipelines.datasets.registry import DATA_SETS
 from stec.cli.encoder import EncoderConfig, read_encoder
 from stec.cli.flags import parse
 from stec.cli.outputs import check_output
@@ -17,11 +17,7 @@ from stec.config import AugmentationSettings, TrainConfig, with_settings
 from stec.settings import setting
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from pipelines.commands import Policy
-    from pipelines.datasets.images import Images
-    from pipelines.datasets.registry import SplitName
     from stec.evaluation.decoding import R2
     from stec.evaluation.evaluate import Score
     from stec.weights.pretrained import Trained
@@ -57,11 +53,10 @@ def run(arguments: list[str]) -> None:
     config = parse(EvalConfig, arguments, name="eval")
     config.validate()
 
-    from pipelines.datasets.registry import DATA_SETS, open_split
     from pipelines.files import write_json
     from stec import gpus
-    from stec.distributed import processes
-    from stec.evaluation.evaluate import MEASURES, UNLABELED_MEASURES, evaluate
+    from stec.evaluation.evaluate import evaluate
+    from stec.evaluation.images import open_evaluation_images
     from stec.evaluation.parameters import FIT_SEED, TEST_SEED, decode_commands
     from stec.loaders import evaluation_loader, pair_loader
     from stec.startup import start
@@ -69,57 +64,23 @@ def run(arguments: list[str]) -> None:
     accelerator, console, precision = start(config.mixed_precision)
     trained, trained_on = read_encoder(config)
     model = trained.model("classifier")
-    requested = config.measures or MEASURES
     with console.counting() as progress:
-
-        def open_images(split: SplitName) -> tuple[Images, tuple[str, ...]]:
-            return open_split(
-                config.dataset,
-                config.location,
-                split,
-                download=bool(config.download) and accelerator.is_main_process,
-                exif_orientation=bool(config.exif_orientation),
-                progress=progress,
-            )
-
-        opened: list[tuple[Images, tuple[str, ...]]] = []
-
-        def reason_without_labeled() -> str:
-            try:
-                opened.append(open_images("labeled"))
-            except UserError as error:
-                return str(error)
-            return ""
-
-        has_labels = "labeled" in DATA_SETS[config.dataset].splits
-        test, classes = processes.main_process_first(
-            accelerator, lambda: open_images("test" if has_labels else "train")
+        images = open_evaluation_images(
+            config,
+            trained,
+            model.classifier,
+            trained_on=trained_on,
+            measures=config.measures,
+            accelerator=accelerator,
+            progress=progress,
         )
-        labeled: Images | None = None
-        reasons = dict.fromkeys(MEASURES, "")
-        if not has_labels:
-            without = f"--dataset {config.dataset} has no labels; use --measures {' '.join(UNLABELED_MEASURES)}."
-            reasons |= {measure: without for measure in MEASURES if measure not in UNLABELED_MEASURES}
-        elif not set(requested) <= {"online_classifier", "rankme"}:
-            reason = processes.on_main_process(accelerator, reason_without_labeled)
-            reasons |= {measure: reason for measure in MEASURES if measure != "rankme"}
-            if not reason:
-                labeled, known = opened[0] if opened else open_images("labeled")
-                if known[: len(classes)] != classes:
-                    raise UserError(f"The test images in {config.data_dir} have other classes than the labeled ones.")
-                classes = known
-    if has_labels:
-        reasons["online_classifier"] = reason_without_classifier(config, model.classifier, trained_on, len(classes))
-    measures = tuple(measure for measure in requested if not reasons[measure])
-    omitted = [(measure, reasons[measure]) for measure in requested if reasons[measure]]
-    if omitted and (config.measures or not measures):
-        raise UserError(f"{omitted[0][0]} cannot be measured: {omitted[0][1]}")
-
     model.to(accelerator.device)
-    kind = "test images" if has_labels else "images"
+    kind = "test images" if "labeled" in DATA_SETS[config.dataset].splits else "images"
     normalized = "" if trained.normalize == "none" else f", normalized as {trained.normalize}"
-    console.say(f"{config.ckpt_path} on the {len(test)} {kind} of {config.dataset}, precision {precision}{normalized}")
-    for measure, reason in omitted:
+    console.say(
+        f"{config.ckpt_path} on the {len(images.test)} {kind} of {config.dataset}, precision {precision}{normalized}"
+    )
+    for measure, reason in images.omitted.items():
         console.say(f"Not measured: {measure}. {reason}")
     loader_of = partial(
         evaluation_loader, data=config, traits=config.traits, batch_size=config.batch_size, device=accelerator.device
@@ -128,29 +89,29 @@ def run(arguments: list[str]) -> None:
         evaluation = evaluate(
             model.encoder,
             model.classifier,
-            labeled=None if labeled is None else loader_of(labeled),
-            test=loader_of(test),
-            classes=len(classes),
-            measures=measures,
+            labeled=None if images.labeled is None else loader_of(images.labeled),
+            test=loader_of(images.test),
+            classes=len(images.classes),
+            measures=images.measures,
             accelerator=accelerator,
             seed=config.seed,
         )
         commands: dict[str, R2] = {}
         policy = pair_policy(config, trained, trained_on)
-        if "parameters" in measures:
+        if "parameters" in images.measures:
             pairs_of = partial(
                 pair_loader, data=config, policy=policy, views_per_batch=config.batch_size, device=accelerator.device
             )
             commands = decode_commands(
                 model.encoder,
-                None if labeled is None else pairs_of(labeled, seed=FIT_SEED),
-                pairs_of(test, seed=TEST_SEED),
+                None if images.labeled is None else pairs_of(images.labeled, seed=FIT_SEED),
+                pairs_of(images.test, seed=TEST_SEED),
                 trained.convention or "official",
                 accelerator,
             )
     scores = evaluation.scores
     if scores:
-        console.table("On the test images", ["", *map(column, scores)], table(scores, classes))
+        console.table("On the test images", ["", *map(column, scores)], table(scores, images.classes))
     for title, decoded in (
         ("R2 of the command from view i to view j, decoded from both views", commands),
         ("R2 of the generative factors, decoded from the image", evaluation.factors),
@@ -173,17 +134,18 @@ def run(arguments: list[str]) -> None:
             "normalize": trained.normalize,
         }
         written: dict[str, Any] = {
-            name: {**dataclasses.asdict(of), "class_accuracies": by_name(of, classes)} for name, of in scores.items()
+            name: {**dataclasses.asdict(of), "class_accuracies": by_name(of, images.classes)}
+            for name, of in scores.items()
         }
         if evaluation.rankme is not None:
             written["rankme"] = {"rankme": evaluation.rankme, "features": model.encoder.feature_dim}
-        if "parameters" in measures:
+        if "parameters" in images.measures:
             written["parameters"] = {
                 "policy": dataclasses.asdict(policy),
                 "commands": {name: dataclasses.asdict(of) for name, of in commands.items()},
                 "factors": {name: dataclasses.asdict(of) for name, of in evaluation.factors.items()},
             }
-        write_json(config.json, {**facts, "test_images": len(test), **summary, "measures": written})
+        write_json(config.json, {**facts, "test_images": len(images.test), **summary, "measures": written})
     for name, value in summary.items():
         console.say(f"{name} {value:.4f}")
     accelerator.end_training()
@@ -200,24 +162,6 @@ def pair_policy(config: EvalConfig, trained: Trained, trained_on: str) -> Policy
         settings["view_size"] = config.view_size
     defaults = {"dataset": config.dataset, "use_gaussian_blur": switch, "use_solarization": switch}
     return policy_of(with_settings(TrainConfig(), {**defaults, **settings}, str(trained.path)))
-
-
-def reason_without_classifier(config: EvalConfig, classifier: nn.Linear | None, trained_on: str, classes: int) -> str:
-    """The reason why the file's online linear classifier cannot be evaluated; empty if it can."""
-    if classifier is None:
-        return f"{config.ckpt_path} holds no online linear classifier; use --measures linear_probing."
-    if trained_on != config.dataset:
-        return (
-            f"The online linear classifier of {config.ckpt_path} was trained on {trained_on}; use --measures "
-            f"linear_probing."
-        )
-    known = classifier.out_features
-    if known != classes:
-        return (
-            f"The online linear classifier of {config.ckpt_path} has {known} classes, but {config.dataset} has "
-            f"{classes}."
-        )
-    return ""
 
 
 def column(name: str) -> str:
