@@ -407,6 +407,36 @@ def test_a_checkpoint_of_timm_is_evaluated(tmp_path: Path) -> None:
     assert np.load(tmp_path / "features.npy").shape == (64, 512)
 
 
+def test_a_checkpoint_of_timm_is_loaded_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The size of a vision transformer's images may be another one."""
+    source = tmp_path / "timm.pth"
+    torch.save(with_classifier("vit_tiny_patch16_224").state_dict(), source)
+    size = SIZES["vit_tiny_patch16_224"]
+    overlay = {"file": str(source), "num_classes": 1000}
+    theirs = in_timm("vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay)
+    normalized = nn.Sequential(Normalize((0.5,) * 3, (0.5,) * 3), theirs)
+    encoder = stec.load_encoder(source, arch="timm/vit_tiny_patch16_224", normalize="inception", view_size_px=size)
+    assert_same(normalized, encoder, images(size))
+    assert encoder.transform(torch.zeros(3, 100, 100, dtype=torch.uint8)).shape == (3, size, size)
+    flags = ["--arch", "timm/vit_tiny_patch16_224", "--normalize", "inception"]
+    assert export(source, tmp_path / "hub", "huggingface", *flags, "--view_size", str(size)) == 0
+    assert_same(normalized, stec.load_encoder(tmp_path / "hub"), images(size))
+    assert export(source, tmp_path / "timm.safetensors", "timm", *flags) == 0
+    at_224 = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=tmp_path / "timm.safetensors")
+    assert all(
+        torch.equal(value, at_224.state_dict()[name])
+        for name, value in load_file(tmp_path / "timm.safetensors").items()
+    )
+    capsys.readouterr()
+    for arch, names in (("resnet18", ["holds no encoder", "--arch timm/NAME"]), ("timm/resnet10t", ["--arch"])):
+        assert export(source, tmp_path / "other.pth", "timm", "--arch", arch, "--normalize", "inception") == 2
+        error = capsys.readouterr().err
+        assert all(name in error for name in names) and error.count("\n") == 1, error
+    assert export(tmp_path / "hub", tmp_path / "other.pth", "timm", "--arch", "timm/resnet10t") == 2
+    assert "does not match --arch timm/resnet10t" in capsys.readouterr().err
+    assert not (tmp_path / "other.pth").exists()
+
+
 def test_what_belongs_to_a_classifier_is_left_out() -> None:
     """Names that only the network with a classifier has, besides that of the classifier itself."""
     network = with_classifier("efficientvit_m0")

@@ -73,10 +73,8 @@ def read_encoder(config: EncoderConfig) -> tuple[Trained, str]:
         arch=config.arch,
         view_size_px=config.traits.view_size_px,
     )
-    for flag in ("arch", "width"):
-        if getattr(config, flag) not in (None, getattr(trained, flag)):
-            raise UserError(
-                f"{trained.path} does not match --{flag} {getattr(config, flag)}: it is a "
-                f"{trained.description}; omit --{flag}."
-            )
+    if config.width not in (None, trained.width):
+        raise UserError(
+            f"{trained.path} does not match --width {config.width}: it is a {trained.description}; omit --width."
+        )
     return trained, config.trained_on or trained.trained_on or config.dataset

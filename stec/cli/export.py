@@ -10,9 +10,12 @@ from typing import Literal
 import tyro
 
 from pipelines.errors import UserError
+from stec.architectures import check_architecture
 from stec.cli.flags import parse
 from stec.cli.outputs import check_output
+from stec.config import LARGEST_VIEW_PX, SMALLEST_VIEW_PX
 from stec.normalization import NORMALIZATIONS, Normalization
+from stec.settings import check_ranges, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,7 @@ class ExportConfig:
 
     source: tyro.conf.Positional[Path]
     """The folder of a run, one of its safetensors files or checkpoints, an exported folder, an official .ckpt,
-    or a ResNet of another project."""
+    or a ResNet of another project, or with --arch timm/NAME any encoder of timm."""
     out: tyro.conf.Positional[Path]
     """File to write, ending in .safetensors or .pth, .onnx, or .pt2 (torch_export); for huggingface, a folder."""
     format: Literal["torchvision", "timm", "huggingface", "full", "onnx", "torch_export"]
@@ -32,12 +35,19 @@ class ExportConfig:
     """License of the weights in the short form of the Hub: mit, apache-2.0, cc-by-4.0, other."""
     stem: Literal["cifar", "stl10", "imagenet"] | None = None
     """Stem of the encoder, for official checkpoints, which do not record it."""
-
+    arch: str | None = None
+    """Architecture that the encoder must have; for weights of another project, timm/NAME is also how they are read."""
+    view_size: int | None = setting(None, at_least=SMALLEST_VIEW_PX, at_most=LARGEST_VIEW_PX)
+    """With --arch timm/NAME, for weights of another project: height and width in px of the images that the encoder is
+    made for; default: 224."""
     normalize: Normalization | None = None
     """Mean and standard deviation by which the encoder normalizes images; needed for checkpoints of other projects."""
 
     def validate(self) -> None:
-        """Raise UserError if the license is invalid, or flags contradict each other."""
+        """Raise UserError if the license is invalid, a setting out of its range, or flags contradict each other."""
+        check_ranges(self)
+        if self.arch is not None:
+            check_architecture(self.arch)
         if not re.fullmatch("[a-z0-9][a-z0-9.+-]*", self.license):
             raise UserError(
                 f"--license {self.license} is not a license in the short form of the Hub; give one such as mit, "
@@ -56,7 +66,14 @@ def run(arguments: list[str]) -> None:
     from stec.weights.pretrained import read_trained
 
     check_output(config.out, suffixes=SUFFIXES[config.format], may_exist=False)
-    trained = read_trained(config.source, stem=config.stem, normalize=config.normalize, stem_set_by="--stem")
+    trained = read_trained(
+        config.source,
+        stem=config.stem,
+        normalize=config.normalize,
+        stem_set_by="--stem",
+        arch=config.arch,
+        view_size_px=config.view_size,
+    )
     if config.weights == "target":
         trained = trained.with_target_encoder()
     loading = export(trained, config.out, config.format, source=config.source, license=config.license)

@@ -101,7 +101,7 @@ def read_weights_and_metadata(
     """As ``read_weights``, and the metadata of a file of this project; of another project's, ``FOREIGN_PREFIX``.
 
     If ``arch`` is an encoder of timm, a file of another project holds its weights, which are adapted to the size of the
-    views.
+    views (default: 224 px).
     """
     if path.suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
@@ -119,7 +119,7 @@ def read_weights_and_metadata(
         name: value for name, value in (metadata or {}).items() if name not in OBJECTS or isinstance(value, dict)
     }
     if not ours and arch is not None and is_timm(arch) and not _has_our_names(state):
-        assert view_size_px is not None
+        view_size_px = view_size_px or DATA_SETS["imagenet"].view_size_px
         # Before they are adapted, which may spread what is not finite.
         weights = adapted_weights(arch, view_size_px, _finite(without_wrappers(state), path), path)
         state = {f"{TIMM_NETWORK}{name}": tensor for name, tensor in weights.items()}
@@ -185,7 +185,7 @@ def _our_names(
             f"{path} holds no encoder: no ResNet (conv1, bn1, layer1 to layer4, or their numbers 0, 1, 4 to "
             f"7) is among its tensors, which are "
             f"{_listed(state)}; give a checkpoint of a trained ResNet; "
-            f"training, eval and embed take others of timm's with --arch timm/NAME."
+            f"others of timm's are read with --arch timm/NAME."
         )
     prefix, *others = resnets
     if others:

@@ -159,7 +159,12 @@ class Trained:
 
 
 def load_encoder(
-    path_or_hub_id: str | Path, *, stem: Stem | None = None, normalize: Normalization | None = None
+    path_or_hub_id: str | Path,
+    *,
+    stem: Stem | None = None,
+    normalize: Normalization | None = None,
+    arch: str | None = None,
+    view_size_px: int | None = None,
 ) -> ImageEncoder:
     """A trained encoder in evaluation mode, on the CPU: images [N, 3, H, W] in [0, 1] to features [N, D].
 
@@ -168,14 +173,19 @@ def load_encoder(
     a ResNet's checkpoint of another project, or ``owner/name`` on the Hugging Face Hub, which needs the extra
     ``export``. ``stem`` is needed for official checkpoints with a 7x7 convolution, which do not record whether a
     max-pool follows. ``normalize`` is needed for those of other projects: how they normalize images, which becomes the
-    first operation of the encoder. No code in a file is executed. Raises UserError if there is no encoder.
+    first operation of the encoder. For one of timm that is no ResNet of torchvision, ``arch`` is ``timm/NAME``, and the
+    encoder is made for images of ``view_size_px`` (default 224). No code in a file is executed. Raises UserError if
+    there is no encoder, or another one than ``arch``.
     """
     source = Path(path_or_hub_id)
     if HUB_ID.fullmatch(str(path_or_hub_id)) and source.suffix not in SUFFIXES and not source.exists():
         from stec.weights.hub import download
 
         source = download(str(path_or_hub_id), WEIGHTS)
-    return read_trained(source, stem=stem, normalize=normalize, stem_set_by="stem").encoder
+    trained = read_trained(
+        source, stem=stem, normalize=normalize, stem_set_by="stem", arch=arch, view_size_px=view_size_px
+    )
+    return trained.encoder
 
 
 def read_trained(
@@ -191,8 +201,8 @@ def read_trained(
     """The weights in a folder or file as for ``load_encoder``, heads included, and what is known of them.
 
     ``otherwise`` is the stem where neither the source nor its weights tell it. A file of another project is one of
-    ``arch``, if that is an encoder of timm, and adapted to the size of the views. Raises UserError where there are
-    none, which says that ``stem_set_by`` can change the stem.
+    ``arch``, if that is an encoder of timm, and adapted to the size of the views (default: 224 px). Raises UserError
+    where there are none, which says that ``stem_set_by`` can change the stem, or if they are not of ``arch``.
     """
     if not os.path.exists(source):  # noqa: PTH110 - which does not raise where a name is too long
         raise UserError(f"There is no file or folder {source}; give a run's folder, or a file of trained weights.")
@@ -208,30 +218,29 @@ def read_trained(
                 f"{path} holds an encoder of timm, but not its name and the size of its views; give the file that "
                 f"training, import or export wrote."
             )
-        return Trained(
-            path=path,
-            arch=encoder[0],
-            stem=None,
-            width=None,
-            state=state,
-            normalize=normalization_of(metadata, path, normalize),
-            metadata=metadata,
-            stem_set_by=stem_set_by,
-            view_size_px=encoder[1],
-        )
-    first = state["encoder.conv1.weight"]
-    if first.ndim != 4:
-        raise UserError(f"{path} holds no encoder of ours: its conv1.weight has {first.ndim} dimensions instead of 4.")
-    return Trained(
+        facts: dict[str, Any] = {"arch": encoder[0], "stem": None, "width": None, "view_size_px": encoder[1]}
+    else:
+        first = state["encoder.conv1.weight"]
+        if first.ndim != 4:
+            raise UserError(
+                f"{path} holds no encoder of ours: its conv1.weight has {first.ndim} dimensions instead of 4."
+            )
+        facts = {
+            "arch": _architecture_of(state, path),
+            "stem": stem or _stem_of(first, metadata, path, otherwise, stem_set_by),
+            "width": len(first),
+        }
+    trained = Trained(
         path=path,
-        arch=_architecture_of(state, path),
-        stem=stem or _stem_of(first, metadata, path, otherwise, stem_set_by),
-        width=len(first),
         state=state,
         normalize=normalization_of(metadata, path, normalize),
         metadata=metadata,
         stem_set_by=stem_set_by,
+        **facts,
     )
+    if arch not in (None, trained.arch):
+        raise UserError(f"{path} does not match --arch {arch}: it is a {trained.description}; omit --arch.")
+    return trained
 
 
 def _architecture_of(state: Mapping[str, Tensor], path: Path) -> str:
