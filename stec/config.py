@@ -123,7 +123,8 @@ class ModelSettings:
     init: Literal["random", "pretrained"] = setting("random")
     """pretrained: start from timm's own weights of --arch timm/NAME, or from a file of them that --ckpt_path names."""
     ckpt_path: Path | None = setting(None)
-    """Initial weights: a checkpoint or safetensors file of this project, an official .ckpt, or another project's."""
+    """Initial weights: the folder of a run, a checkpoint or safetensors file of this project, an official .ckpt, or
+    another project's."""
     normalize: Normalization | None = setting(None, on_resume="never")
     """With --ckpt_path of another project, or --init pretrained: the mean and standard deviation by which its encoder
     normalizes images."""

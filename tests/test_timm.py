@@ -132,6 +132,12 @@ def test_a_network_of_one_size_gets_images_of_others_resized() -> None:
     assert an_encoder("resnet10t").fixed_size_px is None
 
 
+def test_a_network_of_any_size_may_have_an_argument_for_it() -> None:
+    for name, fixed_size_px in (("repvgg_a0", None), ("swin_tiny_patch4_window7_224", 64), ("test_vit", 64)):
+        assert facts_of(f"timm/{name}", 64).fixed_size_px == fixed_size_px, name
+    assert facts_of("timm/test_vit", 160).fixed_size_px == 160, "the size that timm makes it for"
+
+
 def test_the_patch_size_is_that_of_the_name() -> None:
     for patch in (16, 32):
         encoder = TimmEncoder(f"timm/vit_base_patch{patch}_224".replace("base", "small"), 64)
@@ -333,6 +339,21 @@ def test_a_folder_for_the_hub(
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_the_card_resizes_images_of_another_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the encoder does: the demo's images have 32 px, also if views have 48."""
+    torch.manual_seed(0)
+    encoder, source = used(TimmEncoder("timm/test_vit", 48), 48), tmp_path / "encoder.safetensors"
+    config = {"dataset": "demo", "view_size": 48, "arch": "timm/test_vit", "normalize": "imagenet"}
+    write_safetensors(encoder.state_dict(), source, {"config": config})
+    assert export(source, tmp_path / "hub", "huggingface") == 0
+    monkeypatch.chdir(tmp_path / "hub")
+    names: dict[str, nn.Module] = {}
+    exec(re.search("```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1], names)
+    ours = stec.load_encoder(tmp_path / "hub")
+    pixels = torch.stack([ours.transform(torch.zeros(3, 32, 32, dtype=torch.uint8)), images(32)[0]])
+    assert_same(names["model"], ours, pixels)
+
+
 @pytest.mark.parametrize(("name", "view_size"), [("resnet10t", 32), ("test_vit", 48)])
 def test_programs(name: str, view_size: int, tmp_path: Path) -> None:
     """ONNX and torch.export, for images of 32 px, which the transformer resizes."""
@@ -437,6 +458,47 @@ def test_a_checkpoint_of_timm_is_loaded_and_exported(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "other.pth").exists()
 
 
+def test_training_starts_from_a_run_at_another_size(finished_vit: Path, tmp_path: Path) -> None:
+    """The position embedding is adapted as timm does it."""
+    assert export(finished_vit, tmp_path / "timm.safetensors", "timm") == 0
+    overlay = {"file": str(tmp_path / "timm.safetensors"), "num_classes": 0}
+    theirs = in_timm("vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay)
+    config = stec.Run(finished_vit).config.updated(ckpt_path=finished_vit, view_size=48)
+    assert_same(theirs, initial_model(config, 10).encoder.eval(), images(48))
+    export(finished_vit, tmp_path / "target.safetensors", "timm", "--weights", "target")
+    theirs = in_timm(
+        "vit_tiny_patch16_224",
+        pretrained=True,
+        pretrained_cfg_overlay={**overlay, "file": str(tmp_path / "target.safetensors")},
+    )
+    assert_same(theirs, initial_model(config, 10).target_network.encoder.eval(), images(48))
+
+
+@pytest.mark.parametrize("layout", ["DINO", "MoCo v3"])
+def test_a_checkpoint_with_prefixes(layout: str, tmp_path: Path) -> None:
+    """And heads, and a moving average."""
+    network = with_classifier("test_vit")
+    state = network.state_dict()
+    other = {name: torch.zeros_like(value) for name, value in state.items()}
+    content: dict[str, Any] = {
+        "DINO": {
+            "student": {f"module.backbone.{name}": value for name, value in other.items()},
+            "teacher": {f"module.backbone.{name}": value for name, value in state.items() if "head" not in name}
+            | {"module.head.mlp.0.weight": torch.ones(2, 2)},
+        },
+        "MoCo v3": {
+            "state_dict": {f"module.base_encoder.{name}": value for name, value in state.items() if "head" not in name}
+            | {f"module.momentum_encoder.{name}": value for name, value in other.items()}
+            | {"module.base_encoder.head.0.weight": torch.ones(2, 2), "module.predictor.0.weight": torch.ones(2, 2)}
+        },
+    }[layout]
+    torch.save(content, tmp_path / "x.pth")
+    encoder = stec.load_encoder(tmp_path / "x.pth", arch="timm/test_vit", normalize="none", view_size_px=160)
+    network = copy.deepcopy(network)
+    network.reset_classifier(0)
+    assert_same(network, encoder, images(160))
+
+
 def test_what_belongs_to_a_classifier_is_left_out() -> None:
     """Names that only the network with a classifier has, besides that of the classifier itself."""
     network = with_classifier("efficientvit_m0")
@@ -507,6 +569,10 @@ WRONG = {
         "patches of 16 px, which do not divide views of 40 px; give --view_size 32 or --view_size 48.",
     ),
     "small views": ("--arch timm/convnext_atto --view_size 16", "cannot encode views of 16 px ("),
+    "small images": (
+        "--arch timm/ghostnetv3_050 --view_size 64",
+        "--dataset demo is evaluated at 32 px: --arch",
+    ),
     "width": ("--arch timm/resnet10t --width 32", "--width 32 is for ResNets, but timm/resnet10t has"),
     "third stage": ("--arch timm/resnet10t --inverse_from layer3", "--inverse_from layer3 is for ResNets"),
     "growing views": (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipelines.datasets.registry import DATA_SETS, DataSetName, DataSetTraits
 from pipelines.errors import UserError
-from stec.architectures import check_architecture
+from stec.architectures import check_architecture, is_timm
 from stec.config import LARGEST_VIEW_PX, SMALLEST_VIEW_PX, ImageSettings
 from stec.normalization import Normalization
 from stec.settings import check_ranges, setting
@@ -73,6 +73,12 @@ def read_encoder(config: EncoderConfig) -> tuple[Trained, str]:
         arch=config.arch,
         view_size_px=config.traits.view_size_px,
     )
+    if is_timm(trained.arch):
+        from stec.models.timm_encoder import facts_of
+
+        assert trained.view_size_px is not None
+        if facts_of(trained.arch, trained.view_size_px).fixed_size_px is None:
+            facts_of(trained.arch, config.traits.view_size_px)  # Raises UserError if it cannot encode the images.
     if config.width not in (None, trained.width):
         raise UserError(
             f"{trained.path} does not match --width {config.width}: it is a {trained.description}; omit --width."

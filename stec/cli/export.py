@@ -80,6 +80,9 @@ def run(arguments: list[str]) -> None:
     values = sum(tensor.numel() for tensor in trained.encoder.state_dict().values())
     print(f"{config.out}: {trained.description}, {values} values in the encoder")
     print(f"Load it with: {loading}")
+    fixed_size_px = getattr(trained.encoder, "fixed_size_px", None)
+    if config.format == "timm" and fixed_size_px not in (None, trained.preprocessing.size_px):
+        print(f"It takes images of {fixed_size_px} px alone, to which this project's encoder resizes others.")
     values_of_images = NORMALIZATIONS[trained.normalize]
     if values_of_images is not None and config.format in ("torchvision", "timm"):
         mean, deviation = values_of_images

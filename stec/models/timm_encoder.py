@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -83,12 +84,7 @@ def facts_of(arch: str, view_size_px: int) -> Facts:
     try:
         # Whatever the caller has switched off.
         with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
-            try:
-                options = {"img_size": view_size_px}
-                network = _create(arch, options)
-            except TypeError:  # it takes images of any size
-                options = {}
-                network = _create(arch, options)
+            options, network = _made_for(arch, view_size_px)
             _check_patches(arch, network, options)
             features = network(torch.zeros(2, 3, view_size_px, view_size_px))
             if not isinstance(features, Tensor) or features.ndim != 2:
@@ -105,6 +101,23 @@ def facts_of(arch: str, view_size_px: int) -> Facts:
         ) from error
     unused = frozenset(name for name, parameter in network.named_parameters() if parameter.grad is None)
     return Facts(options=options, feature_dim=features.shape[1], unused=unused)
+
+
+def _made_for(arch: str, view_size_px: int) -> tuple[dict[str, Any], nn.Module]:
+    """The options for views of a size, and the network; without options if it takes images of any size."""
+    try:
+        made_for_views = _create(arch, {"img_size": view_size_px})
+    except TypeError:
+        return {}, _create(arch, {})
+    # Some convolutional networks have the argument for what others of their family may contain.
+    with suppress(Exception):
+        larger, network = _create(arch, {"img_size": 2 * view_size_px}), _create(arch, {})
+        shapes = [{name: of.shape for name, of in one.state_dict().items()} for one in (made_for_views, larger)]
+        if shapes[0] == shapes[1]:
+            for size_px in (view_size_px, 2 * view_size_px):
+                network(torch.zeros(2, 3, size_px, size_px))
+            return {}, network
+    return {"img_size": view_size_px}, made_for_views
 
 
 def normalization_of_weights(arch: str) -> Normalization | None:
@@ -131,22 +144,45 @@ def pretrained_weights(arch: str, view_size_px: int) -> dict[str, Tensor]:
         ) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class ParameterNames:
+    """Names of the parameters of a network, as timm has them."""
+
+    needed: frozenset[str]
+    """Those of the network without a classifier, except batch norm's counters, which old files lack."""
+    known: frozenset[str]
+    """These, and those of the network with its classifier."""
+    classifiers: tuple[str, ...]
+    """The modules that classify."""
+
+
+@cache
+def parameter_names(arch: str, view_size_px: int) -> ParameterNames:
+    """Raises UserError as ``TimmEncoder`` does."""
+    facts = facts_of(arch, view_size_px)
+    with torch.device("meta"):
+        ours = _create(arch, facts.options).state_dict().keys()
+        classifying = _timm().create_model(arch.removeprefix(TIMM))
+    classifiers = classifying.default_cfg.get("classifier", ())
+    return ParameterNames(
+        needed=frozenset(name for name in ours if not name.endswith("num_batches_tracked")),
+        known=frozenset(ours | classifying.state_dict().keys()),
+        classifiers=(classifiers,) if isinstance(classifiers, str) else tuple(classifiers),
+    )
+
+
 def adapted_weights(arch: str, view_size_px: int, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Weights of the network in timm's names, with or without a classifier, for views of a size.
 
     timm adapts what depends on the size. The classifier, and what belongs to it, is left out. ``path`` names the file
     in errors. Raises UserError if ``state`` lacks something or holds something else.
     """
-    facts = facts_of(arch, view_size_px)
-    with torch.device("meta"):
-        ours = _create(arch, facts.options).state_dict().keys()
-        known = ours | _timm().create_model(arch.removeprefix(TIMM)).state_dict().keys()
-    # Old files lack batch norm's counters.
-    needed = {name for name in ours if not name.endswith("num_batches_tracked")}
-    differences = [f"{name} is missing" for name in sorted(needed - state.keys())]
-    differences += [f"{name} is unknown" for name in sorted(state.keys() - known)]
-    if differences:
-        shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
+    facts, names = facts_of(arch, view_size_px), parameter_names(arch, view_size_px)
+    missing, unknown = sorted(names.needed - state.keys()), sorted(state.keys() - names.known)
+    if missing or unknown:
+        differences = [f"{name} is missing" for name in missing[:2]] + [f"{name} is unknown" for name in unknown[:2]]
+        more = len(missing) + len(unknown) - len(differences)
+        shown = "; ".join(differences) + (f"; and {more} more" if more else "")
         raise UserError(f"{path} holds no weights of {arch} ({shown}); check --arch, or give another file.")
     try:
         # As timm does with a download.

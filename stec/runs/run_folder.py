@@ -247,10 +247,11 @@ def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping
     if images_before != images_now and "limit_train" not in differing:
         changes.append(f"--data_dir held {images_before} training images and now holds {images_now}")
     fixed = [f"--{k}" for k in differing if rule_on_resume().get(k) == "never"]
-    if fixed and config.run.allow_changes:
+    if fixed:
         raise UserError(
             f"The run in {path} was started differently: {', '.join(changes)}; even --allow_changes 1 does not allow "
-            f"that of {', '.join(fixed)}, so choose another folder with --results_path."
+            f"that of {', '.join(fixed)}, so resume with its settings by --config {path / 'config.json'}, or choose "
+            f"another folder with --results_path."
         )
     if changes and not config.run.allow_changes:
         raise UserError(

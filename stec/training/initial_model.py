@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipelines.errors import UserError
 from stec.architectures import is_timm
 from stec.config import TrainConfig
 from stec.models.encoder import ImageEncoder
 from stec.models.model import Model
-from stec.models.timm_encoder import facts_of, normalization_of_weights, pretrained_weights
+from stec.models.preprocessing import Preprocessing
+from stec.models.timm_encoder import adapted_weights, facts_of, normalization_of_weights, pretrained_weights
 from stec.objectives.registry import BASE_OBJECTIVES
-from stec.weights.export import TIMM_NETWORK, load_weights, read_weights_and_metadata
-from stec.weights.pretrained import normalization_of
+from stec.weights.export import TIMM_NETWORK, load_weights, timm_encoder_of
+from stec.weights.pretrained import normalization_of, read_source
 
 
 def check_encoder(config: TrainConfig) -> None:
@@ -30,6 +34,13 @@ def check_encoder(config: TrainConfig) -> None:
                 f"--resolution_schedule {schedule} needs an encoder of images of any size, but {model.arch} is made "
                 f"for one size; omit it, or choose a convolutional network."
             )
+    # Images of small data sets are evaluated at their own size.
+    evaluated_px = Preprocessing.of_training(config.identity(), config.traits.stem).size_px
+    if facts.fixed_size_px is None:
+        try:
+            facts_of(model.arch, evaluated_px)
+        except UserError as error:
+            raise UserError(f"--dataset {config.data.dataset} is evaluated at {evaluated_px} px: {error}") from error
     if model.init == "pretrained" and model.ckpt_path is None and model.normalize is None:
         expected = normalization_of_weights(model.arch)
         raise UserError(
@@ -56,18 +67,20 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
         predict_both_ways=bool(config.objective.predict_both_ways),
     )
     if config.model.ckpt_path is not None:
-        state, metadata = read_weights_and_metadata(
+        path, state, metadata = read_source(
             config.model.ckpt_path, arch=config.model.arch, view_size_px=config.view_size_px
         )
-        normalize = normalization_of(metadata, config.model.ckpt_path, config.model.normalize)
+        normalize = normalization_of(metadata, path, config.model.normalize)
         if normalize != (config.model.normalize or "none"):
             raise UserError(
-                f"{config.model.ckpt_path} holds an encoder that normalizes images by {normalize}; add --normalize "
-                f"{normalize}."
+                f"{path} holds an encoder that normalizes images by {normalize}; add --normalize {normalize}."
             )
+        of_file = timm_encoder_of(metadata)
+        if of_file is not None and of_file[0] == config.model.arch and of_file[1] != config.view_size_px:
+            state = _adapted_to(config.model.arch, config.view_size_px, state, path)
         if config.model.reinitialize_supervised_head:
             state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
-        loaded = load_weights(model, state, config.model.ckpt_path, required=("encoder",))
+        loaded = load_weights(model, state, path, required=("encoder",))
         if "target_network" not in loaded:
             model.reset_target_network()
     elif config.model.init == "pretrained":
@@ -76,6 +89,17 @@ def initial_model(config: TrainConfig, classes: int) -> Model:
         model.load_state_dict({f"{TIMM_NETWORK}{name}": of for name, of in weights.items()}, strict=False)
         model.reset_target_network()
     return model
+
+
+def _adapted_to(arch: str, view_size_px: int, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same weights with the encoder of timm, and that of the target network, for views of another size."""
+    adapted = dict(state)
+    for prefix in (TIMM_NETWORK, f"target_network.{TIMM_NETWORK}"):
+        network = {name.removeprefix(prefix): of for name, of in state.items() if name.startswith(prefix)}
+        if network:
+            weights = adapted_weights(arch, view_size_px, network, path)
+            adapted |= {f"{prefix}{name}": of for name, of in weights.items()}
+    return adapted
 
 
 def compile_encoder(encoder: ImageEncoder, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from pipelines.errors import UserError
 from pipelines.files import atomic_write
 from stec.architectures import is_timm
 from stec.compatibility import with_current_parameter_names
-from stec.models.timm_encoder import adapted_weights
+from stec.models.timm_encoder import adapted_weights, parameter_names
 from stec.runs import checkpoint
 from stec.runs.checkpoint import FORMAT_VERSION
 from stec.weights.inert_pickle import read_torch_file
-from stec.weights.layouts import NESTED, find_resnets, find_state, without_wrappers
+from stec.weights.layouts import NESTED, find_networks, find_resnets, find_state, without_wrappers
 
 PARTS = ("encoder", "projection", "predictor", "inverse_models", "classifier", "target_network")
 
@@ -120,14 +120,18 @@ def read_weights_and_metadata(
     }
     if not ours and arch is not None and is_timm(arch) and not _has_our_names(state):
         view_size_px = view_size_px or DATA_SETS["imagenet"].view_size_px
+        names = parameter_names(arch, view_size_px)
+        state = without_wrappers(state)
+        networks = find_networks(state, names.needed, names.classifiers) or {"": state}
+        prefix = _only_prefix(networks, path)
         # Before they are adapted, which may spread what is not finite.
-        weights = adapted_weights(arch, view_size_px, _finite(without_wrappers(state), path), path)
+        weights = adapted_weights(arch, view_size_px, _finite(networks[prefix], path), path)
         state = {f"{TIMM_NETWORK}{name}": tensor for name, tensor in weights.items()}
-        metadata |= {FOREIGN_PREFIX: "", "encoder": {"arch": arch, "view_size_px": view_size_px}}
+        metadata |= {FOREIGN_PREFIX: prefix, "encoder": {"arch": arch, "view_size_px": view_size_px}}
     else:
-        state, prefix = _our_names(state, path, ours=ours, of_timm=timm_encoder_of(metadata) is not None)
-        if prefix is not None:
-            metadata[FOREIGN_PREFIX] = prefix
+        state, foreign_prefix = _our_names(state, path, ours=ours, of_timm=timm_encoder_of(metadata) is not None)
+        if foreign_prefix is not None:
+            metadata[FOREIGN_PREFIX] = foreign_prefix
     return _finite(state, path), metadata
 
 
@@ -187,15 +191,21 @@ def _our_names(
             f"{_listed(state)}; give a checkpoint of a trained ResNet; "
             f"others of timm's are read with --arch timm/NAME."
         )
-    prefix, *others = resnets
+    prefix = _only_prefix(resnets, path)
+    encoder = {f"encoder.{name}": tensor for name, tensor in resnets[prefix].items()}
+    return encoder, None if ours and prefix == "" else prefix
+
+
+def _only_prefix(prefixes: Collection[str], path: Path) -> str:
+    """The prefix of the encoder in a file. Raises UserError if there are several."""
+    prefix, *others = prefixes
     if others:
         raise UserError(
-            f"{path} holds several encoders, whose names begin with {' and '.join(resnets)}; choose one and save it "
+            f"{path} holds several encoders, whose names begin with {' and '.join(prefixes)}; choose one and save it "
             f"alone: torch.save({{name.removeprefix('{prefix}'): tensor for name, tensor in state.items() if "
             f"name.startswith('{prefix}')}}, 'encoder.pth')."
         )
-    encoder = {f"encoder.{name}": tensor for name, tensor in resnets[prefix].items()}
-    return encoder, None if ours and prefix == "" else prefix
+    return prefix
 
 
 def _listed(values: Mapping[str, Any]) -> str:
@@ -234,6 +244,14 @@ def _checkpoint_metadata(content: Mapping[str, Any], path: Path) -> dict[str, An
 def portable(environment: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's environment that does not depend on the machine, so that equal runs have equal files."""
     return {name: environment[name] for name in PORTABLE if name in environment}
+
+
+def without_folders(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the name alone of the file that training started from, whose location is private."""
+    config = metadata.get("config", {})
+    if not config.get("ckpt_path"):
+        return dict(metadata)
+    return {**metadata, "config": {**config, "ckpt_path": Path(config["ckpt_path"]).name}}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

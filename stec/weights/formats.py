@@ -15,7 +15,7 @@ from stec import __version__
 from stec.architectures import TIMM, is_timm
 from stec.config import group_of_settings
 from stec.models.timm_encoder import TimmEncoder
-from stec.weights.export import PARTS, on_cpu, write_safetensors
+from stec.weights.export import PARTS, on_cpu, without_folders, write_safetensors
 from stec.weights.pretrained import Trained
 from stec.weights.programs import onnx_file, torch_export_file
 
@@ -88,7 +88,8 @@ def describe(trained: Trained, *, source: Path, license: str) -> dict[str, Any]:
 
     Raises UserError if a newer version trained it, with unknown settings.
     """
-    config = dict(trained.metadata.get("config", {}))
+    metadata = without_folders(trained.metadata)
+    config = metadata.get("config", {})
     unknown = sorted(config.keys() - group_of_settings().keys())
     if unknown:
         theirs = trained.metadata.get("environment", {}).get("stec", "of another version")
@@ -96,15 +97,13 @@ def describe(trained: Trained, *, source: Path, license: str) -> dict[str, Any]:
             f"{source} was trained by stec {theirs} with the setting {unknown[0]}, which stec {__version__} does not "
             f"know; export it with that version."
         )
-    if config.get("ckpt_path"):
-        config["ckpt_path"] = Path(config["ckpt_path"]).name  # without the private location
     data_set = config.get("dataset")
     view_size = config.get("view_size") or (DATA_SETS[data_set].view_size_px if data_set in DATA_SETS else None)
     shape = {"stem": trained.stem, "width": trained.width}
     if is_timm(trained.arch):
         shape, view_size = {}, trained.view_size_px
     return {
-        **trained.metadata,
+        **metadata,
         "config": config,
         "encoder": {
             "arch": trained.arch,

@@ -203,7 +203,14 @@ def _loading(encoder: Mapping[str, Any], module: ImageEncoder) -> str:
     if values is not None:
         normalize = f"model = torch.nn.Sequential(torchvision.transforms.Normalize(*{values}), model)\n"
     if isinstance(module, TimmEncoder):
-        size = "" if module.fixed_size_px is None else f", img_size={module.fixed_size_px}"
+        size = ""
+        if (fixed_size_px := module.fixed_size_px) is not None:
+            size = f", img_size={fixed_size_px}"
+            if module.preprocessing is not None and module.preprocessing.size_px != fixed_size_px:
+                normalize += (
+                    f"resize = torchvision.transforms.Resize(({fixed_size_px}, {fixed_size_px}))\n"
+                    "model = torch.nn.Sequential(resize, model)\n"
+                )
         return (
             "With timm alone:\n\n```python\n"
             "import timm\nimport torch\nimport torchvision\nfrom safetensors.torch import load_file\n\n"

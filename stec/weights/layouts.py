@@ -7,14 +7,15 @@ and beside heads. The parameters are copied as they are; what belongs to no enco
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-NESTED = ("state_dict", "model", "teacher")
-"""Keys below which checkpoints hold their weights. DINO's hold a student and a teacher; features are the teacher's."""
+NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+"""Keys below which checkpoints hold their weights. The first two are those of a moving average, which timm prefers as
+well. DINO's hold a student and a teacher; features are the teacher's."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile add to all names."""
 COPY = re.compile(r"momentum|(^|[._])(encoder_k|ema|target)[._]")
@@ -55,6 +56,24 @@ def find_resnets(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
                     found[prefix] = _completed(resnet)
     originals = {prefix: resnet for prefix, resnet in found.items() if not COPY.search(prefix)}
     return originals or found
+
+
+def find_networks(
+    state: Mapping[str, Tensor], needed: Collection[str], classifiers: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
+    """The parameters of each network that has all ``needed`` names, by their prefix, without ``classifiers``.
+
+    Without a prefix, these are all of ``state``. Moving averages are left out if there is something else.
+    """
+    one = min(needed)
+    prefixes = [name.removesuffix(one) for name in state if name == one or name.endswith(f".{one}")]
+    prefixes = [prefix for prefix in prefixes if all(f"{prefix}{name}" in state for name in needed)]
+    heads = tuple(f"{name}." for name in classifiers)
+    found = {}
+    for prefix in [prefix for prefix in prefixes if not COPY.search(prefix)] or prefixes:
+        inside = {name.removeprefix(prefix): of for name, of in state.items() if name.startswith(prefix)}
+        found[prefix] = {name: of for name, of in inside.items() if not prefix or not name.startswith(heads)}
+    return found
 
 
 def _torchvision_names(inside: Mapping[str, Tensor]) -> dict[str, Tensor]:

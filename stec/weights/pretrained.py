@@ -204,13 +204,7 @@ def read_trained(
     ``arch``, if that is an encoder of timm, and adapted to the size of the views (default: 224 px). Raises UserError
     where there are none, which says that ``stem_set_by`` can change the stem, or if they are not of ``arch``.
     """
-    if not os.path.exists(source):  # noqa: PTH110 - which does not raise where a name is too long
-        raise UserError(f"There is no file or folder {source}; give a run's folder, or a file of trained weights.")
-    path, state, metadata = (
-        _read_folder(source)
-        if source.is_dir()
-        else (source, *read_weights_and_metadata(source, arch=arch, view_size_px=view_size_px))
-    )
+    path, state, metadata = read_source(source, arch=arch, view_size_px=view_size_px)
     if any(name.startswith(TIMM_NETWORK) for name in state):
         encoder = timm_encoder_of(metadata)
         if encoder is None:
@@ -241,6 +235,20 @@ def read_trained(
     if arch not in (None, trained.arch):
         raise UserError(f"{path} does not match --arch {arch}: it is a {trained.description}; omit --arch.")
     return trained
+
+
+def read_source(
+    source: Path, *, arch: str | None = None, view_size_px: int | None = None
+) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The file that a file or folder of weights is, the weights, and the metadata; see ``read_weights_and_metadata``.
+
+    Raises UserError if there are none.
+    """
+    if not os.path.exists(source):  # noqa: PTH110 - which does not raise where a name is too long
+        raise UserError(f"There is no file or folder {source}; give a run's folder, or a file of trained weights.")
+    if source.is_dir():
+        return _read_folder(source)
+    return source, *read_weights_and_metadata(source, arch=arch, view_size_px=view_size_px)
 
 
 def _architecture_of(state: Mapping[str, Tensor], path: Path) -> str:
@@ -313,12 +321,17 @@ def _stem_of(conv1: Tensor, metadata: Mapping[str, Any], path: Path, otherwise: 
 
 
 def normalization_of(metadata: Mapping[str, Any], path: Path, given: Normalization | None) -> Normalization:
-    """``given``, or that in the metadata, or none for encoders of this project.
+    """That in the metadata, or ``given``, or none for encoders of this project.
 
-    Raises UserError if it is unknown, as that of other projects is.
+    Raises UserError if both are known and differ, or if none is, as of other projects.
     """
-    name = given or metadata.get("encoder", {}).get("normalize") or metadata.get("config", {}).get("normalize")
     prefix = metadata.get(FOREIGN_PREFIX)
+    name = metadata.get("encoder", {}).get("normalize") or metadata.get("config", {}).get("normalize")
+    if name is None and prefix is None and "config" in metadata:
+        name = "none"
+    if None not in (name, given) and name != given:
+        raise UserError(f"{path} holds an encoder that normalizes images by {name}; give --normalize {name}.")
+    name = name or given
     if name is None and prefix is not None:
         found = f" (the encoder's names begin with {prefix})" if prefix else ""
         raise UserError(
