@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import pyarrow
 import pytest
+import timm
 import torch
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
@@ -249,10 +250,13 @@ def test_training_an_encoder_of_timm(images: Path, tmp_path: Path, monkeypatch: 
     _, train, export = fenced(PAGES["docs/encoders.md"])[0].replace("IMAGES", str(images)).splitlines()
     Run(*shlex.split(train.replace("RUN", str(tmp_path / "RUN")))[3:], *SMALL[2:4], *SMALL[6:]).end()
     assert launch.main(shlex.split(export)[2:]) == 0
-    (code,) = fenced(PAGES["docs/encoders.md"], "python")
+    trained, of_timm = fenced(PAGES["docs/encoders.md"], "python")
     names = {"images": torch.rand(2, 3, 64, 64)}
-    exec(code, names)
+    exec(trained, names)
     assert torch.equal(names["features"], stec.load_encoder("RUN")(names["images"]))
+    torch.save(timm.create_model("resnet10t").state_dict(), "timm.pth")
+    exec(of_timm, names)
+    assert names["encoder"](names["images"]).shape == (2, 512)
 
 
 def test_packing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
