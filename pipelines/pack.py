@@ -30,6 +30,7 @@ from pipelines.datasets.headers import ORIENTATION, open_lazily, reason
 from pipelines.datasets.image_folders import check_labels, splits_below
 from pipelines.datasets.images import UNLABELED, ImageFiles, Images
 from pipelines.datasets.listing import is_hidden
+from pipelines.datasets.notes import notes_on_files
 from pipelines.datasets.registry import DATA_SETS, Progress, Source, no_progress
 from pipelines.datasets.shards import IMAGE_SUFFIXES, PACKED
 from pipelines.errors import BadImage, UserError
@@ -62,6 +63,8 @@ class Part:
     images: Images
     kind: Kind
     """How the folder will be read."""
+    notes: tuple[str, ...] = ()
+    """A sentence each on what was not as expected, such as skipped files."""
 
     def shards(self, packing: Packing) -> list[tuple[str, NDArray[np.int64]]]:
         """The name and the images of each shard."""
@@ -97,6 +100,7 @@ def open_source(source: Path, progress: Progress = no_progress) -> list[Part]:
                 name=name if named else "",
                 images=index.images,
                 kind="class folders" if named else "loose images",
+                notes=tuple(notes_on_files(index)),
             )
         )
     return parts

@@ -87,8 +87,16 @@ def as_path(text: str) -> Path:
 
 
 def as_location(text: str) -> Path | RemoteFolder:
-    """A local folder, or one at a URL. Raises ValueError if ``text`` is empty."""
-    return RemoteFolder(text) if is_url(text) else as_path(text)
+    """A local folder, or one at a URL. Raises ValueError if ``text`` is empty, or the URL is of no folder."""
+    if not is_url(text):
+        return as_path(text)
+    protocol, _, rest = text.partition("://")
+    url = f"{protocol.lower()}://{rest}"
+    if not rest.strip("/"):
+        raise ValueError("the URL names no server.")
+    if url.startswith("http") and "?" in url:
+        raise ValueError("a URL with a query (?...) is of one file; give that of a folder.")
+    return RemoteFolder(url)
 
 
 L = TypeVar("L", bound=Path | RemoteFolder | None)

@@ -12,8 +12,8 @@ LARGE_PIXELS = 2_000_000
 """If half of the images are larger, decoding takes most of the time (measured in docs/data.md)."""
 
 
-def notes_on(index: SplitIndex) -> tuple[str, ...]:
-    """A sentence each on skipped files, truncated shards, empty classes, and rotated or large photographs."""
+def notes_on_files(index: SplitIndex) -> list[str]:
+    """A sentence each on skipped files, truncated shards and empty classes."""
     images = index.images
     notes = [f"{note}." for note in index.notes]
     if index.skipped:
@@ -23,6 +23,12 @@ def notes_on(index: SplitIndex) -> tuple[str, ...]:
             f"{empty} of {len(index.classes)} classes have no image in {images.source}; the largest label is that of "
             f"{largest_label(index)}."
         )
+    return notes
+
+
+def notes_on(index: SplitIndex) -> tuple[str, ...]:
+    """The same, and a sentence each on rotated and large photographs."""
+    images, notes = index.images, notes_on_files(index)
     rotated = int((images.orientation != 1).sum())
     if rotated and not images.exif_orientation:
         notes.append(

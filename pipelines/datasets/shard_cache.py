@@ -61,7 +61,9 @@ class ShardCache:
         paths = {}
         for name, shard in self.shards.items():
             digest = hashlib.sha256(f"{self.remote.protocol} {shard.path} {shard.stamp}".encode()).hexdigest()
-            paths[name] = self.folder / f"{digest[:24]}-{name[-100:]}"
+            # File names have at most 255 bytes.
+            end = os.fsencode(name)[-100:].decode(errors="ignore")
+            paths[name] = self.folder / f"{digest[:24]}-{end}"
         return paths
 
     def url(self, name: str) -> str:
@@ -120,8 +122,13 @@ class ShardCache:
                     if not path.exists():
                         self._transfer(name, shard, path)
                 finally:
-                    reservation.unlink(missing_ok=True)
-                    _close(reserved)
+                    try:
+                        # While others make room, what they have listed must not change: the shard or its reservation
+                        # would count as nothing.
+                        with self.locked():
+                            reservation.unlink(missing_ok=True)
+                    finally:
+                        _close(reserved)
             elif not wait:
                 return False
             elif reserved == "no room":

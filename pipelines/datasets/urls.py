@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import posixpath
 import re
@@ -57,7 +58,7 @@ class MissingFolder(UserError):
 
 
 def is_url(text: str) -> bool:
-    return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
 def open_folder(folder: RemoteFolder) -> tuple[Any, str]:
@@ -116,14 +117,19 @@ def list_files(folder: RemoteFolder) -> dict[str, dict[str, Any]]:
 
 
 def attempt(action: Callable[[], T]) -> T:
-    """The result of ``action``, after some more attempts if it fails for a reason that may pass."""
+    """The result of ``action``, after some more attempts if it fails for a reason that may pass.
+
+    A server that sends nothing gets one more, as each takes long.
+    """
+    timeouts = 0
     for pause_s in PAUSES_S:
         try:
             return action()
         except UserError:
             raise
         except Exception as error:
-            if _is_final(error):
+            timeouts += any(isinstance(one, TimeoutError | asyncio.TimeoutError) for one in _chain(error))
+            if _is_final(error) or timeouts > 1:
                 raise
             time.sleep(pause_s)
     return action()
@@ -142,8 +148,8 @@ def sentence(where: object, error: Exception) -> UserError:
     if _is_final(error):
         return UserError(f"{where} does not exist; check the URL.", local=True)
     return UserError(
-        f"{where} cannot be read ({_cause(error)}), after {len(PAUSES_S) + 1} attempts; check the connection and the "
-        f"server, and start again.",
+        f"{where} cannot be read ({_cause(error)}), also when it was tried again; check the connection and the server, "
+        f"and start again.",
         local=True,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import tyro
@@ -47,9 +48,12 @@ def run(arguments: list[str]) -> None:
     source, dest = config.source.resolve(), config.dest.resolve()
     if dest.is_relative_to(source) or source.is_relative_to(dest):
         raise UserError(f"{config.dest} and {config.source} are one in the other; name a folder elsewhere.")
+    if dest.exists() and not dest.is_dir():
+        raise UserError(f"{config.dest} is a file; name a new folder for the shards.")
     if not dest.parent.is_dir():
         raise UserError(f"{config.dest} cannot be made; give a path in an existing folder.")
 
+    from pipelines.datasets.notes import notes_on_files
     from pipelines.files import atomic_write
     from pipelines.pack import Packer, Packing, open_source
     from pipelines.splits import read_split
@@ -73,6 +77,8 @@ def run(arguments: list[str]) -> None:
         images = index.images
         numbers = len(images), len(images.files), len(index.classes), int(images.size_bytes.sum())
         rows.append([name or "all images", *map(str, numbers)])
+    for note in (*(note for part in parts for note in part.notes), *chain(*map(notes_on_files, indexes.values()))):
+        console.say(note)
     console.table(f"Shards in {config.dest}", columns, rows)
     if packer.bad:
         # A name may hold line breaks; the list has one line per name.

@@ -222,7 +222,7 @@ def _check_results(folder: RunFolder) -> None:
 
 
 def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> list[str]:
-    """The differences from when the checkpoint was written: settings, values of ``auto``, and the number of images.
+    """The differences from when the checkpoint was written: settings, values of ``auto``, and the images.
 
     Raises UserError if they are not allowed.
     """
@@ -243,9 +243,13 @@ def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping
         before, now = state["environment"].get(name), environment[name]
         if before != now and flag not in differing:
             changes.append(f"--{flag} was resolved to {before} and is now resolved to {now}")
-    images_before, images_now = state["environment"].get("training_images"), environment["training_images"]
-    if images_before != images_now and "limit_train" not in differing:
-        changes.append(f"--data_dir held {images_before} training images and now holds {images_now}")
+    if not {"dataset", "limit_train"} & {*differing}:
+        images_before, images_now = state["environment"].get("training_images"), environment["training_images"]
+        data_before, data_now = state["environment"].get("data_fingerprint"), environment["data_fingerprint"]
+        if images_before != images_now:
+            changes.append(f"--data_dir held {images_before} training images and now holds {images_now}")
+        elif data_before not in (None, data_now):
+            changes.append("--data_dir held other training images (names, sizes or labels differ)")
     fixed = [f"--{k}" for k in differing if rule_on_resume().get(k) == "never"]
     if fixed:
         raise UserError(

@@ -138,4 +138,4 @@ def read_torch_file(path: Path) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
