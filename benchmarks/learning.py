@@ -30,12 +30,11 @@ from benchmarks.runs import markdown_table, require_finished, run_launch
 from pipelines.cpus import available_cpus
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, read_object, write_json, write_text
-from stec.config import BaseName
+from stec.config import BASE_TITLES, BaseName
 from stec.console import Console
 from stec.runs.run_folder import RunFolder
 
 Copy = Literal["alone", "window", "full"]
-TITLES: dict[BaseName, str] = {"simclr": "SimCLR", "byol": "BYOL", "relic": "ReLIC"}
 COPIES: dict[Copy, str] = {"alone": "alone", "window": "+ window", "full": "+ full copy"}
 RECIPES: dict[BaseName, str] = {"simclr": "demo", "byol": "demo-byol", "relic": "demo-relic"}
 CIFAR10 = (
@@ -169,7 +168,7 @@ def table(found: dict[Kind, list[dict[str, float]]]) -> tuple[list[str], list[li
             cell([one[name] for one in of_kind], name in ("kNN", "linear probing")) if name in of_kind[0] else "-"
             for name in names
         ]
-        rows.append([f"{TITLES[objective]} {COPIES[copy]}", *cells])
+        rows.append([f"{BASE_TITLES[objective]} {COPIES[copy]}", *cells])
     return ["", *names], rows
 
 
@@ -181,7 +180,7 @@ def draw(found: dict[Kind, list[dict[str, float]]], title: str, file: Path) -> N
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 * len(found) + 1.8), sharey=True, layout="constrained")
-    labels = [f"{TITLES[objective]} {COPIES[copy]}" for objective, copy in found]
+    labels = [f"{BASE_TITLES[objective]} {COPIES[copy]}" for objective, copy in found]
     for axis, name in zip(axes, ("kNN", "linear probing"), strict=True):
         for row, of_kind in enumerate(found.values()):
             values = [100 * one[name] for one in of_kind]

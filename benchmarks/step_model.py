@@ -116,7 +116,7 @@ def step_ms(options: Options, sizes: Sizes, batch_size: int, gpus: int) -> dict[
         cluster.all_reduce(sizes.gradients) - BACKWARD_SHARE * compute,
         cluster.all_reduce(min(LAST_BUCKET, sizes.gradients)),
     )
-    # Forwards means, deviations and a count are gathered; backwards two sums are reduced.
+    # Forwards means and deviations are gathered; backwards two sums are reduced.
     norms = sum(cluster.all_gather(FLOAT * 2 * c) + cluster.all_reduce(FLOAT * 2 * c) for c in sizes.channels)
     gathers = cluster.all_gather(gathered_bytes(sizes, batch_size)) + cluster.around_s
     others = SIMILARITY_PASSES * FLOAT * (2 * batch_size) ** 2 * (gpus - 1) / (1e9 * options.memory_gb_per_s)

@@ -21,8 +21,8 @@ class Batch:
     """
 
     views: Tensor
-    """[N, V, 3, H, W] float32 in [0, 1] on the loader's device; channels-last in memory. H and W are equal
-    and constant within an epoch."""
+    """[N, V, 3, H, W] in [0, 1] on the loader's device, float32, or float16 if the loader is told so; channels-last in
+    memory. H and W are equal and constant within an epoch."""
     commands: Commands
     """The executed commands; NumPy arrays on the host."""
     labels: Tensor

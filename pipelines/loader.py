@@ -103,7 +103,7 @@ class Loader:
         return self.sampler.steps_per_epoch
 
     def batches(self, first_step: int) -> Iterator[Batch]:
-        """Endless batches from global step ``first_step`` on, across epochs.
+        """Endless batches from micro-batch ``first_step`` on, across epochs.
 
         Raises UserError if too many images are bad.
         """
@@ -149,7 +149,7 @@ class Loader:
 def dali_batches(
     sampler: Sampler, device: torch.device, *, threads: int, half: bool, first_step: int = 0
 ) -> Iterator[Batch]:
-    """Endless batches from global step ``first_step`` on, whose plans are executed in DALI's graph."""
+    """Endless batches from micro-batch ``first_step`` on, whose plans are executed in DALI's graph."""
     from pipelines.executors.graph import executor_class, training_pipeline
     from pipelines.feed import TrainingFeed, run_pipeline
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def configure(recipe: str | None = None, **settings: Any) -> TrainConfig:
     """A configuration with the names and values of the flags: ``configure("cifar10-resnet18", data_dir="/data")``.
 
-    As on the command line, the demo's recipe is used if neither a recipe nor a data set is given. Raises UserError for
-    an unknown name, or a value of the wrong type or out of its range.
+    As on the command line, the demo's recipe is used if no recipe is given, and no data set but the demo. Raises
+    UserError for an unknown name, or a value of the wrong type or out of its range.
     """
     if recipe is None and settings.get("dataset", "demo") == "demo":
         recipe = "demo"

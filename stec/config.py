@@ -26,6 +26,7 @@ from stec.settings import OnResume, Switch, check_ranges, checked_value, setting
 
 LARGEST_VIEW_PX = 4096
 BaseName = Literal["simclr", "byol", "relic"]
+BASE_TITLES: dict[BaseName, str] = {"simclr": "SimCLR", "byol": "BYOL", "relic": "ReLIC"}
 TargetName = Literal["window", "color", "blur", "solarize", "gray"]
 """What the inverse model can predict; the table is in ``stec.targets``, which needs NumPy."""
 STANDARD_WIDTH = 64

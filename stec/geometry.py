@@ -1,4 +1,4 @@
-"""Commands as matrices: crop boxes, the command from view i to view j, and colors.
+"""Commands as matrices: crop boxes, and the command from view i to view j; and differences of the other factors.
 
 Coordinates are x to the right and y **up**; images and views are the square [-1, 1]^2.
 Shapes: N images, V views.
@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.color import color_maps
 from pipelines.commands import Commands
 
 Convention = Literal["official", "exact", "egocentric"]
@@ -90,46 +89,6 @@ def windows_of(theta: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
     half_width, half_height = np.abs(theta[..., 0, 0]), np.abs(theta[..., 1, 1])
     left, top = (theta[..., 0, 2] - half_width + 1) / 2, (1 - theta[..., 1, 2] - half_height) / 2
     return np.stack([left, top, half_width, half_height], axis=-1), theta[..., 0, 0] < 0
-
-
-def color_matrices(commands: Commands, mean: float = 0.5) -> NDArray[np.float64]:
-    """Jitter and gray of each view as affine maps [N, V, 3, 4] of colors in [0, 1]; the last column is the offset.
-
-    The change of hue is approximated by a rotation about the gray axis. Contrast moves colors toward the gray mean of
-    the view, which the commands do not contain: ``mean`` is used instead, for the view before the jitter.
-    """
-    angle = 2 * np.pi * commands.hue_turns.astype(np.float64)[..., None, None]
-    axis = np.array([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-    rotation = np.cos(angle) * np.eye(3) + (1 - np.cos(angle)) / 3 + np.sin(angle) * axis
-    (before, weights_before), (after, weights_after) = color_maps(commands, "before"), color_maps(commands, "after")
-    offset_before = weights_before.sum(-1) * mean
-    # A rotation about the gray axis keeps the gray mean; the first map scales it by its row sum and adds the offset.
-    mean_after = before[..., 0, :].sum(-1) * mean + offset_before
-    matrix = np.empty((*commands.top.shape, 3, 4))
-    matrix[..., :3] = after @ rotation @ before
-    offset = after.sum(-1) * offset_before[..., None] + (weights_after.sum(-1) * mean_after)[..., None]
-    matrix[..., 3] = offset
-    return matrix
-
-
-def relative_colors(
-    commands: Commands, *, from_view: int = 0, to_view: int = 1, mean: float = 0.5
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The change of colors from one view to the other, float32 [N, 3, 4], and whether it exists, bool [N].
-
-    ``matrix @ (r, g, b, 1)`` turns the first view's colors into the second's, except for clamping and rounding. If the
-    colors of a view are not invertible (gray, or a factor near 0), the matrix is NaN. ``mean`` as in
-    ``color_matrices``.
-    """
-    matrices = color_matrices(commands, mean)
-    first, second = matrices[:, from_view], matrices[:, to_view]
-    # Determinants are products of factors of about 1, with errors of a few 1e-7 from float32.
-    valid = (np.abs(np.linalg.det(first[..., :3])) > 1e-5) & (np.abs(np.linalg.det(second[..., :3])) > 1e-5)
-    relative = np.full(first.shape, np.nan)
-    linear = second[valid][..., :3] @ np.linalg.inv(first[valid][..., :3])
-    relative[valid, :, :3] = linear
-    relative[valid, :, 3] = second[valid][..., 3] - np.einsum("nij,nj->ni", linear, first[valid][..., 3])
-    return relative.astype(np.float32), valid
 
 
 def relative_factors(commands: Commands, *, from_view: int = 0, to_view: int = 1) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from stec.config import TrainConfig
 
 
 def demo() -> TrainConfig:
-    """The embedded demo set on a laptop's CPU, in less than three minutes.
+    """The embedded demo set on a laptop's CPU, in two and a half to four minutes.
 
     accelerate launch launch.py
     """

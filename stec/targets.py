@@ -109,5 +109,5 @@ TARGETS: dict[TargetName, Target] = {
 """``window`` is the official target: the command from view i to view j, without pairs that have a solarized view.
 
 The others are the rest of the efference copy. Colors are undefined if a view is gray. Their weights are small: a model
-that has to tell colors apart keeps them in its features, at the expense of shapes (docs/performance.md).
+that has to tell colors apart keeps them in its features, at the expense of shapes (docs/objectives.md).
 """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipelines.commands import Policy
@@ -18,12 +20,14 @@ from pipelines.sampler import Sampler
 from stec.config import BaseName, ModelSettings, ObjectiveSettings
 from stec.models.model import Model
 from stec.models.target_network import TargetNetwork, momentum_at
+from stec.objectives import relic
 from stec.objectives.byol import byol_loss
 from stec.objectives.inverse import EfferenceCopy
 from stec.objectives.objective import Objective
 from stec.objectives.registry import BASE_OBJECTIVES
 from stec.objectives.relic import relic_loss
 from stec.training.step import Step
+from tests.runs import Run
 
 
 def some_vectors(count: int = 7, dim: int = 5) -> tuple[Tensor, Tensor]:
@@ -63,6 +67,27 @@ def test_relic_is_the_papers() -> None:
     contrastive, divergence, _ = relic_loss(projections, targets, 0.3)
     expected = slow_relic(projections, targets, 0.3)
     assert (contrastive.item(), divergence.item()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_relics_divergence_is_weighted() -> None:
+    projections, targets = some_vectors()
+    outputs = model_of("relic")(torch.zeros(7, 2, 3, 32, 32))._replace(
+        projections=projections, target_projections=targets
+    )
+    contrastive, divergence = slow_relic(projections, targets, 0.3)
+    for alpha in (0.0, 2.5):
+        loss, _ = relic.loss(outputs, ObjectiveSettings(objective="relic", temperature=0.3, relic_alpha=alpha))
+        assert loss.item() == pytest.approx(contrastive + alpha * divergence, rel=1e-5)
+
+
+def test_the_target_networks_momentum_is_the_flags(tmp_path: Path) -> None:
+    """Without any, it is the online network after the only step."""
+    flags = "--objective byol --limit_train 16 --batch_size 16 --max_epochs 1 --width 4 --num_workers 1".split()
+    Run(*flags, "--target_momentum", "0", "--results_path", tmp_path / "run").end()
+    state = load_file(tmp_path / "run/model.safetensors")
+    of_target = {name.removeprefix("target_network."): of for name, of in state.items() if "target_network." in name}
+    parameters = [name for name in of_target if "running" not in name and "num_batches" not in name]
+    assert len(parameters) > 20 and all(torch.equal(of_target[name], state[name]) for name in parameters)
 
 
 def test_relic_of_equal_views_does_not_diverge() -> None:

@@ -219,6 +219,24 @@ def test_a_run_as_a_folder_for_the_hub(finished: Path, tmp_path: Path, capsys: p
     assert (again / "README.md").read_text() == (tmp_path / "exported/README.md").read_text()
 
 
+@pytest.mark.parametrize(("manip_lambda", "title"), [(0.0, "BYOL"), (1.0, "S-TEC with BYOL")])
+def test_the_card_names_the_base_objective(manip_lambda: float, title: str, tmp_path: Path) -> None:
+    """And a target network, whose accuracies are unknown."""
+    weights = Encoder("resnet18", "cifar", 4).state_dict()
+    state = {f"{part}encoder.{name}": of + 0 for name, of in weights.items() for part in ("", "target_network.")}
+    metadata = {
+        "config": {"dataset": "demo", "objective": "byol", "manip_lambda": manip_lambda},
+        "results": {"knn20_after": 0.25},
+    }
+    write_safetensors(state, tmp_path / "model.safetensors", metadata)
+    for which in ("online", "target"):
+        flags = ["--format", "huggingface", "--weights", which]
+        assert launch.main(["export", str(tmp_path / "model.safetensors"), str(tmp_path / which), *flags]) == 0
+        card = (tmp_path / which / "README.md").read_text()
+        assert f"# {title} resnet18 demo" in card and "SimCLR" not in card
+        assert ("0.25" in card) == (which == "online") and ("target network" in card) == (which == "target")
+
+
 def test_the_whole_model_as_a_file(finished: Path, tmp_path: Path) -> None:
     assert export(finished, tmp_path / "full.safetensors", "full") == 0
     model = load_file(tmp_path / "full.safetensors")

@@ -1,9 +1,8 @@
-"""Matrices of commands, compared with pixels, with compositions and with a slow product of steps."""
+"""Matrices of commands, compared with pixels and with compositions."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,12 +10,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from pipelines.color import GRAY_WEIGHTS, color_maps
 from pipelines.commands import Commands, Policy, draw
 from pipelines.executors import torchvision as reference
 from stec.geometry import (
-    color_matrices,
-    relative_colors,
     relative_factors,
     relative_windows,
     window_matrices,
@@ -72,86 +68,6 @@ def test_the_official_command_shares_the_linear_part_only() -> None:
     exact = relative_windows(commands, convention="exact")
     np.testing.assert_allclose(official[..., :2], exact[..., :2], rtol=1e-5)
     assert np.abs(official[..., 2] - exact[..., 2]).max() > 0.1
-
-
-def slow_colors(rgb: np.ndarray, commands: Commands, n: int, v: int, kinds: list[int]) -> np.ndarray:
-    """Execute the named steps, of four, one after another on pixels [P, 3], without clamping."""
-    w = GRAY_WEIGHTS
-    for step in kinds:
-        if step == 0:
-            rgb = rgb * commands.brightness[n, v]
-        elif step == 1:
-            c = commands.contrast[n, v]
-            rgb = c * rgb + (1 - c) * (rgb @ w).mean()
-        elif step == 2:
-            s = commands.saturation[n, v]
-            rgb = s * rgb + (1 - s) * (rgb @ w)[:, None]
-        else:
-            # Rodrigues' formula about the unit gray axis.
-            angle, axis = 2 * np.pi * commands.hue_turns[n, v], np.ones(3) / np.sqrt(3)
-            rgb = (
-                rgb * np.cos(angle)
-                + np.cross(axis, rgb) * np.sin(angle)
-                + axis * (rgb @ axis)[:, None] * (1 - np.cos(angle))
-            )
-    return rgb
-
-
-def slow_gray(rgb: np.ndarray) -> np.ndarray:
-    return np.repeat((rgb @ GRAY_WEIGHTS)[:, None], 3, axis=1)
-
-
-@pytest.mark.parametrize("part", ["before", "after"])
-def test_a_color_map_is_the_product_of_its_steps(part: Literal["before", "after"]) -> None:
-    commands = some_commands(200, jitter_strength=1.0)
-    matrix, mean_weights = color_maps(commands, part)
-    rgb = np.random.default_rng(0).random((50, 3))
-    for n in range(len(commands)):
-        for v in range(2):
-            order = commands.order[n, v].tolist()
-            hue_at = order.index(3)
-            steps = order[:hue_at] if part == "before" else order[hue_at + 1 :]
-            expected = slow_colors(rgb, commands, n, v, steps)
-            if part == "after" and commands.gray[n, v]:
-                expected = slow_gray(expected)
-            ours = rgb @ matrix[n, v].T + mean_weights[n, v] @ rgb.mean(0)
-            np.testing.assert_allclose(ours, expected, atol=1e-5)
-
-
-def gray_on_average(mean: float) -> np.ndarray:
-    """Colors [100, 3] whose mean is gray, as ``color_matrices`` assumes."""
-    rgb = np.random.default_rng(0).uniform(-0.3, 0.3, (50, 3))
-    return mean + np.concatenate([rgb, -rgb])
-
-
-def test_a_color_matrix_is_the_product_of_all_steps() -> None:
-    commands = some_commands(100, jitter_strength=1.0)
-    rgb = gray_on_average(0.4)
-    matrices = color_matrices(commands, mean=0.4)
-    for n in range(len(commands)):
-        expected = slow_colors(rgb, commands, n, 0, commands.order[n, 0].tolist())
-        expected = slow_gray(expected) if commands.gray[n, 0] else expected
-        np.testing.assert_allclose(rgb @ matrices[n, 0, :, :3].T + matrices[n, 0, :, 3], expected, atol=1e-5)
-
-
-def test_the_color_change_turns_one_view_into_the_other() -> None:
-    commands = some_commands(100, jitter_strength=0.8)
-    change, valid = relative_colors(commands, mean=0.5)
-    np.testing.assert_array_equal(valid, ~commands.gray.any(axis=1))
-    assert 20 < valid.sum() < 100 and np.isnan(change[~valid]).all()
-    rgb = gray_on_average(0.5)
-    for n in np.flatnonzero(valid):
-        one, two = (slow_colors(rgb, commands, n, v, commands.order[n, v].tolist()) for v in (0, 1))
-        np.testing.assert_allclose(one @ change[n, :, :3].T + change[n, :, 3], two, atol=1e-3)
-
-
-def test_colors_there_and_back_are_the_same() -> None:
-    commands = some_commands(200, jitter_strength=0.8)
-    bottom = np.broadcast_to(np.array([[[0.0, 0, 0, 1]]]), (200, 1, 4))
-    there, valid = relative_colors(commands)
-    back, _ = relative_colors(commands, from_view=1, to_view=0)
-    there, back = (np.concatenate([matrix.astype(np.float64), bottom], axis=1)[valid] for matrix in (there, back))
-    np.testing.assert_allclose(back @ there, np.broadcast_to(np.eye(4), there.shape), atol=1e-3)
 
 
 def test_the_change_of_factors() -> None:

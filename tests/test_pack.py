@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import tarfile
 import threading
@@ -28,6 +29,7 @@ from tests.conftest import smooth_image
 from tests.runs import Run
 from tests.test_data_sets import random_batches, write_cifar10_binary, write_stl10
 from tests.test_faults import SmallDisk, small_disk  # noqa: F401
+from tests.test_index import write_shards
 
 SMALL = "--images_per_shard 10 --num_workers 2".split()
 
@@ -192,6 +194,20 @@ def test_bad_images_are_listed_and_left_out(
     pack(class_folders, packed, "--max_side", "50")
     assert content(packed) == before, "nothing was missing"
     assert (tmp_path / "bad-images.tsv").read_text().count("\n") == 2, "those of an earlier call are listed"
+
+
+def test_what_index_says_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here, of a source shard that is cut off between two members."""
+    source = write_shards(tmp_path / "source", shards=2, per_shard=5)
+    shard = source / "train-001.tar"
+    with tarfile.open(shard) as archive:
+        ends = [member.offset for member in archive if member.name.endswith((".jpg", ".jpeg", ".PNG"))]
+    os.truncate(shard, ends[2])
+    pack(source, tmp_path / "packed")
+    assert re.search(r"train-001.tar .*cut off", capsys.readouterr().out.replace("\n", " "))
+    (tmp_path / "file").touch()
+    assert launch.main(["pack", str(source), str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err
 
 
 @dataclass(frozen=True)

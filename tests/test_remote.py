@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,10 +26,11 @@ from pyarrow import parquet
 import launch
 from pipelines.batch import Batch
 from pipelines.commands import Policy
-from pipelines.datasets import urls
+from pipelines.datasets import shard_cache, urls
 from pipelines.datasets.bad_list import BadList, remember
 from pipelines.datasets.images import ImageFiles
 from pipelines.datasets.registry import open_data_set
+from pipelines.datasets.shard_cache import ShardCache
 from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
 from pipelines.loader import EvaluationLoader, Loader
@@ -179,6 +181,60 @@ def test_processes_share_a_cache(data: Path, server: HttpServer, tmp_path: Path)
         if folder == "whole":
             assert set(server.fetched.values()) == {1} and len(server.fetched) == SHARDS
         assert not [path.name for path in cache.iterdir() if path.name.endswith((".part", ".tar.lock"))]
+
+
+def test_the_bound_holds_while_a_transfer_ends(
+    data: Path, server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that becomes complete between the listing of the cache and a look at its files counts."""
+    images = train_images(RemoteFolder(server.url, tmp_path / "cache"))
+    shards = images.shards
+    assert shards is not None
+    sizes = {name: shard.stamp[1] for name, shard in shards.shards.items()}
+    first, second = sorted(sizes)[:2]
+    small = replace(
+        shards,
+        remote=replace(shards.remote, cache_gb=(max(sizes[first], sizes[second]) + 1) / 1e9),
+        folder=tmp_path / "small",
+    )
+    small.folder.mkdir()
+    listing, release = threading.Event(), threading.Event()
+    scandir = os.scandir
+
+    def slow_scandir(path: Any) -> Any:
+        if threading.current_thread().name != "second":
+            return scandir(path)
+        entries = list(scandir(path))
+        listing.set()
+        time.sleep(0.3)  # Time for the first transfer to end, if nothing keeps it from it.
+        return entries
+
+    transfer = ShardCache._transfer
+
+    def watched_transfer(cache: ShardCache, name: str, *arguments: Any) -> None:
+        if name == first:
+            assert release.wait(10) and listing.wait(10)
+        transfer(cache, name, *arguments)
+
+    monkeypatch.setattr(shard_cache.os, "scandir", slow_scandir)
+    monkeypatch.setattr(ShardCache, "_transfer", watched_transfer)
+    one = threading.Thread(target=small.fetch, args=(first,), name="first")
+    one.start()
+    while not list(small.folder.glob(".*.tar.*.lock")):
+        time.sleep(0.01)
+    other = threading.Thread(target=lambda: small.fetch(second, wait=False), name="second")
+    other.start()
+    release.set()
+    one.join()
+    other.join()
+    assert small.holds(first) and not small.holds(second)
+
+
+def test_a_name_that_is_as_long_as_names_may_be(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "data", shards=1, per_shard=3)
+    (root / "train-000.tar").rename(root / f"{'漢' * 80}.tar")
+    with serving(root) as server:
+        assert len(read_split(RemoteFolder(server.url, tmp_path / "shards"), "loose images").images) == 3
 
 
 def test_failures_are_retried_and_then_named(

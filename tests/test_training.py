@@ -305,6 +305,17 @@ def test_shards_of_images(custom_dataset: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_run_is_not_resumed_on_other_images(custom_dataset: Path, tmp_path: Path) -> None:
+    """As many, but one is another one."""
+    arguments = [*FOLDER, "--max_bad_fraction", "0.1", "--data_dir", custom_dataset, "--results_path", tmp_path / "run"]
+    Run(*arguments, prepare=SignalAtStep(2, signal.SIGTERM)).end()
+    (custom_dataset / "0.png").unlink()
+    Image.fromarray(smooth_image(64, 64, seed=99)).save(custom_dataset / "other.png")
+    assert "--data_dir held other training images" in Run(*arguments, "--resume", "auto").end(2)
+    changed = Run(*arguments, "--resume", "auto", "--allow_changes", "1").end()
+    assert "--data_dir held other training images" in changed and "Resuming after step 2." in changed
+
+
 def test_gradient_accumulation_of_the_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     _, err = run("--results_path", tmp_path / "run", code=2)

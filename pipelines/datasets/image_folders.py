@@ -52,8 +52,8 @@ def check_labels(index: SplitIndex) -> None:
     missing = np.setdiff1d(np.flatnonzero(index.images.labels == UNLABELED), list(index.images.faults))
     if index.classes and len(missing):
         raise UserError(
-            f"{index.images.name(int(missing[0]))} has no label (.cls, or the column label), but other images have one ({len(missing)} "
-            f"without a label); give all images labels or none."
+            f"{index.images.name(int(missing[0]))} has no label (.cls, or the column label), but other images have one "
+            f"({len(missing)} without a label); give all images labels or none."
         )
 
 

@@ -1,4 +1,4 @@
-"""The ways to execute commands, one file each.
+"""The ways to execute commands.
 
 An executor in a DALI graph is a class that implements ``graph.Executor``: it defines the inputs of the graph and the
 graph that makes the views from them.

@@ -12,7 +12,7 @@ import tyro
 
 from pipelines.datasets.urls import RemoteFolder
 from stec.cli.flags import parse
-from stec.cli.outputs import check_output
+from stec.cli.outputs import check_output, write_bad_list
 from stec.distributed.launcher import is_main_process
 from stec.settings import Switch, check_ranges, setting, with_cache
 
@@ -47,7 +47,6 @@ def run(arguments: list[str]) -> None:
     from pipelines.datasets.cache import cache_file
     from pipelines.datasets.image_folders import apply_orientation, check_classes, check_labels, splits_below
     from pipelines.datasets.notes import notes_on
-    from pipelines.files import atomic_write
     from pipelines.splits import read_split, verify_split
     from stec.console import Console
 
@@ -83,9 +82,7 @@ def run(arguments: list[str]) -> None:
     for name, reason in bad[:10]:
         console.say(f"Bad image: {name} ({reason})")
     if config.verify == "full":
-        # A name may hold line breaks; the list has one line per name.
-        lines = (f"{name}\t{reason}".translate({10: " ", 13: " "}) + "\n" for name, reason in bad)
-        atomic_write(config.bad, "".join(lines).encode(errors="surrogateescape"))
+        write_bad_list(config.bad, bad)
         console.say(f"{len(bad)} bad images are listed in {config.bad}.")
     elif len(bad) > 10:
         console.say(f"... and {len(bad) - 10} more; --verify full lists them all.")

@@ -1,13 +1,14 @@
-"""Checks of the paths that commands write to."""
+"""What the commands share about the files that they write."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipelines.datasets.urls import RemoteFolder
 from pipelines.errors import UserError
+from pipelines.files import atomic_write
 
 
 def check_output(
@@ -43,3 +44,10 @@ def check_output(
             raise UserError(f"{name} would overwrite a file of {source}; choose another file.")
     if path.name in {file.name for file in RunFolder(path.parent).written()}:
         raise UserError(f"{name} would overwrite a file of a run; choose another file.")
+
+
+def write_bad_list(file: Path, bad: Iterable[tuple[str, str]]) -> None:
+    """Write names of bad images with the reasons, a line with name, tab and reason for each."""
+    # A name may hold line breaks; the list has one line per name.
+    lines = (f"{name}\t{why}".translate({10: " ", 13: " "}) + "\n" for name, why in bad)
+    atomic_write(file, "".join(lines).encode(errors="surrogateescape"))

@@ -11,7 +11,7 @@ import tyro
 from pipelines.cpus import available_cpus
 from pipelines.errors import Interrupted, UserError
 from stec.cli.flags import parse
-from stec.cli.outputs import check_output
+from stec.cli.outputs import check_output, write_bad_list
 from stec.distributed.launcher import is_main_process
 from stec.settings import check_ranges, setting
 
@@ -54,7 +54,6 @@ def run(arguments: list[str]) -> None:
         raise UserError(f"{config.dest} cannot be made; give a path in an existing folder.")
 
     from pipelines.datasets.notes import notes_on_files
-    from pipelines.files import atomic_write
     from pipelines.pack import Packer, Packing, open_source
     from pipelines.splits import read_split
     from stec.console import Console
@@ -81,7 +80,5 @@ def run(arguments: list[str]) -> None:
         console.say(note)
     console.table(f"Shards in {config.dest}", columns, rows)
     if packer.bad:
-        # A name may hold line breaks; the list has one line per name.
-        lines = (f"{name}\t{why}".translate({10: " ", 13: " "}) + "\n" for name, why in sorted(packer.bad.items()))
-        atomic_write(config.bad, "".join(lines).encode(errors="surrogateescape"))
+        write_bad_list(config.bad, sorted(packer.bad.items()))
         console.say(f"{len(packer.bad)} bad images were left out; they are listed in {config.bad}.")

@@ -1,4 +1,4 @@
-"""``launch.py`` without the name of a command: train, evaluate and export."""
+"""``launch.py`` without the name of a command, or ``launch.py train``: train, evaluate and export."""
 
 from __future__ import annotations
 

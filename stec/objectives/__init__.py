@@ -1,1 +1,1 @@
-"""The losses and their sum, and the targets of the inverse model."""
+"""The losses and their sum."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import UserError
 from stec import __version__
 from stec.architectures import is_timm
-from stec.config import TrainConfig
+from stec.config import BASE_TITLES, TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -195,7 +195,7 @@ def title(config: TrainConfig) -> str:
     """The name of the method, with the flag that selects it."""
     if config.objective.stop_gradient == 2:
         return "Linear probing (only the online linear classifier is trained: --stop_gradient is 2)"
-    base = {"simclr": "SimCLR", "byol": "BYOL", "relic": "ReLIC"}[config.objective.objective]
+    base = BASE_TITLES[config.objective.objective]
     if config.objective.manip_lambda == 0:
         return f"{base} (no inverse model: --manip_lambda is 0)"
     return "S-TEC" if base == "SimCLR" else f"S-TEC with {base}"

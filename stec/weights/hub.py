@@ -11,7 +11,7 @@ import torch
 from pipelines.datasets.registry import DATA_SETS
 from pipelines.errors import UserError
 from stec.architectures import TIMM
-from stec.config import TrainConfig, with_settings
+from stec.config import BASE_TITLES, TrainConfig, with_settings
 from stec.models.encoder import Encoder, ImageEncoder, Stem
 from stec.models.preprocessing import Preprocessing
 from stec.models.timm_encoder import TimmEncoder
@@ -88,6 +88,8 @@ class _OnTheHub(ImageEncoder, PyTorchModelHubMixin):
         data_set = config.get("dataset")
         hub_name = DATA_SETS[data_set].hub_name if data_set in DATA_SETS else None
         method, how = _method(config)
+        if self.metadata.get("weights") == "target":
+            how += " This is its target network, the moving average of the encoder that was trained."
         model_name = " ".join(filter(None, [method, encoder["arch"], data_set]))
         measured = {title: results[f"{name}_after"] for name, title in RESULTS.items() if f"{name}_after" in results}
         data = ModelCardData(
@@ -178,11 +180,12 @@ def _method(config: Mapping[str, Any]) -> tuple[str, str]:
             f"trained.",
         )
     with_labels = ", and by the labels" if config.get("stop_gradient") == 0 else ""
+    base = BASE_TITLES[config.get("objective", "simclr")]
     if not config.get("manip_lambda"):
-        return "SimCLR", f"It was trained by SimCLR{with_labels}."
-    return "S-TEC", (
+        return base, f"It was trained by {base}{with_labels}."
+    return "S-TEC" if base == "SimCLR" else f"S-TEC with {base}", (
         f'It was trained by S-TEC ("Self-supervised Learning Through Efference Copies", Scherr, Guo, Moraitis, NeurIPS '
-        f"2022), which is SimCLR plus an inverse model that recovers the command between two views{with_labels}."
+        f"2022): {base} plus an inverse model that recovers the command between two views{with_labels}."
     )
 
 

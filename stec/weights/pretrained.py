@@ -119,7 +119,9 @@ class Trained:
             raise UserError(
                 f"{self.path} holds no target network; only model.safetensors and checkpoints of BYOL and ReLIC do."
             )
-        return dataclasses.replace(self, state=state)
+        # Its accuracies were not measured.
+        metadata = {name: value for name, value in self.metadata.items() if name != "results"}
+        return dataclasses.replace(self, state=state, metadata={**metadata, "weights": "target"})
 
     @property
     def targets(self) -> list[TargetName]:
