@@ -158,7 +158,7 @@ def test_the_flag_is_part_of_a_runs_identity(tmp_path: Path) -> None:
     assert with_settings(TrainConfig(), json.loads(json.dumps(older)), "config.json") == config
     folder = tmp_path / "run"
     folder.mkdir()
-    environment = {"processes": 1, "precision": "no", "backend": "dali", "training_images": 5}
+    environment = {"processes": 1, "precision": "no", "backend": "dali", "training_images": 5, "data_fingerprint": "x"}
     before = {name: value for name, value in config.identity().items() if name != "exif_orientation"}
     fields = {
         "model": {},

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -68,7 +69,12 @@ def gb_of(folder: Path, count: int) -> float:
 
 
 def bytes_in(cache: Path) -> int:
-    return sum(path.stat().st_size for path in cache.iterdir())
+    """While shards are fetched and deleted."""
+    total = 0
+    for path in cache.iterdir():
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def train_images(location: Path | RemoteFolder) -> ImageFiles:

@@ -33,7 +33,7 @@ POLL_S = 0.05
 READ_NS = 10**9
 """A shard's time in ns is that of its last read, to a second."""
 CACHED = re.compile(r"[0-9a-f]{24}-")
-FETCHING = re.compile(r"\.[0-9a-f]{24}-.*\.(\d+)\.lock$")
+FETCHING = re.compile(r"\.([0-9a-f]{24}-.*)\.(\d+)\.lock$")
 """Files of the cache; others in its folder are neither counted nor deleted."""
 
 
@@ -194,16 +194,18 @@ class ShardCache:
 
     def _make_room(self, size: int) -> bool:
         """Delete the least recently read shards that nobody reads until there is room. Returns whether there is."""
-        used, shards = 0, []
+        reserved, shards = {}, []
         for entry in os.scandir(self.folder):
             if match := FETCHING.fullmatch(entry.name):
                 if not _delete_unlocked(Path(entry)):
-                    used += int(match[1])
+                    reserved[match[1]] = int(match[2])
             elif CACHED.match(entry.name):
                 with suppress(FileNotFoundError):
                     status = entry.stat()
-                    used += status.st_size
                     shards.append((status.st_mtime_ns, status.st_size, Path(entry)))
+        # A shard that was just fetched may still have its reservation.
+        shards = [shard for shard in shards if shard[2].name not in reserved]
+        used = sum(reserved.values()) + sum(size for _, size, _ in shards)
         for _, freed, path in sorted(shards):
             if used + size <= self.remote.cache_bytes:
                 break
@@ -236,7 +238,7 @@ def _delete_unlocked(path: Path) -> bool:
         return False
     else:
         if match := FETCHING.fullmatch(path.name):
-            path.with_name(f"{path.name.removesuffix(f'.{match[1]}.lock')}.part").unlink(missing_ok=True)
+            path.with_name(f".{match[1]}.part").unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         return True
     finally:

@@ -243,7 +243,7 @@ def _changes(config: TrainConfig, environment: Mapping[str, Any], state: Mapping
         before, now = state["environment"].get(name), environment[name]
         if before != now and flag not in differing:
             changes.append(f"--{flag} was resolved to {before} and is now resolved to {now}")
-    if not {"dataset", "limit_train"} & {*differing}:
+    if not {"dataset", "limit_train", "exif_orientation"} & {*differing}:
         images_before, images_now = state["environment"].get("training_images"), environment["training_images"]
         data_before, data_now = state["environment"].get("data_fingerprint"), environment["data_fingerprint"]
         if images_before != images_now:
