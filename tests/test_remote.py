@@ -68,12 +68,14 @@ def gb_of(folder: Path, count: int) -> float:
     return sum(sorted((path.stat().st_size for path in folder.glob("*.tar")), reverse=True)[:count]) / 1e9
 
 
-def bytes_in(cache: Path) -> int:
-    """While shards are fetched and deleted."""
+def bytes_in(images: ImageFiles) -> int:
+    """In the cache; nothing is deleted from it meanwhile, but transfers go on."""
+    assert images.shards is not None
     total = 0
-    for path in cache.iterdir():
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size
+    with images.shards.locked():
+        for path in images.shards.folder.iterdir():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
     return total
 
 
@@ -110,7 +112,7 @@ def test_batches_are_those_of_a_local_folder(data: Path, server: HttpServer, tmp
     server.fetched.clear()
     for batch, other in zip(loader.batches(0), expected):
         assert_equal([batch], [other])
-        sizes.append(bytes_in(tmp_path / "small"))
+        sizes.append(bytes_in(loader.sampler.images))
     assert max(sizes) <= small.cache_bytes
     assert server.fetched.total() < 1.5 * 3 * SHARDS  # About once per epoch.
     assert_equal(list(islice(loader_of(train_images(small), backend).batches(9), 5)), expected[9:14])
@@ -178,9 +180,7 @@ def test_processes_share_a_cache(data: Path, server: HttpServer, tmp_path: Path)
             reader.start()
         sizes = [0]
         while any(reader.is_alive() for reader in readers):
-            if cache.exists():
-                with_parts = [path for path in cache.iterdir() if path.name.endswith((".tar", ".part"))]
-                sizes.append(sum(path.stat().st_size for path in with_parts if path.exists()))
+            sizes.append(bytes_in(shared))
             time.sleep(0.002)
         assert [reader.exitcode for reader in readers] == [0, 0, 0, 0]
         assert 0 < max(sizes) <= remote.cache_bytes
