@@ -74,11 +74,10 @@ def read_encoder(config: EncoderConfig) -> tuple[Trained, str]:
         view_size_px=config.traits.view_size_px,
     )
     if is_timm(trained.arch):
-        from stec.models.timm_encoder import facts_of
+        from stec.models.timm_encoder import check_evaluation
 
         assert trained.view_size_px is not None
-        if facts_of(trained.arch, trained.view_size_px).fixed_size_px is None:
-            facts_of(trained.arch, config.traits.view_size_px)  # Raises UserError if it cannot encode the images.
+        check_evaluation(trained.arch, trained.view_size_px, config.traits.view_size_px)
     if config.width not in (None, trained.width):
         raise UserError(
             f"{trained.path} does not match --width {config.width}: it is a {trained.description}; omit --width."

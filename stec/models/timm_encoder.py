@@ -103,6 +103,12 @@ def facts_of(arch: str, view_size_px: int) -> Facts:
     return Facts(options=options, feature_dim=features.shape[1], unused=unused)
 
 
+def check_evaluation(arch: str, view_size_px: int, size_px: int) -> None:
+    """Raise UserError if the network that is made for views of a size cannot encode images of ``size_px``."""
+    if facts_of(arch, view_size_px).fixed_size_px is None:  # Others resize them.
+        facts_of(arch, size_px)
+
+
 def _made_for(arch: str, view_size_px: int) -> tuple[dict[str, Any], nn.Module]:
     """The options for views of a size, and the network; without options if it takes images of any size."""
     try:

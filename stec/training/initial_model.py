@@ -16,7 +16,13 @@ from stec.config import TrainConfig
 from stec.models.encoder import ImageEncoder
 from stec.models.model import Model
 from stec.models.preprocessing import Preprocessing
-from stec.models.timm_encoder import adapted_weights, facts_of, normalization_of_weights, pretrained_weights
+from stec.models.timm_encoder import (
+    adapted_weights,
+    check_evaluation,
+    facts_of,
+    normalization_of_weights,
+    pretrained_weights,
+)
 from stec.objectives.registry import BASE_OBJECTIVES
 from stec.weights.export import TIMM_NETWORK, load_weights, timm_encoder_of
 from stec.weights.pretrained import normalization_of, read_source
@@ -36,11 +42,10 @@ def check_encoder(config: TrainConfig) -> None:
             )
     # Images of small data sets are evaluated at their own size.
     evaluated_px = Preprocessing.of_training(config.identity(), config.traits.stem).size_px
-    if facts.fixed_size_px is None:
-        try:
-            facts_of(model.arch, evaluated_px)
-        except UserError as error:
-            raise UserError(f"--dataset {config.data.dataset} is evaluated at {evaluated_px} px: {error}") from error
+    try:
+        check_evaluation(model.arch, config.view_size_px, evaluated_px)
+    except UserError as error:
+        raise UserError(f"--dataset {config.data.dataset} is evaluated at {evaluated_px} px: {error}") from error
     if model.init == "pretrained" and model.ckpt_path is None and model.normalize is None:
         expected = normalization_of_weights(model.arch)
         raise UserError(
